@@ -1,0 +1,39 @@
+# make demo    train a small model on the Python standard library, score it, show it filling in code
+# make test    lint, types, tests, and a run on two processes
+# PYTHON=python3.12 make ...   another interpreter (3.11 or newer)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA := data/stdlib
+OUT := out/demo
+
+.PHONY: venv demo test
+.DELETE_ON_ERROR:
+
+venv: $(VENV)/.requirements
+
+$(VENV)/.requirements: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON=$(PYTHON) must be 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -r requirements.txt
+	@touch $@
+
+$(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements
+	$(BIN)/pip install -q -r requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/.requirements
+	$(BIN)/python scripts/prepare_data.py --out $(DATA)
+	DATA_PATH=$(DATA) TOKENIZER_PATH=$(DATA)/tokenizer.model RUN_ID=demo OUT_DIR=$(OUT) \
+	    NELBO_SEQUENCES=64 PARALLEL_EVAL_EXAMPLES=64 $(BIN)/python train_gpt.py
+	$(BIN)/python scripts/sample.py --artifact $(OUT)/final_model.int8.ptz --demo $(DATA)
+	@echo "log       $(OUT)/logs/demo.txt and $(OUT)/logs/demo.jsonl"
+	@echo "artifact  $(OUT)/final_model.int8.ptz"
+
+test: $(VENV)/.requirements-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+	PYTHON=$(BIN)/python bash tests/smoke.sh

@@ -1,0 +1,834 @@
+"""Turn text into the token shards that train_gpt.py reads, with their tokenizer and a manifest.
+
+    python scripts/prepare_data.py                                           the Python standard library; no network
+    python scripts/prepare_data.py --source files --out data/books --tokenizer bpe.model 'books/*.jsonl.xz'
+    python scripts/prepare_data.py --source fineweb --train-shards 10        the challenge's published export
+
+A shard is a header of 256 little-endian int32 (magic, version, number of tokens, zeros) and then that many uint16
+tokens; every document begins with BOS. The same text, settings and SentencePiece version give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import glob
+import gzip
+import hashlib
+import heapq
+import io
+import json
+import lzma
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    import sentencepiece as spm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # train_gpt.py lies beside this folder
+
+Item = TypeVar("Item")
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+STAGING, DOWNLOADS = ".staging", ".download"  # folders inside --out that a finished command leaves no trace of
+MAX_VOCAB = 65_535  # tokens are uint16
+MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
+SAMPLE_BYTES = 8_000_000  # of training text that a tokenizer is fitted to; trains in seconds
+BATCH_BYTES = 4_000_000  # of text encoded at a time
+MAX_DOCUMENT = 16_000_000  # bytes; encoding takes about 45 bytes of memory for each byte of a document
+STDLIB_MAX_BYTES = 24_000_000
+SPACE_MARK = "\u2581"  # stands for a space inside SentencePiece, which therefore cannot tell it from one
+HUB_REPO, HUB_ROOT, HUB_DATASET = "willdepueoai/parameter-golf", "datasets", "fineweb10B_sp1024"
+HUB_TOKENIZER = "tokenizers/fineweb_1024_bpe.model"
+
+
+def fail(message: str) -> NoReturn:
+    """Raise the error that `main` prints without a traceback."""
+    from train_gpt import UserError
+
+    raise UserError(message)
+
+
+def reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; exits with 2 on a wrong one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", choices=list(SOURCES), default="stdlib", help="where text comes from")
+    parser.add_argument("patterns", nargs="*", metavar="GLOB", help="files: JSONL with a text field, or plain text")
+    parser.add_argument("--files", nargs="+", default=[], metavar="GLOB", help="the same as GLOB")
+    parser.add_argument("--out", type=Path, help="folder to write; default ./data/SOURCE")
+    parser.add_argument("--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model, train none")
+    parser.add_argument(
+        "--vocab-size", type=int, default=1024, help="pieces of a trained tokenizer (default %(default)s)"
+    )
+    parser.add_argument("--val-percent", type=float, help="share of documents held out (default: stdlib 5, files 2)")
+    parser.add_argument(
+        "--shard-tokens", type=int, default=100_000_000, help="most tokens a shard (default %(default)s)"
+    )
+    parser.add_argument("--max-bytes", type=int, help=f"stdlib: most bytes of text (default {STDLIB_MAX_BYTES})")
+    parser.add_argument("--train-shards", type=int, help="fineweb: how many training shards (default 1)")
+    parser.add_argument("--force", action="store_true", help="replace the shards of another manifest in --out")
+    args = parser.parse_args(argv)
+    args.patterns += args.files
+    for name, source in (("patterns", "files"), ("max_bytes", "stdlib"), ("train_shards", "fineweb")):
+        if getattr(args, name) and args.source != source:
+            flag = "GLOB" if name == "patterns" else "--" + name.replace("_", "-")
+            parser.error(f"{flag} needs --source {source}; got --source {args.source}")
+    if args.source == "files" and not args.patterns:
+        parser.error("--source files needs at least one GLOB, as in 'books/*.jsonl'")
+    args.out = args.out or Path("data") / args.source
+    args.val_percent = {"stdlib": 5.0}.get(args.source, 2.0) if args.val_percent is None else args.val_percent
+    args.max_bytes = STDLIB_MAX_BYTES if args.max_bytes is None else args.max_bytes
+    args.train_shards = 1 if args.train_shards is None else args.train_shards
+    for name, low, high in (
+        ("vocab_size", 1, MAX_VOCAB),
+        ("val_percent", 0, 100),
+        ("shard_tokens", 1, MAX_SHARD_TOKENS),
+        ("max_bytes", 1, sys.maxsize),
+        ("train_shards", 1, 1_000_000),
+    ):
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"--{name.replace('_', '-')}={getattr(args, name)} must lie in {low}..{high}")
+    return args
+
+
+# ==============================================================================
+# 1  DOCUMENTS -- where text comes from and which split it belongs to
+# ==============================================================================
+
+
+class Document(NamedTuple):
+    """One text and the words that name it in an error."""
+
+    text: str
+    place: str
+
+
+@dataclass
+class Corpus:
+    """Documents that can be read more than once, and the rule that holds some of them out.
+
+    `inputs` identifies the text for the manifest: equal inputs mean equal documents in equal order.
+    """
+
+    name: str
+    documents: Callable[[], Iterator[Document]]
+    is_val: Callable[[bytes], bool]  # of the SHA-256 of a text
+    inputs: dict[str, Any]
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def usable(self) -> Iterator[tuple[Document, bytes]]:
+        """Yield every document that has tokens, with the SHA-256 of its text; count the others in `skipped`."""
+        empty = marked = 0
+        for document in self.documents():
+            if not document.text.strip():
+                empty += 1
+            elif SPACE_MARK in document.text:
+                marked += 1
+            else:
+                try:
+                    data = document.text.encode()
+                except UnicodeEncodeError as error:
+                    char = hex(ord(document.text[error.start]))
+                    fail(
+                        f"{document.place}: text holds half a surrogate pair ({char}), which is no character; remove it"
+                    )
+                if len(data) > MAX_DOCUMENT:
+                    fail(
+                        f"{document.place}: one document of {len(data):,} bytes, more than {MAX_DOCUMENT:,}; cut it "
+                        "into several files or JSONL lines"
+                    )
+                yield document, hashlib.sha256(data).digest()
+        self.skipped |= {"empty": empty, "with_space_mark": marked}
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        fail(f"{path} cannot be read ({reason(error)}); check its permissions or leave it out")
+
+
+def stdlib_corpus(root: Path, max_bytes: int, val_percent: float) -> Corpus:
+    """Collect the Python files and texts of a standard library, without duplicates, up to `max_bytes`.
+
+    Documents come in order of the SHA-256 of their text, which is also the order they are dropped in at the cap, so
+    the choice and the mixture depend on the library alone. Files that are not UTF-8 are counted and left out.
+    """
+    chosen: dict[bytes, Document] = {}
+    foreign = found = total = 0
+    for path in sorted(root.rglob("*")):
+        parts = path.relative_to(root).parts
+        if path.suffix not in (".py", ".rst", ".txt") or {"site-packages", "dist-packages"} & set(parts):
+            continue
+        if parts[:3] == ("lib2to3", "tests", "data") or not path.is_file():  # files that are wrong on purpose
+            continue
+        found += 1
+        try:
+            text = read_bytes(path).decode("utf-8")
+        except UnicodeDecodeError:
+            foreign += 1
+            continue
+        chosen.setdefault(hashlib.sha256(text.encode()).digest(), Document(text, "/".join(parts)))
+    documents, digest = [], hashlib.sha256()
+    for key in sorted(chosen):
+        size = len(chosen[key].text.encode())
+        if total + size > max_bytes:
+            break
+        total += size
+        digest.update(key)
+        documents.append(chosen[key])
+    inputs = {
+        "python": platform.python_version(),
+        "files": len(documents),
+        "bytes": total,
+        "sha256": digest.hexdigest(),
+    }
+    skipped = {
+        "not_utf8": foreign,
+        "duplicates": found - foreign - len(chosen),
+        "over_cap": len(chosen) - len(documents),
+    }
+
+    def is_val(key: bytes) -> bool:
+        return int.from_bytes(key[:4], "big") % 10_000 < val_percent * 100
+
+    return Corpus("stdlib", lambda: iter(documents), is_val, inputs, skipped)
+
+
+def find_files(patterns: Sequence[str]) -> list[Path]:
+    """List the files of all patterns, in the order of the patterns, each once."""
+    paths: dict[Path, None] = {}
+    for pattern in patterns:
+        matches = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
+        if not matches:
+            fail(f"GLOB {pattern!r} matches no file in {Path.cwd()}; check the spelling, and quote it in the shell")
+        paths |= dict.fromkeys(matches)
+    return list(paths)
+
+
+def open_jsonl(path: Path) -> gzip.GzipFile | lzma.LZMAFile | IO[bytes]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    return lzma.open(path, "rb") if path.suffix == ".xz" else open(path, "rb")
+
+
+def read_jsonl(path: Path) -> Iterator[Document]:
+    """Yield the `text` field of every line; blank lines are passed over."""
+    number = 0
+    try:
+        with open_jsonl(path) as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield Document(text_field(line, f"{path}, line {number}"), f"{path}, line {number}")
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        fail(f"{path} cannot be read after line {number} ({reason(error)}); copy or compress it again")
+
+
+def text_field(line: bytes, place: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:  # also where the bytes are not UTF-8
+        fail(f'{place}: not JSON ({reason(error)}); each line must be an object such as {{"text": "..."}}')
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        held = f"fields {', '.join(map(repr, row)) or 'none'}" if isinstance(row, dict) else f"a {type(row).__name__}"
+        fail(f'{place}: holds {held}, needs a string field "text"; rename or add it')
+    return str(row["text"])
+
+
+def read_files(paths: Sequence[Path]) -> Iterator[Document]:
+    for path in paths:
+        if path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz")):
+            yield from read_jsonl(path)
+            continue
+        try:
+            yield Document(read_bytes(path).decode("utf-8"), str(path))
+        except UnicodeDecodeError as error:
+            fail(f"{path} is not UTF-8 text (byte {error.start}); convert it, or leave it out of GLOB")
+
+
+def file_sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        fail(f"{path} cannot be read ({reason(error)}); check its permissions or leave it out")
+
+
+def files_corpus(patterns: Sequence[str], val_percent: float) -> Corpus:
+    """Read JSONL files (one document a line) and any other files (one document each), in the order named."""
+    paths = find_files(patterns)
+    digest = hashlib.sha256("".join(file_sha256(path) for path in paths).encode()).hexdigest()
+    inputs = {"files": len(paths), "bytes": sum(path.stat().st_size for path in paths), "sha256": digest}
+    limit = round(256 * val_percent / 100)
+    return Corpus("files", lambda: read_files(paths), lambda key: key[0] < limit, inputs)
+
+
+# ==============================================================================
+# 2  TOKENIZER -- trained on training text only, or brought along
+# ==============================================================================
+
+
+def training_sample(corpus: Corpus, max_bytes: int) -> list[str]:
+    """Choose training documents of about `max_bytes` in all, by hash, in one pass and bounded memory.
+
+    Raises:
+        UserError: a split is empty.
+    """
+    heap: list[tuple[int, int, str]] = []  # largest key first: (-key, bytes, text)
+    total, documents = 0, {"train": 0, "val": 0}
+    for document, key in progress(corpus.usable(), "read", "documents"):
+        documents["val" if corpus.is_val(key) else "train"] += 1
+        if corpus.is_val(key):
+            continue
+        size = len(document.text.encode())
+        # other bytes than the ones that split, or the sample would lean towards one end of the training part
+        heapq.heappush(heap, (-int.from_bytes(key[8:16], "big"), size, document.text))
+        total += size
+        while total - heap[0][1] >= max_bytes:
+            total -= heapq.heappop(heap)[1]
+    check_splits(documents)
+    return [text for _, _, text in sorted(heap, reverse=True)]
+
+
+def train_tokenizer(sample: Sequence[str], vocab_size: int) -> bytes:
+    """Train a BPE that gives every text back unchanged, and return its model file.
+
+    A newline is a piece of its own and no other piece crosses it; runs of spaces may be pieces, for indentation; what
+    is outside the alphabet is spelled in UTF-8 bytes.
+    """
+    import sentencepiece as spm
+
+    model, budget = io.BytesIO(), SAMPLE_BYTES
+
+    def lines() -> Iterator[str]:
+        nonlocal budget
+        for text in sample:
+            for line in text.split("\n"):
+                budget -= len(line.encode()) + 1
+                if budget < 0:
+                    return
+                if line and "\0" not in line:  # the trainer refuses NUL; encoding does not
+                    yield line
+
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=lines(),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=["\n"],
+            character_coverage=0.9995,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            max_sentence_length=1 << 20,  # a line; the default of 4,192 bytes drops long ones
+            shuffle_input_sentence=False,
+            num_threads=2,  # a constant, because the model file records it
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        fail(
+            f"--vocab-size={vocab_size} does not fit this text ({reason(error).split('] ')[-1]}): 261 pieces are fixed "
+            "(4 control, 256 bytes, newline), each common character needs one, and merges are limited by the text; "
+            "change it or add text"
+        )
+    return model.getvalue()
+
+
+def load_tokenizer(data: bytes, name: str) -> spm.SentencePieceProcessor:
+    """Open a SentencePiece model that fits uint16 shards.
+
+    Raises:
+        UserError: not a model, too many pieces, or no BOS.
+    """
+    import sentencepiece as spm
+
+    try:
+        tokenizer = spm.SentencePieceProcessor(model_proto=data or b"empty")  # without a model it would not complain
+        size, bos = tokenizer.vocab_size(), tokenizer.bos_id()
+    except (RuntimeError, OSError) as error:
+        fail(f"{name} is not a SentencePiece model ({reason(error)}); name another, or train one without --tokenizer")
+    if size > MAX_VOCAB:
+        fail(f"{name} has {size:,} pieces, uint16 shards hold at most {MAX_VOCAB:,}; use a smaller vocabulary")
+    if bos < 0:
+        fail(f"{name} has no BOS piece, which opens every document; train it with bos_id=1")
+    return tokenizer
+
+
+def check_roundtrip(
+    tokenizer: spm.SentencePieceProcessor, batch: Sequence[Document], ids: list[Any], exact: bool
+) -> None:
+    """Decode what was encoded and compare.
+
+    Args:
+        tokenizer: the model that made `ids`.
+        batch: the documents.
+        ids: one int array a document.
+        exact: the text must come back unchanged. Otherwise the tokenizer may normalise it (fold white space, say),
+            but doing so again must change nothing.
+    """
+    texts, threads = tokenizer.decode(ids, num_threads=num_threads()), num_threads()
+    expected = [document.text for document in batch]
+    if not exact:
+        expected = texts
+        texts = tokenizer.decode(tokenizer.encode(texts, out_type="numpy", num_threads=threads), num_threads=threads)
+    for document, before, after in zip(batch, expected, texts, strict=True):
+        if before != after:
+            pairs = enumerate(zip(before, after, strict=False))
+            at = next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
+            fail(
+                f"{document.place}: the tokenizer does not give the text back: {before[at : at + 20]!r} became "
+                f"{after[at : at + 20]!r} at character {at:,}; leave the document out or use another --tokenizer"
+            )
+
+
+def num_threads() -> int:
+    return os.cpu_count() or 1
+
+
+# ==============================================================================
+# 3  SHARDS -- encoding, files and the manifest
+# ==============================================================================
+
+
+class ShardWriter:
+    """Write the tokens of one split into consecutive shards of at most `limit` tokens."""
+
+    def __init__(self, folder: Path, prefix: str, limit: int) -> None:
+        self.folder, self.prefix, self.limit = folder, prefix, limit
+        self.file: IO[bytes] | None = None
+        self.held = 0  # tokens in the open shard
+        self.documents = self.tokens = self.bytes = 0
+        self.files: dict[str, dict[str, Any]] = {}
+
+    def add(self, tokens: np.ndarray[Any, Any], num_bytes: int) -> None:
+        """Append one document, BOS included; it may run on into the next shard."""
+        self.documents, self.tokens, self.bytes = self.documents + 1, self.tokens + len(tokens), self.bytes + num_bytes
+        while len(tokens):
+            if self.file is None or self.held == self.limit:
+                self.open_next()
+            part = tokens[: self.limit - self.held]
+            assert self.file is not None
+            self.file.write(part.astype("<u2").tobytes())
+            self.held, tokens = self.held + len(part), tokens[len(part) :]
+
+    def open_next(self) -> None:
+        self.close()
+        self.path = self.folder / f"{self.prefix}_{len(self.files):06d}.bin"
+        self.file = open(self.path, "wb")  # noqa: SIM115 -- stays open over many documents
+        self.file.write(header(0))
+
+    def close(self) -> None:
+        """Complete the open shard: its header, its entry in `files`."""
+        if self.file is None:
+            return
+        with self.file as file:
+            file.seek(0)
+            file.write(header(self.held))
+            file.flush()
+            os.fsync(file.fileno())
+        self.files[self.path.name] = {"tokens": self.held, "sha256": file_sha256(self.path)}
+        self.file, self.held = None, 0
+
+    def abandon(self) -> None:
+        """Let go of a shard that an error left open."""
+        if self.file is not None:
+            with contextlib.suppress(OSError):  # the disk may be full: that is being reported already
+                self.file.close()
+
+
+def header(num_tokens: int) -> bytes:
+    import numpy as np
+
+    from train_gpt import SHARD_HEADER, SHARD_MAGIC, SHARD_VERSION
+
+    values = np.zeros(SHARD_HEADER, dtype="<i4")
+    values[:3] = SHARD_MAGIC, SHARD_VERSION, num_tokens
+    return values.tobytes()
+
+
+def progress(items: Iterable[Item], label: str, unit: str) -> Iterator[Item]:
+    """Pass items through, with a bar on a terminal."""
+    from tqdm import tqdm
+
+    yield from tqdm(items, desc=label, unit=f" {unit}", disable=not sys.stderr.isatty(), file=sys.stderr)
+
+
+def batches(items: Iterator[tuple[Document, bytes]]) -> Iterator[list[tuple[Document, bytes]]]:
+    """Group documents until they hold BATCH_BYTES characters."""
+    batch: list[tuple[Document, bytes]] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += len(item[0].text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode_corpus(
+    corpus: Corpus, tokenizer: spm.SentencePieceProcessor, exact: bool, folder: Path, shard_tokens: int
+) -> dict[str, ShardWriter]:
+    """Write all shards of a corpus into a folder; return the closed writers of both splits.
+
+    Raises:
+        UserError: a text does not survive encoding, or a split would be empty.
+    """
+    import numpy as np
+
+    writers = {split: ShardWriter(folder, f"{corpus.name}_{split}", shard_tokens) for split in ("train", "val")}
+    bos = np.array([tokenizer.bos_id()])
+    with contextlib.ExitStack() as stack:
+        for writer in writers.values():
+            stack.callback(writer.abandon)
+        for batch in batches(progress(corpus.usable(), "encode", "documents")):
+            documents = [document for document, _ in batch]
+            ids = tokenizer.encode([d.text for d in documents], out_type="numpy", num_threads=num_threads())
+            check_roundtrip(tokenizer, documents, ids, exact)
+            for (document, key), tokens in zip(batch, ids, strict=True):
+                writer = writers["val" if corpus.is_val(key) else "train"]
+                writer.add(np.concatenate((bos, tokens)), len(document.text.encode()))
+        for writer in writers.values():
+            writer.close()
+    check_splits({split: writer.documents for split, writer in writers.items()})
+    return writers
+
+
+def check_splits(documents: dict[str, int]) -> None:
+    if not any(documents.values()):
+        fail("no document with text was found; name other files")
+    for split, other, remedy in (("train", "val", "lower"), ("val", "train", "raise")):
+        if not documents[split]:
+            fail(
+                f"the {split} split is empty: all {documents[other]} documents fell into {other}; {remedy} "
+                "--val-percent or add documents (a plain text file counts as one)"
+            )
+
+
+def build(corpus: Corpus, settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Make tokenizer, shards and manifest in a staging folder, then move them into --out together.
+
+    Until everything is written, whatever --out holds stays as it was.
+    """
+    staging = args.out / STAGING
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        if args.tokenizer:
+            model = read_bytes(args.tokenizer)
+        else:
+            model = train_tokenizer(training_sample(corpus, SAMPLE_BYTES), args.vocab_size)
+        name = f"--tokenizer={args.tokenizer}" if args.tokenizer else "the new tokenizer"
+        tokenizer = load_tokenizer(model, name)
+        (staging / TOKENIZER).write_bytes(model)
+        writers = encode_corpus(corpus, tokenizer, args.tokenizer is None, staging, args.shard_tokens)
+        manifest = {
+            "settings": settings,
+            "tokenizer": {"sha256": hashlib.sha256(model).hexdigest(), "vocab_size": tokenizer.vocab_size()},
+            "splits": {
+                split: {"documents": w.documents, "tokens": w.tokens, "bytes": w.bytes} for split, w in writers.items()
+            },
+            "skipped": dict(sorted(corpus.skipped.items())),
+            "files": {name: row for w in writers.values() for name, row in w.files.items()},
+        }
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        install(staging, args.out, list(manifest["files"]))
+    except OSError as error:
+        fail(
+            f"--out={args.out} could not be written ({reason(error)}); shards that were there are intact: free "
+            "space or name another folder"
+        )
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return manifest
+
+
+def install(staging: Path, out: Path, shards: Sequence[str]) -> None:
+    """Move finished files into place, the manifest last, and remove shards that it does not list."""
+    for name in [*shards, TOKENIZER]:
+        os.replace(staging / name, out / name)
+    for path in shards_in(out):
+        if path.name not in shards:
+            path.unlink()
+    os.replace(staging / MANIFEST, out / MANIFEST)
+
+
+def shards_in(out: Path) -> list[Path]:
+    return sorted([*out.glob("*_train_*.bin"), *out.glob("*_val_*.bin")])
+
+
+def read_manifest(out: Path) -> dict[str, Any]:
+    """Return the manifest of a folder, or an empty one if there is none of ours."""
+    try:
+        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        return manifest if isinstance(manifest["settings"], dict) else {}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def refuse_other(out: Path, old: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Stop before shards of other settings would be replaced, saying which settings differ."""
+    before = old.get("settings", {})
+    if not shards_in(out) or before == settings:
+        return
+    keys = [key for key in dict.fromkeys([*settings, *before]) if settings.get(key) != before.get(key)]
+    differing = "; ".join(f"{key} {short(before.get(key))} -> {short(settings.get(key))}" for key in keys)
+    fail(
+        f"--out={out} already holds shards made otherwise ({differing if before else 'no manifest'}); name another "
+        "folder, or replace them with --force"
+    )
+
+
+def short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def is_complete(out: Path, old: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Do the manifest's settings, and every file it lists, agree with what is asked and what is there?"""
+    if old.get("settings") != settings or {path.name for path in shards_in(out)} != old.get("files", {}).keys():
+        return False
+    wanted = {name: row["sha256"] for name, row in old["files"].items()} | {TOKENIZER: old["tokenizer"]["sha256"]}
+    return all((out / name).is_file() and file_sha256(out / name) == digest for name, digest in wanted.items())
+
+
+def make_corpus(corpus: Corpus, args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """Build a corpus unless --out already holds it; return its manifest, and whether it was there."""
+    settings = {
+        "source": corpus.name,
+        "vocab_size": None if args.tokenizer else args.vocab_size,
+        "tokenizer": hashlib.sha256(read_bytes(args.tokenizer)).hexdigest() if args.tokenizer else None,
+        "val_percent": args.val_percent,
+        "shard_tokens": args.shard_tokens,
+        "inputs": corpus.inputs,
+    }
+    old = read_manifest(args.out)
+    if is_complete(args.out, old, settings):
+        return old, True
+    if not args.force:
+        refuse_other(args.out, old, settings)
+    return build(corpus, settings, args), False
+
+
+def make_stdlib(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    return make_corpus(stdlib_corpus(Path(sysconfig.get_paths()["stdlib"]), args.max_bytes, args.val_percent), args)
+
+
+def make_files(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    return make_corpus(files_corpus(args.patterns, args.val_percent), args)
+
+
+# ==============================================================================
+# 4  FINEWEB -- the challenge's published shards, fetched and verified
+# ==============================================================================
+
+
+def fetch(out: Path, remote: str, again: bool = False) -> Path:
+    """Download one file of the published export; an interrupted download continues where it stopped.
+
+    Args:
+        out: the --out folder, in which a hidden folder receives the file.
+        remote: path inside the export.
+        again: ignore what was downloaded before.
+    Raises:
+        UserError: huggingface_hub is missing, or the download failed.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        fail("--source fineweb needs the package huggingface_hub: pip install -r requirements-dev.txt")
+    path = Path(HUB_ROOT) / remote
+    try:
+        return Path(
+            str(
+                hf_hub_download(
+                    repo_id=HUB_REPO,
+                    filename=path.name,
+                    subfolder=path.parent.as_posix(),
+                    repo_type="dataset",
+                    local_dir=str(out / DOWNLOADS),
+                    force_download=again,
+                )
+            )
+        )
+    except Exception as error:  # the hub, its HTTP library and the disk each have a family of errors
+        fail(
+            f"{remote} of {HUB_REPO} could not be downloaded ({reason(error)}); check network and disk space, then run "
+            "the same command again: finished shards are kept"
+        )
+
+
+def published_shards(out: Path) -> tuple[int, int, str]:
+    """Ask the export's manifest for its numbers of train and val shards and the path of its tokenizer."""
+    path = fetch(out, MANIFEST)
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        entry = next(row for row in manifest["datasets"] if row["name"] == HUB_DATASET)
+        counts = int(entry["stats"]["files_train"]), int(entry["stats"]["files_val"])
+        rows = [row for row in manifest.get("tokenizers", []) if row.get("name") == entry.get("tokenizer_name")]
+        return *counts, str(rows[0].get("model_path") or HUB_TOKENIZER) if rows else HUB_TOKENIZER
+    except (ValueError, TypeError, KeyError, StopIteration, AttributeError) as error:
+        fail(
+            f"the manifest of {HUB_REPO} does not describe {HUB_DATASET} as expected ({type(error).__name__}: "
+            f"{reason(error)}); the export has changed: use --source files"
+        )
+
+
+def shard_fault(path: Path) -> str:
+    """Say what is wrong with a shard, judging by its header and length; empty if nothing."""
+    import numpy as np
+
+    from train_gpt import SHARD_HEADER
+
+    try:
+        found, size = np.fromfile(path, dtype="<i4", count=SHARD_HEADER), path.stat().st_size
+    except OSError as error:
+        return f"{path} cannot be read ({reason(error)})"
+    if len(found) < SHARD_HEADER or found.tobytes() != header(int(found[2])):
+        return f"{path} is not a token shard"
+    held = (size - found.nbytes) / 2
+    return "" if 0 < found[2] == held else f"{path} announces {found[2]:,} tokens but holds {held:,.1f}"
+
+
+def fetch_shard(out: Path, name: str) -> None:
+    """Bring one shard into --out unless a sound one is there.
+
+    Raises:
+        UserError: it is damaged even when downloaded anew.
+    """
+    for again in (False, True):
+        if not (fault := shard_fault(out / name)):
+            return
+        if (out / name).exists():
+            print(f"downloading again: {fault}", file=sys.stderr)
+        os.replace(fetch(out, f"datasets/{HUB_DATASET}/{name}", again), out / name)
+    if fault := shard_fault(out / name):
+        (out / name).unlink()
+        fail(f"{HUB_REPO} or the way from it damaged a file twice: {fault}; run the same command again later")
+
+
+def describe_shards(out: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Count tokens and documents of downloaded shards for the manifest; bytes of text are not known."""
+    import numpy as np
+
+    from train_gpt import SHARD_HEADER
+
+    tokenizer = load_tokenizer((out / TOKENIZER).read_bytes(), str(out / TOKENIZER))
+    splits = {split: {"documents": 0, "tokens": 0, "bytes": None} for split in ("train", "val")}
+    files = {}
+    for name in names:
+        tokens = np.memmap(out / name, dtype="<u2", mode="r", offset=SHARD_HEADER * 4)
+        row: dict[str, Any] = splits[name.split("_")[1]]
+        row["tokens"] += len(tokens)
+        row["documents"] += int(np.count_nonzero(tokens == tokenizer.bos_id()))
+        files[name] = {"tokens": len(tokens), "sha256": file_sha256(out / name)}
+    return {
+        "tokenizer": {"sha256": file_sha256(out / TOKENIZER), "vocab_size": tokenizer.vocab_size()},
+        "splits": splits,
+        "skipped": {},
+        "files": files,
+    }
+
+
+def make_fineweb(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """Download the full val split and the first --train-shards training shards; finished shards are kept."""
+    out, old = args.out, read_manifest(args.out)
+    settings = {"source": "fineweb", "repo": HUB_REPO, "dataset": HUB_DATASET}
+    others = [path for path in shards_in(out) if not path.name.startswith("fineweb_")]
+    if not args.force and (others or old.get("settings", settings) != settings):
+        refuse_other(out, old, settings)
+    wanted = {f"fineweb_train_{i:06d}.bin" for i in range(args.train_shards)}
+    held = {path.name for path in out.glob("*_train_*.bin")}
+    if not args.force and held - wanted:
+        fail(
+            f"--train-shards={args.train_shards} is fewer than the {len(held)} that --out={out} holds, and training "
+            "reads all of a folder; name another folder, or remove the others with --force"
+        )
+    faults = [shard_fault(out / name) for name in old.get("files", {})]
+    if old.get("settings") == settings and held == wanted and not any(faults):
+        return old, True
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        most, num_val, tokenizer = published_shards(out)
+        if args.train_shards > most:
+            fail(f"--train-shards={args.train_shards} is more than the {most} that {HUB_REPO} publishes; lower it")
+        names = [f"fineweb_val_{i:06d}.bin" for i in range(num_val)] + sorted(wanted)
+        os.replace(fetch(out, tokenizer), out / TOKENIZER)
+        for name in progress(names, "download", "shards"):
+            fetch_shard(out, name)
+        manifest = {"settings": settings, **describe_shards(out, names)}
+        (out / DOWNLOADS / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        for name in {path.name for path in shards_in(out)} - set(names):
+            (out / name).unlink()
+        os.replace(out / DOWNLOADS / MANIFEST, out / MANIFEST)
+        shutil.rmtree(out / DOWNLOADS, ignore_errors=True)
+    except OSError as error:
+        fail(f"--out={out} could not be written ({reason(error)}); finished shards are kept: free space and run again")
+    return manifest, False
+
+
+SOURCES: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], bool]]] = {
+    "stdlib": make_stdlib,
+    "files": make_files,
+    "fineweb": make_fineweb,
+}
+
+
+def summary(manifest: dict[str, Any], out: Path, was_there: bool, seconds: float) -> dict[str, Any]:
+    """Print sizes for people; return them for programs."""
+    print(f"{out} was already complete" if was_there else f"{out} written in {seconds:.1f} s")
+    for split, row in manifest["splits"].items():
+        text = f"{row['bytes']:>12,} bytes  {row['bytes'] / row['tokens']:.3f} bytes a token" if row["bytes"] else ""
+        print(f"  {split:<6}{row['documents']:>10,} documents  {row['tokens']:>12,} tokens  {text}")
+    if any(manifest["skipped"].values()):
+        print("  left out:", ", ".join(f"{count} {why}" for why, count in manifest["skipped"].items() if count))
+    print(f"train on it: DATA_PATH={out} TOKENIZER_PATH={out / TOKENIZER} python train_gpt.py")
+    return {
+        "data_path": str(out),
+        "tokenizer_path": str(out / TOKENIZER),
+        "vocab_size": manifest["tokenizer"]["vocab_size"],
+        **{f"{split}_{key}": value for split, row in manifest["splits"].items() for key, value in row.items()},
+        "was_complete": was_there,
+        "seconds": round(seconds, 2),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, or 2 after an error the user can repair."""
+    args = parse_args(argv)
+    from train_gpt import UserError  # here, so that --help and a mistyped option answer at once
+
+    began = time.perf_counter()
+    try:
+        manifest, was_there = SOURCES[args.source](args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(summary(manifest, args.out, was_there, time.perf_counter() - began)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""Shared by all tests: tiny settings, tiny data, a run without log files, and `python train_gpt.py` in a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import sentencepiece as spm
+import torch
+
+import train_gpt as tg
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+BOS = 1
+VOCAB = 400  # 4 control pieces, 256 bytes, a newline, the rest characters and merges
+HARD_TEXTS = (
+    "日本語の文章と漢字。\n\n\n二行目\n",
+    "naïve café — Ελληνικά, русский текст, עברית, العربية\n",
+    "emoji 🙂 👩‍👩‍👧‍👦 🇯🇵 and a combining é ǟ\n",
+    "def f(x):\n    if x:\n\t\treturn  x   \n\n\n",
+    "        deeper = 1\n            deepest = 2  # 12345 67 890\n",
+    " one leading space",
+    "     leading and trailing spaces     ",
+    "\n\n\nbare newlines\n\n",
+    "literal <s> </s> <unk> <0x0A> ⁇ inside",
+    "x",
+)
+
+# Small sizes for every preset; with 64 tokens of vocabulary it needs no tokenizer. About 11,000 parameters.
+# fmt: off
+TINY: dict[str, Any] = dict(
+    vocab_size=64, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_mult=2, adapter_rank=2,
+    time_embed_dim=4, train_seq_len=16, train_batch_tokens=64, micro_batches=2, iterations=8, warmdown_iters=4,
+    max_wallclock_seconds=0.0, muon_momentum_warmup_steps=4, warmup_steps=0, checkpoint_seconds=0.0,
+    train_log_every=1, val_loss_every=0, val_batch_size=256, diffusion_windows="4:1,8:1,T:1", diffusion_row_frac=1.0,
+    diffusion_span_len=2, diffusion_spans_per_seq=4, nelbo_windows="1,4", nelbo_samples=4, nelbo_sequences=8,
+    parallel_eval_examples=2, parallel_eval_prefix_len=4, parallel_eval_span_len="4", parallel_eval_suffix_len=4,
+    parallel_eval_steps="1,2", device="cpu", compile="0")
+# fmt: on
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden from this run")
+
+
+@pytest.fixture(autouse=True)
+def same_every_time() -> None:
+    """Tiny matrices are slower on several threads; a test's own random numbers must not depend on the one before."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def settings(recipe: str = "direct", **overrides: Any) -> dict[str, Any]:
+    """A recipe's settings at tiny size; overrides win over both."""
+    return {"recipe": recipe, **tg.RECIPES[recipe], **TINY, **recipe_shape(recipe), **overrides}
+
+
+def recipe_shape(recipe: str) -> dict[str, Any]:
+    """What TINY must not take away from a recipe: its windows and what it has no weights for."""
+    kept = ("diffusion_windows", "diffusion_row_frac", "adapter_rank", "time_embed_dim")
+    return {name: tg.RECIPES[recipe][name] for name in kept if name in tg.RECIPES[recipe]}
+
+
+def tiny(recipe: str = "direct", **overrides: Any) -> tg.Config:
+    return tg.Config(**settings(recipe, **overrides))
+
+
+def env_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """The environment that sets these settings."""
+    return {k.upper(): str(int(v)) if isinstance(v, bool) else str(v) for k, v in values.items()}
+
+
+class Recorder(tg.Log):
+    """A log that keeps its events in memory and touches no file."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.path, self.active = Path("unwritten.txt"), True
+
+    def write(self, text: str, suffix: str = ".txt", echo: bool = True) -> None:
+        """Write nothing."""
+
+    def event(self, name: str, /, **values: Any) -> None:
+        super().event(name, **values)  # its format string must fit the values
+        self.events.append((name, values))
+
+    def of(self, name: str) -> list[dict[str, Any]]:
+        return [values for event, values in self.events if event == name]
+
+
+def make_run(cfg: tg.Config, rank: int = 0, world_size: int = 1) -> tg.Run:
+    return tg.Run(cfg, rank, world_size, CPU, Recorder())
+
+
+def recorded(run: tg.Run, name: str) -> list[dict[str, Any]]:
+    assert isinstance(run.log, Recorder)
+    return run.log.of(name)
+
+
+@torch.no_grad()
+def randomise(model: tg.GPT, seed: int = 0, std: float = 0.3) -> tg.GPT:
+    """Give every parameter random values: a fresh model's zero projections would hide what reaches the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.normal_(0, std, generator=generator)
+    return model.eval()
+
+
+def random_rows(batch: int, length: int, vocab: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def write_shard(path: Path, tokens: Sequence[int], magic: int = 20240520, version: int = 1, count: int = -1) -> Path:
+    """Write a shard byte by byte as the challenge defines it, not through our own constants."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(tokens) if count < 0 else count
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+    return path
+
+
+def train_tokenizer(path: Path, texts: Sequence[str], **options: Any) -> spm.SentencePieceProcessor:
+    """Fit a SentencePiece model with byte fallback to the lines of some texts."""
+    lines = [line for text in texts for line in text.split("\n") if line]
+    # fmt: off
+    fixed = dict(
+        model_type="bpe", vocab_size=VOCAB, byte_fallback=True, split_digits=True, add_dummy_prefix=False,
+        character_coverage=0.98, required_chars="—", pad_id=0, bos_id=1, eos_id=2, unk_id=3, num_threads=1,
+        minloglevel=2)
+    # fmt: on
+    with open(path, "wb") as file:
+        spm.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=file, **fixed | options)
+    return spm.SentencePieceProcessor(model_file=str(path))
+
+
+IDENTITY = dict(normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True)
+NMT_NFKC = dict(normalization_rule_name="nmt_nfkc")  # the challenge's: folds white space
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Documents of this repository, in pieces of 40 lines, and texts that are hard to count."""
+    lines = (ROOT / "train_gpt.py").read_text(encoding="utf-8").split("\n")[:800]
+    return ["\n".join(lines[i : i + 40]) for i in range(0, len(lines), 40)] + list(HARD_TEXTS)
+
+
+class Tokenizers(NamedTuple):
+    """Two SentencePiece models: one that keeps all white space, one that folds it."""
+
+    identity: Path
+    nmt_nfkc: Path
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Tokenizers:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    paths = Tokenizers(folder / "identity.model", folder / "nmt_nfkc.model")
+    train_tokenizer(paths.identity, texts, **IDENTITY)
+    train_tokenizer(paths.nmt_nfkc, texts, **NMT_NFKC)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory, texts: list[str], tokenizers: Tokenizers) -> dict[str, Any]:
+    """Settings that name tiny shards, two to train on and one to validate on, and their tokenizer."""
+    folder, sp = tmp_path_factory.mktemp("shards"), spm.SentencePieceProcessor(model_file=str(tokenizers.identity))
+    documents = [[BOS, *sp.encode(text)] for text in texts]
+    flat = [token for document in documents[:-6] for token in document]
+    write_shard(folder / "tiny_train_000000.bin", flat[:5000])
+    write_shard(folder / "tiny_train_000001.bin", flat[5000:9000])
+    write_shard(folder / "tiny_val_000000.bin", [token for document in documents[-10:] for token in document])
+    return {"data_path": str(folder), "tokenizer_path": str(tokenizers.identity), "vocab_size": VOCAB}
+
+
+@pytest.fixture
+def launch(data: dict[str, Any], tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start `python train_gpt.py`, or another command, with settings as its environment; stop what is left after."""
+    started = list[subprocess.Popen[str]]()
+
+    def start(command: Sequence[str] = (), env: Mapping[str, str] | None = None, **values: Any) -> Any:
+        inherited = {k: v for k, v in os.environ.items() if k.lower() not in tg.Config.__dataclass_fields__}
+        merged = settings(values.pop("recipe", "direct")) | {"out_dir": tmp_path / "out"} | data | values
+        argv = [*command, str(ROOT / "train_gpt.py")] if command else [sys.executable, str(ROOT / "train_gpt.py")]
+        started.append(
+            subprocess.Popen(
+                argv,
+                env=inherited | {"OMP_NUM_THREADS": "1"} | env_of(merged) | dict(env or {}),
+                cwd=tmp_path,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def run_main(launch: Callable[..., subprocess.Popen[str]]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `python train_gpt.py` to its end with settings as its environment."""
+
+    def run(*args: Any, **values: Any) -> subprocess.CompletedProcess[str]:
+        process = launch(*args, **values)
+        out, err = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    return run
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """Events of the one .jsonl log in OUT_DIR/logs."""
+    (path,) = (folder / "logs").glob("*.jsonl")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

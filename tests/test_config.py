@@ -1,0 +1,277 @@
+"""Settings: where each comes from, that every fault is named at once, and that importing does nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, TINY, env_of, make_run, tiny
+
+import train_gpt as tg
+
+# The environment that the predecessor published for its best run.
+LEGACY = {
+    "DIFFUSION_TRAIN_MODE": "mercury",
+    "DIFFUSION_CORRUPTION_MODE": "hybrid",
+    "DIFFUSION_HYBRID_MASK_PROB": "0.5",
+    "DIFFUSION_LOSS_WEIGHT": "1.0",
+    "DIFFUSION_PROGRESSIVE": "1",
+    "DIFFUSION_MIN_MASK_RATIO": "0.25",
+    "DIFFUSION_MAX_MASK_RATIO": "0.35",
+    "DIFFUSION_SPAN_LEN": "64",
+    "DIFFUSION_SPANS_PER_SEQ": "8",
+    "MERCURY_TASK_MODE": "mixed",
+    "MERCURY_CONTINUATION_PROB": "0.75",
+    "MERCURY_CLEAN_LOSS_WEIGHT": "0.10",
+    "MERCURY_SELF_CONDITION_PROB": "1.0",
+    "MERCURY_SELF_CONDITION_FRACTION": "0.75",
+}
+
+
+def faults_of(**env: str) -> list[str]:
+    with pytest.raises(tg.UserError) as caught:
+        tg.Config.from_env(env)
+    return str(caught.value).splitlines()
+
+
+def test_default_is_overridden_by_recipe_then_preset_then_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tg.RECIPES, "r", {"num_layers": 2, "model_dim": 64, "seed": 5, "num_heads": 4})
+    monkeypatch.setitem(tg.PRESETS, "p", {"model_dim": 128, "seed": 6})
+    cfg, source, warnings = tg.Config.from_env({"RECIPE": "r", "PRESET": "p", "SEED": "7"})
+    assert (cfg.num_layers, cfg.model_dim, cfg.seed, cfg.mlp_mult) == (2, 128, 7, 2)
+    assert [source[n] for n in ("num_layers", "model_dim", "seed", "mlp_mult")] == [
+        "recipe r",
+        "preset p",
+        "env",
+        "default",
+    ]
+    assert (cfg.recipe, cfg.preset) == ("r", "p")
+    assert warnings == []
+    table = cfg.table(source)
+    assert len(table.splitlines()) == len(dataclasses.fields(cfg))
+    assert "preset p" in next(line for line in table.splitlines() if line.startswith("MODEL_DIM "))
+
+
+@pytest.mark.parametrize("preset", tg.PRESETS)
+@pytest.mark.parametrize("recipe", tg.RECIPES)
+def test_every_recipe_and_preset_is_consistent(recipe: str, preset: str) -> None:
+    cfg, source, _ = tg.Config.from_env({"RECIPE": recipe, "PRESET": preset})
+    for name, value in tg.RECIPES[recipe].items():
+        assert getattr(cfg, name) == value
+        assert source[name] == f"recipe {recipe}"
+    assert not tg.RECIPES[recipe].keys() & tg.PRESETS[preset].keys()  # a size is no objective
+
+
+def test_presets_hold_sizes_and_recipes_do_not() -> None:
+    objective = {name for row in tg.RECIPES.values() for name in row}
+    assert not objective & {name for row in tg.PRESETS.values() for name in row}
+
+
+def test_auto_preset_looks_at_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert tg.Config.from_env({})[0].preset == "cpu"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert tg.Config.from_env({})[0].preset == "1xgpu"
+    assert tg.Config.from_env({"WORLD_SIZE": "8"})[0].preset == "8xh100"
+    assert tg.Config.from_env({"DEVICE": "cpu"})[0].preset == "cpu"
+
+
+@pytest.mark.parametrize(("text", "value"), [("0", False), ("1", True)])
+def test_booleans_are_0_and_1(text: str, value: bool) -> None:
+    assert tg.Config.from_env({"TIE_EMBEDDINGS": text})[0].tie_embeddings is value
+
+
+@pytest.mark.parametrize("text", ["true", "True", "yes", "", "2", "-1", "0.0", "on"])
+def test_booleans_are_nothing_else(text: str) -> None:
+    (fault,) = faults_of(TIE_EMBEDDINGS=text)
+    assert fault == f"TIE_EMBEDDINGS={text!r} must be 0 or 1"
+
+
+def test_all_faults_are_reported_at_once() -> None:
+    faults = faults_of(
+        RECIPE="diret",
+        SEED="1.5",
+        MATRIX_LR="nan",
+        TIE_EMBEDDINGS="maybe",
+        NUM_LAYERS="0",
+        DIFFUSION_LOSS="elbow",
+        DIFFUSION_WINDOWS="7",
+        NUM_HEADS="3",
+        BETA1="1.5",
+    )
+    for expected in (
+        "RECIPE='diret' is not in RECIPES; closest: direct",
+        "SEED='1.5' must be a whole number",
+        "MATRIX_LR='nan' must be a finite number",
+        "TIE_EMBEDDINGS='maybe' must be 0 or 1",
+        "NUM_LAYERS=0 must be at least 1",
+        "DIFFUSION_LOSS='elbow' must be one of: mean, elbo, middle, score_entropy, consistency",
+        "DIFFUSION_WINDOWS='7' must be sizes (or T) that divide TRAIN_SEQ_LEN=256",
+        "MODEL_DIM=160 must be a multiple of 2 x NUM_HEADS=3",
+        "NUM_HEADS=3 must be a multiple of NUM_KV_HEADS=2",
+        "BETA1=1.5 must be at most 1",
+    ):
+        assert sum(fault.startswith(expected) for fault in faults) == 1, expected
+    assert len(faults) == 10
+
+
+@pytest.mark.parametrize("key", ["RECIPE", "PRESET"])
+def test_an_unknown_row_names_the_closest_and_all(key: str) -> None:
+    rows = tg.RECIPES if key == "RECIPE" else tg.PRESETS
+    for row in rows:
+        (fault,) = faults_of(**{key: row + "x"})
+        assert f"{key}={row + 'x'!r}" in fault
+        assert row in fault.split("closest: ")[1].split(";")[0]
+        assert all(name in fault.split("known: ")[1] for name in rows)
+    assert "closest: none" in faults_of(**{key: "~~~~"})[0]
+
+
+@pytest.mark.parametrize(("wrong", "meant"), [("NUM_HEAD", "NUM_HEADS"), ("MODEL_DIR", "MODEL_DIM"), ("SEEDS", "SEED")])
+def test_a_near_miss_is_warned_about(wrong: str, meant: str) -> None:
+    *_, warnings = tg.Config.from_env({wrong: "4", "HOME": "/", "PATH": "/bin", "OMP_NUM_THREADS": "1"})
+    assert warnings == [f"{wrong} is not a setting; did you mean {meant}?"]
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        (f.name, f.metadata["low"], f.metadata["high"])
+        for f in dataclasses.fields(tg.Config)
+        if f.metadata["low"] is not None or f.metadata["high"] is not None
+    ],
+)
+def test_every_limit_holds(name: str, low: float | None, high: float | None) -> None:
+    step = 1 if isinstance(getattr(tiny(), name), int) else 0.5
+    for bad, word, limit in ((low, "at least", low), (high, "at most", high)):
+        if bad is not None:
+            with pytest.raises(tg.UserError) as caught:
+                tiny(**{name: bad - step if word == "at least" else bad + step})
+            assert f"{name.upper()}={bad - step if word == 'at least' else bad + step} must be {word} {limit}" in str(
+                caught.value
+            )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        ({"num_heads": 3}, ("MODEL_DIM=16", "NUM_HEADS=3")),
+        ({"model_dim": 18}, ("MODEL_DIM=18", "NUM_HEADS=2")),  # an odd head: rotary pairs need two channels
+        ({"num_heads": 4, "num_kv_heads": 3}, ("NUM_HEADS=4", "NUM_KV_HEADS=3")),
+        ({"train_batch_tokens": 100}, ("TRAIN_BATCH_TOKENS=100", "MICRO_BATCHES=2", "TRAIN_SEQ_LEN=16")),
+        ({"diffusion_windows": "5"}, ("DIFFUSION_WINDOWS='5'", "TRAIN_SEQ_LEN=16")),
+        ({"diffusion_windows": "0"}, ("DIFFUSION_WINDOWS='0'", "TRAIN_SEQ_LEN=16")),
+        ({"diffusion_windows": "-4"}, ("DIFFUSION_WINDOWS='-4'", "TRAIN_SEQ_LEN=16")),
+        ({"diffusion_windows": ""}, ("DIFFUSION_WINDOWS=''",)),
+        ({"diffusion_windows": "4:-1"}, ("DIFFUSION_WINDOWS='4:-1'",)),
+        ({"diffusion_windows": "4:x"}, ("DIFFUSION_WINDOWS='4:x'",)),
+        ({"nelbo_windows": "3"}, ("NELBO_WINDOWS='3'", "TRAIN_SEQ_LEN=16")),
+        ({"nelbo_windows": "0"}, ("NELBO_WINDOWS='0'", "TRAIN_SEQ_LEN=16")),
+        ({"nelbo_windows": "-1"}, ("NELBO_WINDOWS='-1'", "TRAIN_SEQ_LEN=16")),
+        ({"diffusion_regions": "iid:1,everywhere:1"}, ("DIFFUSION_REGIONS=", "iid", "spans")),
+        ({"diffusion_min_mask_ratio": 0.9, "diffusion_max_mask_ratio": 0.5}, ("DIFFUSION_MIN_MASK_RATIO=0.9",)),
+        ({"diffusion_loss_weight": 0.0, "mercury_clean_loss_weight": 0.0}, ("MERCURY_CLEAN_LOSS_WEIGHT=0",)),
+        ({"parallel_eval_steps": "1,0"}, ("PARALLEL_EVAL_STEPS='1,0'",)),
+        ({"parallel_eval_span_len": "9"}, ("PARALLEL_EVAL_PREFIX_LEN=4", "TRAIN_SEQ_LEN=16")),
+        ({"run_id": "../x"}, ("RUN_ID='../x'",)),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_named(overrides: dict[str, Any], names: tuple[str, ...]) -> None:
+    with pytest.raises(tg.UserError) as caught:
+        tiny(**overrides)
+    assert len(str(caught.value).splitlines()) == 1
+    for name in names:
+        assert name in str(caught.value)
+
+
+def test_a_misspelt_setting_in_code_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="num_layer"):
+        tiny(num_layer=2)
+
+
+def test_the_predecessors_commands_run_its_recipe() -> None:
+    for preset in tg.PRESETS:
+        legacy, _, warnings = tg.Config.from_env(LEGACY | {"PRESET": preset})
+        recipe, _, _ = tg.Config.from_env({"RECIPE": "retrograde", "PRESET": preset})
+        spans = {"diffusion_span_len": 64, "diffusion_spans_per_seq": 8}  # which its objective never reads
+        assert legacy == dataclasses.replace(recipe, **spans)
+        assert warnings == []
+    assert tg.Config.from_env({"DIFFUSION_TRAIN_MODE": "none"})[0].recipe == "ar"
+
+
+def test_shares_and_tasks_are_read_as_written() -> None:
+    assert tg.parse_shares("a:3, b:1,") == [("a", 0.75), ("b", 0.25)]
+    assert tg.parse_shares("a,b,c:2,d:0") == [("a", 0.25), ("b", 0.25), ("c", 0.5)]
+    assert tg.parse_shares("") == []
+    assert tiny(diffusion_windows="4:1,T:3").sizes("4:1,T:3") == [(4, 0.25), (16, 0.75)]
+    mixed = tiny(mercury_task_mode="mixed", mercury_continuation_prob=0.75)
+    assert mixed.regions() == [("continuation", 0.75), ("infill", 0.25)]
+    assert tiny(mercury_task_mode="infill").regions() == [("infill", 1.0)]
+    for text in ("a:0", "a:-1,b:2", "a:nan", "a:inf"):
+        with pytest.raises(ValueError, match="shares"):
+            tg.parse_shares(text)
+
+
+def test_the_name_of_a_run_follows_what_it_trains() -> None:
+    cfg = tiny()
+    free = {"nelbo_samples": 5, "out_dir": "elsewhere", "train_log_every": 7, "preset": "cpu"}
+    assert dataclasses.replace(cfg, **free).name == cfg.name  # which a resumed run may change
+    assert dataclasses.replace(cfg, matrix_lr=0.5).name != cfg.name
+    assert dataclasses.replace(cfg, run_id="mine").checkpoint == Path("checkpoints/mine.pt")
+
+
+def test_a_recipe_is_a_row(monkeypatch: pytest.MonkeyPatch, data: dict[str, Any]) -> None:
+    row = dict(diffusion_windows="8", diffusion_full_prob=1.0, diffusion_loss="mean")
+    monkeypatch.setitem(tg.RECIPES, "tidar_8", row)
+    env = {k: v for k, v in env_of(TINY | data).items() if k.lower() not in row}
+    cfg, _, _ = tg.Config.from_env(env | {"RECIPE": "tidar_8", "PRESET": "cpu"})
+    assert {name: getattr(cfg, name) for name in row} == row
+    run, before = make_run(cfg), tg.GPT(cfg).state_dict()
+    state = tg.TrainState(cfg, run, tg.TokenLoader(cfg, "train"))
+    for step in range(2):
+        sums = tg.train_step(state, tg.Objective(cfg, run, state.model), tg.Moment.at(cfg, step, 0.0))
+        assert bool(sums.isfinite().all())
+        assert bool((sums > 0).all())  # both streams were trained
+    after = state.model.state_dict()
+    assert all(not after[name].equal(before[name]) for name in ("tok_emb", "mask_emb", "blocks.0.fc.lora_b"))
+
+
+def test_import_starts_nothing(tmp_path: Path) -> None:
+    check = f"""
+import os, random, signal, sys, threading
+sys.path.insert(0, {str(ROOT)!r})
+sys.dont_write_bytecode = True
+import numpy, sentencepiece, torch, torch.distributed, torch._dynamo, tqdm
+
+def forbidden(*args):
+    raise SystemExit("the environment was read")
+
+class Watched:
+    __getitem__ = __contains__ = __iter__ = __len__ = __setitem__ = __delitem__ = __getattr__ = forbidden
+
+def audit(event, args):
+    writes = event == "open" and (set(args[1] or "") & set("wax+") or args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    if writes or event in ("os.mkdir", "os.rename", "os.remove", "subprocess.Popen", "socket.connect", "socket.bind"):
+        raise SystemExit(f"{{event}} {{args}}")
+
+def state():
+    seeds = random.getstate(), torch.get_rng_state().tolist()
+    return *seeds, torch.get_num_threads(), signal.getsignal(signal.SIGTERM), threading.active_count()
+
+before, environ = state(), os.environ
+sys.addaudithook(audit)
+os.environ = Watched()
+import train_gpt
+os.environ = environ
+assert state() == before
+assert not torch.distributed.is_initialized()
+assert not torch.cuda.is_initialized()
+assert not torch.are_deterministic_algorithms_enabled()
+print("quiet")
+"""
+    done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("quiet\n", "")
+    assert list(tmp_path.iterdir()) == []

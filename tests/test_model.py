@@ -1,0 +1,251 @@
+"""The model: one set of weights, two ways through it, and what each of them may and may not touch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import CPU, random_rows, randomise, tiny
+from torch import Tensor
+
+import train_gpt as tg
+
+T, V = 16, 64
+RECIPES_WITH_DENOISER = [name for name in tg.RECIPES if tiny(name).diffusion]
+
+
+def model_of(recipe: str = "direct", **overrides: Any) -> tg.GPT:
+    return randomise(tg.GPT(tiny(recipe, **overrides)))
+
+
+def window_of(
+    cfg: tg.Config, rows: Tensor, size: int, share: float = 0.6, previous: Tensor | None = None
+) -> tuple[tg.Window, Tensor]:
+    """Windows that tile rows (B, T + 1), a share of their tokens corrupted, and the true tokens."""
+    x0, before, positions = tg.tile(rows, size)
+    keys = tg.derive(torch.arange(len(rows))[:, None], 1, torch.arange(x0.shape[1]))
+    corrupted = tg.uniform(keys, size) < share
+    noisy = tg.apply_noise(x0, corrupted, torch.full(x0.shape[:2], 0.6), keys, cfg, 1.0)
+    return tg.Window(before, noisy, positions, tg.window_mask(T, size, cfg.diffusion_causal, CPU), previous), x0
+
+
+def test_the_baseline_has_the_challenges_number_of_parameters() -> None:
+    cfg, _, _ = tg.Config.from_env({"RECIPE": "ar", "PRESET": "8xh100"})
+    counts = {name: p.numel() for name, p in tg.GPT(cfg).named_parameters()}
+    assert sum(counts.values()) == 17_059_912
+    assert not [name for name in counts if "lora" in name or "mask" in name or "time" in name]
+
+
+@pytest.mark.parametrize("recipe", tg.RECIPES)
+def test_predictions_are_distributions(recipe: str) -> None:
+    model, rows = model_of(recipe), random_rows(2, T + 1, V)
+    logits, kvs = model.clean(rows[:, :-1])
+    assert logits.shape == (2, T, V)
+    assert logits.dtype == torch.float32
+    outputs = [logits]
+    assert len(kvs) == model.cfg.num_layers
+    if model.cfg.diffusion:
+        window, x0 = window_of(model.cfg, rows, 4)
+        outputs.append(model.window(window, kvs))
+        assert outputs[1].shape == (*x0.shape, V)  # [MASK] is never predicted
+    for out in outputs:
+        assert out.abs().max() < model.cfg.logit_softcap
+        assert out.double().log_softmax(-1).exp().sum(-1).allclose(torch.ones((), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("cuts", [(1,), (5,), (15,), (3, 4, 11), tuple(range(1, 16))])
+def test_a_cached_pass_equals_the_full_pass(cuts: tuple[int, ...]) -> None:
+    model, ids = model_of(), random_rows(3, T, V)
+    full, full_kvs = model.clean(ids)
+    parts, past = [], None
+    for start, stop in zip((0, *cuts), (*cuts, T), strict=True):
+        logits, new = model.clean(ids[:, start:stop], past)
+        pairs = zip(past, new, strict=True) if past else ()
+        past = [(torch.cat((k, a), 2), torch.cat((v, b), 2)) for (k, v), (a, b) in pairs] or new
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-4, atol=1e-4)
+    for (k, v), (full_k, full_v) in zip(past or [], full_kvs, strict=True):
+        torch.testing.assert_close(k, full_k, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(v, full_v, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["mask", "hybrid", "gaussian"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_all_windows_at_once_equal_one_at_a_time(size: int, shift: bool, causal: bool, mode: str) -> None:
+    model = model_of(
+        diffusion_shift=shift, diffusion_causal=causal, diffusion_corruption_mode=mode, self_condition="soft"
+    )
+    rows = random_rows(2, T + 1, V)
+    previous = torch.randn(2, T // size, size, model.cfg.model_dim, generator=torch.Generator().manual_seed(5))
+    window, _ = window_of(model.cfg, rows, size, previous=previous)
+    kvs = model.clean(rows[:, :-1])[1]
+    tiled = model.window(window, kvs)
+    for w in range(T // size):
+        past = [(k[:, :, : w * size], v[:, :, : w * size]) for k, v in kvs] if w else None
+        noisy = tg.Corruption(*(x if x is None else x[:, w : w + 1] for x in window.noisy))
+        positions = torch.arange(w * size, (w + 1) * size + 1)
+        mask = torch.arange((w + 1) * size + 1) <= positions[:, None] if causal else None
+        alone = tg.Window(window.before[:, w : w + 1], noisy, positions, mask, previous[:, w : w + 1])
+        torch.testing.assert_close(model.window(alone, past)[:, 0], tiled[:, w], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_a_window_without_suspects_is_the_clean_stream(size: int) -> None:
+    model, rows = model_of(diffusion_causal=True, self_condition="soft"), random_rows(2, T + 1, V)
+    window, x0 = window_of(model.cfg, rows, size, share=0.0, previous=torch.randn(2, T // size, size, 16))
+    logits, kvs = model.clean(rows[:, :-1])
+    torch.testing.assert_close(model.window(window, kvs), logits.view(*x0.shape, V), rtol=1e-4, atol=1e-4)
+
+
+def extras_of(model: tg.GPT) -> list[tuple[str, Tensor]]:
+    kinds = ("lora_a", "lora_b", "time_proj", "self_cond")
+    return [(name, p) for name, p in model.named_parameters() if name.endswith(kinds)]
+
+
+def test_only_suspect_tokens_meet_adapters_and_time() -> None:
+    model, rows = model_of(diffusion_causal=True, self_condition="soft"), random_rows(2, T + 1, V)
+    previous = torch.randn(2, 4, 4, 16, generator=torch.Generator().manual_seed(5))
+    window, _ = window_of(model.cfg, rows, 4, previous=previous)
+    kvs = model.clean(rows[:, :-1])[1]
+    before, clean = model.window(window, kvs), model.clean(rows)[0]
+    # With causal attention a token is moved by suspects up to itself; shifted, input o - 1 predicts token o.
+    upto = torch.cat((torch.zeros(2, 4, 1, dtype=torch.bool), window.noisy.suspect.cumsum(-1)[..., :-1] > 0), dim=-1)
+    assert upto.any()
+    assert not upto.all()
+    extras = extras_of(model)
+    assert {name.split(".")[-1] for name, _ in extras} == {"lora_a", "lora_b", "time_proj", "self_cond"}
+    for name, p in extras:
+        with torch.no_grad():
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(7)))
+        after = model.window(window, kvs)
+        moved = (after != before).any(-1)
+        assert moved.any(), name
+        assert not (moved & ~upto).any(), name
+        before = after
+    assert model.clean(rows)[0].equal(clean)
+    later = window._replace(noisy=window.noisy._replace(t=window.noisy.t + 0.2))
+    assert (model.window(later, kvs) != before).any(-1).equal(upto)
+    other = window._replace(previous=previous + 1)
+    assert (model.window(other, kvs) != before).any(-1).equal(upto)
+
+
+def test_a_fresh_denoiser_starts_as_the_clean_stream() -> None:
+    """Zero-initialised adapters, time and self-conditioning change nothing until they are trained."""
+    model = randomise(tg.GPT(tiny(self_condition="soft")))
+    rows = random_rows(2, T + 1, V)
+    window, _ = window_of(model.cfg, rows, 4, previous=torch.randn(2, 4, 4, 16))
+    fresh = dict(tg.GPT(model.cfg).named_parameters())
+    with torch.no_grad():
+        for name, p in extras_of(model):
+            p.copy_(fresh[name])
+    kvs = model.clean(rows[:, :-1])[1]
+    before = model.window(window, kvs)
+    with torch.no_grad():
+        for name, p in extras_of(model):
+            if name.endswith("lora_a"):
+                p.normal_()
+    after = model.window(window._replace(previous=None), kvs)
+    later = window._replace(noisy=window.noisy._replace(t=window.noisy.t * 0.5))
+    assert after.equal(before)
+    assert model.window(later, kvs).equal(before)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, 0.5, 1.0])
+def test_scaling_a_gradient_keeps_the_value_to_the_bit(scale: float) -> None:
+    x = torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 30, 10_000)
+    x.requires_grad_()
+    y = tg.scale_gradient(x, scale)
+    assert y.detach().equal(x.detach())
+    if scale == 0:
+        assert not y.requires_grad
+        return
+    y.sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.full_like(x, scale))
+
+
+def gradients(recipe: str = "direct", through_cache: bool = True, **overrides: Any) -> dict[str, Tensor | None]:
+    """Gradients of the windows' loss alone; the keys and values are detached if `through_cache` is off."""
+    model = model_of(recipe, **overrides)
+    rows = random_rows(2, T + 1, V)
+    window, x0 = window_of(model.cfg, rows, 4)
+    kvs = model.clean(rows[:, :-1])[1]
+    past = kvs if through_cache else [(k.detach(), v.detach()) for k, v in kvs]
+    tg.losses(model.window(window, past), torch.zeros(()), x0, window.noisy, model.cfg).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+OWN = ("lora_a", "lora_b", "time_proj", "mask_emb")  # what only windows use
+
+
+def test_a_detached_backbone_gets_no_gradient_from_windows() -> None:
+    for tied in (True, False):
+        found = gradients(diffusion_backbone_grad=0.0, diffusion_cache_grad=0.0, tie_embeddings=tied)
+        for name, grad in found.items():
+            if name.endswith(OWN):
+                assert grad is not None, name
+                assert grad.abs().sum() > 0, name
+            else:
+                assert grad is None, name
+
+
+def test_every_shared_weight_is_scaled() -> None:
+    whole, half = (gradients(through_cache=False, diffusion_backbone_grad=s, tie_embeddings=False) for s in (1.0, 0.5))
+    for name, grad in whole.items():
+        assert grad is not None, name
+        assert grad.abs().sum() > 0, name
+        other = half[name]
+        assert other is not None, name
+        torch.testing.assert_close(other, grad * (1.0 if name.endswith(OWN) else 0.5), rtol=1e-4, atol=1e-8)
+
+
+def test_cache_gradient_is_scaled() -> None:
+    """What reaches shared weights through the keys is apart from what reaches them through the windows."""
+    none, half, whole = (gradients(diffusion_backbone_grad=0.0, diffusion_cache_grad=s) for s in (0.0, 0.5, 1.0))
+    reached = [name for name, grad in whole.items() if grad is not None and not name.endswith(OWN)]
+    assert {"tok_emb", "blocks.0.attn.c_k.weight", "blocks.1.attn.c_v.weight", "blocks.0.fc.weight"} <= set(reached)
+    for name in reached:
+        grad, other = whole[name], half[name]
+        assert none[name] is None, name
+        assert grad is not None
+        assert other is not None
+        torch.testing.assert_close(other, grad * 0.5, rtol=1e-4, atol=1e-8)
+
+
+def test_every_recipe_starts_from_the_same_shared_weights() -> None:
+    first = dict(tg.GPT(tiny("ar")).named_parameters())
+    for recipe in RECIPES_WITH_DENOISER:
+        other = dict(tg.GPT(tiny(recipe, self_condition="soft")).named_parameters())
+        assert other.keys() > first.keys()
+        for name, p in first.items():
+            assert p.equal(other[name]), name
+    again, seeded = dict(tg.GPT(tiny("ar")).named_parameters()), dict(tg.GPT(tiny("ar", seed=1)).named_parameters())
+    assert all(p.equal(again[name]) for name, p in first.items())
+    assert not first["tok_emb"].equal(seeded["tok_emb"])
+    assert not first["blocks.0.fc.weight"].equal(first["blocks.1.fc.weight"])
+
+
+def test_initial_weights_are_those_of_the_baseline() -> None:
+    model = tg.GPT(tiny(model_dim=64, vocab_size=512, tie_embeddings=True))
+    assert model.tok_emb.std().item() == pytest.approx(0.005, rel=0.05)
+    assert tg.GPT(tiny(tie_embeddings=False)).tok_emb.std().item() == pytest.approx(1, rel=0.1)
+    for name, p in model.named_parameters():
+        if name.endswith("proj.weight") or name.endswith(("lora_b", "time_proj")):
+            assert not p.any(), name
+        elif name.endswith("weight") and "skip" not in name:
+            bound = p.shape[1] ** -0.5  # a linear layer's default
+            assert 0.9 * bound < p.abs().max() <= bound, name
+        elif "scale" in name or "skip" in name:
+            assert (p == 1).all(), name
+    assert (model.get_parameter("blocks.0.attn.q_gain") == 1.5).all()
+    assert model.get_parameter("blocks.0.resid_mix").mean(1).tolist() == [1, 0]
+
+
+def test_a_clean_stream_alone_cannot_denoise() -> None:
+    model = tg.GPT(tiny("ar"))
+    window, _ = window_of(model.cfg, random_rows(1, T + 1, V), 4)
+    with pytest.raises(AssertionError, match="needs a model built with diffusion on"):
+        model.window(window, None)

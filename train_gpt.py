@@ -1,0 +1,1500 @@
+"""Train, score, export and decode one set of weights that is an exact autoregressive and a text-diffusion model.
+
+    python train_gpt.py                                     one process, CPU or GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt.py   one process a device
+    RECIPE=retrograde SEED=42 python train_gpt.py           every setting is an environment variable (section 1)
+
+A clean stream reads the text causally and predicts the next token: exact likelihood, autoregressive decoding. Noisy
+windows, copies of S consecutive tokens with some corrupted, read the clean keys before them and themselves in both
+directions: denoising, infill, parallel decoding. Both run through the same weights. Contents: `grep -n '^# [0-9]'`.
+
+Shapes: B batch rows, T tokens a row, V vocabulary, D width, H query heads, G key/value heads, C channels a head,
+W windows a row, S tokens a window, N = W * (S + 1) tokens of the noisy stream, K Monte Carlo samples.
+Names: x0 clean tokens, xt corrupted ones, t noise level in (0, 1] with 1 fully corrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple, cast, get_type_hints
+
+import numpy as np
+import sentencepiece as spm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# 1  SETTINGS AND RECIPES -- one frozen table; default < RECIPE row < PRESET row < environment =========================
+
+
+class UserError(Exception):
+    """A fault that the user can repair; printed without a traceback."""
+
+
+def opt(default: Any, text: str, unit: str = "", *, choices: str = "", **limits: Any) -> Any:
+    """Declare a setting: default, help, unit, and what it may be: choices, or limits low and high."""
+    meta = {"help": text, "unit": unit, "choices": tuple(choices.split()), "low": None, "high": None, "free": False}
+    return field(default=default, metadata=meta | limits)
+
+
+free = functools.partial(opt, free=True)  # a setting that moves no training step: it may differ on RESUME
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run; environment name = upper case of the field, booleans are 0 or 1.
+
+    Raises UserError on construction, listing every fault at once (name, value, rule, remedy).
+    """
+
+    recipe: str = free("direct", "row of RECIPES the other defaults come from")
+    preset: str = free("auto", "row of PRESETS (hardware size); auto looks at this machine")
+    run_id: str = free("", "name of log and checkpoint; empty: recipe, seed and a hash of the settings")
+    seed: int = opt(1337, "fixes initial weights, data order and noise", low=0, high=2**31 - 1)
+    out_dir: str = free(".", "folder of final_model.int8.ptz, logs/ and checkpoints/", "path")
+    resume: str = free("no", "auto: continue from checkpoints/RUN_ID.pt if it is there", choices="no auto")
+    checkpoint_seconds: float = free(60.0, "time between checkpoints; 0: only the last", "s", low=0)
+    device: str = free("auto", "where to compute", choices="auto cpu cuda")
+    compile: str = free("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
+    data_path: str = free("./data/datasets/fineweb10B_sp1024", "folder of *_train_*.bin and *_val_*.bin", "path")
+    tokenizer_path: str = free("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model", "path")
+    vocab_size: int = opt(1024, "tokens V; must equal the tokenizer's", "tokens", low=2, high=65535)
+    # model: the parameter-golf baseline
+    num_layers: int = opt(9, "transformer blocks", "layers", low=1)
+    model_dim: int = opt(512, "width D", "channels", low=2)
+    num_heads: int = opt(8, "query heads H", "heads", low=1)
+    num_kv_heads: int = opt(4, "key/value heads G", "heads", low=1)
+    mlp_mult: int = opt(2, "MLP width over D", "x", low=1)
+    tied_embed_init_std: float = opt(0.005, "standard deviation of initial tied embeddings", low=0)
+    rope_base: float = opt(10000.0, "rotary base", low=1)
+    qk_gain_init: float = opt(1.5, "initial gain on normalised queries", low=0)
+    logit_softcap: float = opt(30.0, "logits are softcap * tanh(logits / softcap)", low=1)
+    # model: what only suspect tokens go through
+    adapter_rank: int = opt(16, "rank of the token-gated adapters on every matrix; 0: none", low=0)
+    time_embed_dim: int = opt(32, "features of the noise level t; 0: no time input", "features", low=0)
+    self_condition: str = opt("none", "previous prediction fed back as an input", choices="none soft commit")
+    mercury_self_condition_prob: float = opt(0.5, "share of windows that get it in training", low=0, high=1)
+    mercury_self_condition_fraction: float = opt(1.0, "commit: share of corrupted tokens replaced", low=0, high=1)
+    iterations: int = opt(20_000, "most optimizer steps", "steps", low=1)
+    max_wallclock_seconds: float = opt(600.0, "training time cap; 0: none", "s", low=0)
+    train_batch_tokens: int = opt(524_288, "global batch", "tokens", low=1)
+    train_seq_len: int = opt(1024, "tokens a row T", "tokens", low=2)
+    micro_batches: int = opt(8, "parts of the global batch; WORLD_SIZE must divide it", low=1)
+    warmup_steps: int = free(1, "passes that prime compiled kernels before the clock starts", "passes", low=0)
+    warmdown_iters: int = opt(1200, "last steps, with the rate falling to 0", "steps", low=0)
+    warmdown_frac: float = opt(0.5, "warm-down is at most this share of the run", low=0, high=1)
+    train_log_every: int = free(200, "steps between train lines; 0: none", "steps", low=0)
+    val_loss_every: int = free(1000, "steps between validations; 0: only at the end", "steps", low=0)
+    val_batch_size: int = free(524_288, "evaluation batch over all ranks", "tokens", low=1)
+    # optimizers
+    matrix_lr: float = opt(0.04, "Muon rate of matrices", low=0)
+    tied_embed_lr: float = opt(0.05, "Adam rate of the tied embedding", low=0)
+    scalar_lr: float = opt(0.04, "Adam rate of gains, scales and mixes", low=0)
+    adapter_lr: float = opt(0.01, "Adam rate of adapters, time and self-conditioning projections", low=0)
+    muon_momentum: float = opt(0.95, "Nesterov momentum", low=0, high=1)
+    muon_backend_steps: int = opt(5, "Newton-Schulz iterations", low=1)
+    muon_momentum_warmup_start: float = opt(0.85, "momentum at step 0", low=0, high=1)
+    muon_momentum_warmup_steps: int = opt(500, "steps to full momentum", "steps", low=0)
+    muon_weight_decay: float = opt(0.0, "decoupled decay of matrices", low=0)
+    beta1: float = opt(0.9, "Adam beta1", low=0, high=1)
+    beta2: float = opt(0.95, "Adam beta2", low=0, high=1)
+    adam_eps: float = opt(1e-8, "Adam epsilon", low=0)
+    grad_clip_norm: float = opt(0.0, "clip of the global gradient norm; 0: off", low=0)
+    ema_decay: float = opt(0.0, "fp32 average of weights, exported in their place; 0: off", low=0, high=0.99999)
+    mercury_clean_loss_weight: float = opt(1.0, "weight of the clean stream's next-token loss", low=0)
+    diffusion_loss_weight: float = opt(0.1, "weight of the windows' loss; 0: no denoiser", low=0)
+    diffusion_loss: str = opt("elbo", "row of LOSSES", choices="mean elbo middle score_entropy consistency")
+    diffusion_loss_clip: float = opt(10.0, "largest 1/t weight", low=1)
+    diffusion_start_step: int = opt(0, "steps with the next-token loss alone", "steps", low=0)
+    diffusion_start_frac: float = opt(0.5, "share of the run with the next-token loss alone", low=0, high=1)
+    diffusion_passes: int = opt(1, "unrolled denoising passes that carry loss", "passes", low=1)
+    diffusion_backbone_grad: float = opt(1.0, "windows' gradient scale into shared weights", low=0, high=1)
+    diffusion_cache_grad: float = opt(1.0, "windows' gradient scale into clean keys and values", low=0, high=1)
+    # windows and corruption
+    diffusion_windows: str = opt("8:1,16:1,32:1,64:1", "window sizes S with their shares; T: a whole row")
+    diffusion_row_frac: float = opt(0.25, "share of rows that carry the noisy stream", low=1e-6, high=1)
+    diffusion_causal: bool = opt(False, "attention inside a window is causal")
+    diffusion_shift: bool = opt(True, "in a window, too, position i predicts token i + 1")
+    diffusion_corruption_mode: str = opt("mask", "what replaces a token", choices="mask uniform hybrid gaussian")
+    diffusion_hybrid_mask_prob: float = opt(0.5, "hybrid: share of corrupted tokens masked", low=0, high=1)
+    diffusion_regions: str = opt("iid:3,infill:1", "where: iid spans continuation infill blocks, with their shares")
+    mercury_task_mode: str = opt("none", "overrides regions", choices="none mixed continuation infill")
+    mercury_continuation_prob: float = opt(0.75, "mixed: share of continuation, the rest infill", low=0, high=1)
+    diffusion_rate: str = opt("uniform", "how t is chosen in [min, max]", choices="uniform fixed")
+    diffusion_progressive: bool = opt(True, "fixed: t goes from min to max over the run; 0: it stays at max")
+    diffusion_min_mask_ratio: float = opt(0.0, "least noise level", low=0, high=1)
+    diffusion_max_mask_ratio: float = opt(1.0, "greatest noise level", low=1e-6, high=1)
+    diffusion_ramp: str = opt("run", "progressive over what will be run, or ITERATIONS", choices="run iterations")
+    diffusion_full_prob: float = opt(0.3, "share of windows at t = 1", low=0, high=1)
+    diffusion_span_len: int = opt(8, "tokens a span or block", "tokens", low=1)
+    diffusion_spans_per_seq: int = opt(8, "most spans a window", "spans", low=1)
+    export_levels: int = free(0, "largest int8 value; 0: the finest of EXPORT_LEVELS that fits", low=0, high=127)
+    nelbo_windows: str = free("1,16,T", "window sizes of nelbo_bpb; empty: none")
+    nelbo_samples: int = free(8, "Monte Carlo samples K a window", "samples", low=2)
+    nelbo_sequences: int = free(0, "validation rows scored, evenly spaced; 0: all", "rows", low=0)
+    parallel_eval_examples: int = free(16, "examples a task; 0: no parallel_eval", low=0)
+    parallel_eval_prefix_len: int = free(128, "visible tokens before the span", "tokens", low=2)
+    parallel_eval_span_len: str = free("64,8", "decoded tokens, one table each", "tokens")
+    parallel_eval_suffix_len: int = free(64, "infill: visible tokens after the span", "tokens", low=1)
+    parallel_eval_steps: str = free("1,2,4,8", "refinement passes", "passes")
+    eval_seed: int = free(0, "fixes the noise of evaluation", low=0)
+
+    def __post_init__(self) -> None:
+        faults = []
+        for f in dataclasses.fields(self):
+            name, value, meta = f.name.upper(), getattr(self, f.name), f.metadata
+            if meta["choices"] and value not in meta["choices"]:
+                faults.append(f"{name}={value!r} must be one of: {', '.join(meta['choices'])}")
+            low, high = meta["low"], meta["high"]
+            if (low is not None and value < low) or (high is not None and value > high):
+                faults.append(f"{name}={value} must be in [{low}, {'inf' if high is None else high}] ({meta['help']})")
+        for holds, message in RULES:
+            try:
+                broken = not holds(self)
+            except (ValueError, ZeroDivisionError) as error:  # a list that does not parse; a zero is reported above
+                broken = isinstance(error, ValueError)
+            if broken:
+                faults.append(message.format(**dataclasses.asdict(self)))
+        if faults:
+            raise UserError("\n".join(faults))
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def diffusion(self) -> bool:
+        return self.diffusion_loss_weight > 0
+
+    def sizes(self, text: str) -> list[tuple[int, float]]:
+        return [(self.train_seq_len if size == "T" else int(size), share) for size, share in parse_shares(text)]
+
+    def tiles(self, text: str) -> bool:
+        return all(size > 0 and self.train_seq_len % size == 0 for size, _ in self.sizes(text))
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> tuple[Config, dict[str, str], list[str]]:
+        """Resolve default < RECIPE < PRESET < environment; PRESET=auto looks at this machine.
+
+        Returns settings, the source of each, and warnings about near-miss names; UserError lists all faults at once.
+        """
+        known, hints = {f.name.upper(): f.name for f in dataclasses.fields(cls)}, get_type_hints(cls)
+        values, source, faults = dict[str, Any](), dict.fromkeys(known.values(), "default"), list[str]()
+        cuda = torch.cuda.is_available() and env.get("DEVICE") != "cpu"
+        machine = "cpu" if not cuda else "1xgpu" if env.get("WORLD_SIZE", "1") == "1" else "8xh100"
+        legacy = {"mercury": "retrograde", "none": "ar"}.get(env.get("DIFFUSION_TRAIN_MODE", ""), "direct")
+        chosen = {"RECIPE": env.get("RECIPE", legacy), "PRESET": env.get("PRESET", "auto").replace("auto", machine)}
+        for key, rows in (("RECIPE", RECIPES), ("PRESET", PRESETS)):
+            if chosen[key] not in rows:
+                close = ", ".join(difflib.get_close_matches(chosen[key], rows, 3, cutoff=0.4)) or "none"
+                faults.append(f"{key}={chosen[key]!r} is not in {key}S; closest: {close}; known: {', '.join(rows)}")
+            for name, value in rows.get(chosen[key], {}).items():
+                values[name], source[name] = value, f"{key.lower()} {chosen[key]}"
+        for key in sorted(env.keys() & known.keys()):
+            try:
+                values[known[key]], source[known[key]] = parse_value(hints[known[key]], env[key]), "env"
+            except ValueError as error:
+                faults.append(f"{key}={env[key]!r} {error}")
+        try:
+            cfg = cls(**values | {"preset": chosen["PRESET"], "recipe": chosen["RECIPE"]})
+        except UserError as error:
+            faults.append(str(error))
+        if faults:
+            raise UserError("\n".join(faults))
+        strangers = sorted(env.keys() - known.keys() - {"DIFFUSION_TRAIN_MODE"})
+        near = [(key, difflib.get_close_matches(key, known, 1, cutoff=0.85)) for key in strangers]
+        return cfg, source, [f"{key} is not a setting; did you mean {close[0]}?" for key, close in near if close]
+
+    def regions(self) -> list[tuple[str, float]]:
+        p = self.mercury_continuation_prob
+        tasks = {"none": self.diffusion_regions, "mixed": f"continuation:{p},infill:{1 - p}"}
+        return parse_shares(tasks.get(self.mercury_task_mode, self.mercury_task_mode))
+
+    def path(self, folder: str, suffix: str) -> Path:
+        digest = hashlib.sha256(json.dumps(self.training_settings(), sort_keys=True).encode()).hexdigest()
+        return Path(self.out_dir, folder, (self.run_id or f"{self.recipe}_seed{self.seed}_{digest[:8]}") + suffix)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path("checkpoints", ".pt")
+
+    def training_settings(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata["free"]}
+
+    def table(self, source: Mapping[str, str]) -> str:
+        rows = [(f.name, getattr(self, f.name), f.metadata) for f in dataclasses.fields(self)]
+        return "\n".join(f"{n.upper():32}{v!s:42}{source[n]:20}{m['unit']:10}{m['help']}" for n, v, m in rows)
+
+
+def parse_value(kind: type, text: str) -> Any:
+    """Read a setting of type str, int, float or bool; ValueError says what it must be."""
+    with contextlib.suppress(ValueError, KeyError):
+        if kind is bool:
+            return {"0": False, "1": True}[text]
+        if kind is not float or math.isfinite(float(text)):
+            return kind(text)
+    raise ValueError({bool: "must be 0 or 1", int: "must be a whole number"}.get(kind, "must be a finite number"))
+
+
+def parse_shares(text: str) -> list[tuple[str, float]]:
+    """Read `name:share,name:share` (a bare name has share 1) and scale the shares to sum to 1."""
+    pairs = [part.partition(":") for part in text.split(",") if part.strip()]
+    shares = [(name.strip(), float(share) if colon else 1.0) for name, colon, share in pairs]
+    total = sum(share for _, share in shares)
+    if shares and (not 0 < total < math.inf or any(share < 0 for _, share in shares)):
+        raise ValueError("needs shares that are not negative and do not sum to 0")
+    return [(name, share / total) for name, share in shares if share > 0]
+
+
+REGIONS = ("iid", "spans", "continuation", "infill", "blocks")
+
+# Rules that join settings: what must hold, and what is said when it does not ({name} is the field's value).
+# fmt: off
+RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
+    (lambda c: c.model_dim % (2 * c.num_heads) == 0,
+     "MODEL_DIM={model_dim} must be a multiple of 2 x NUM_HEADS={num_heads} (rotary pairs); change one of them"),
+    (lambda c: c.num_heads % c.num_kv_heads == 0,
+     "NUM_HEADS={num_heads} must be a multiple of NUM_KV_HEADS={num_kv_heads}; change one of them"),
+    (lambda c: c.train_batch_tokens % (c.micro_batches * c.train_seq_len) == 0,
+     "TRAIN_BATCH_TOKENS={train_batch_tokens} must be a multiple of MICRO_BATCHES={micro_batches} x "
+     "TRAIN_SEQ_LEN={train_seq_len}; change one of them"),
+    (lambda c: c.sizes(c.diffusion_windows) != [] and c.tiles(c.diffusion_windows),
+     "DIFFUSION_WINDOWS={diffusion_windows!r} must be sizes (or T) that divide TRAIN_SEQ_LEN={train_seq_len}: 8:1,T:2"),
+    (lambda c: c.tiles(c.nelbo_windows),
+     "NELBO_WINDOWS={nelbo_windows!r} must be sizes (or T) that divide TRAIN_SEQ_LEN={train_seq_len}: 1,16,T"),
+    (lambda c: c.regions() != [] and all(name in REGIONS for name, _ in c.regions()),
+     f"DIFFUSION_REGIONS={{diffusion_regions!r}} must name {', '.join(REGIONS)}: iid:3,infill:1"),
+    (lambda c: c.diffusion_min_mask_ratio <= c.diffusion_max_mask_ratio,
+     "DIFFUSION_MIN_MASK_RATIO={diffusion_min_mask_ratio} exceeds the MAX, {diffusion_max_mask_ratio}; swap them"),
+    (lambda c: c.mercury_clean_loss_weight > 0 or c.diffusion,
+     "MERCURY_CLEAN_LOSS_WEIGHT and DIFFUSION_LOSS_WEIGHT are 0: nothing to train; set one above 0"),
+    (lambda c: all(int(n) >= 1 for n, _ in parse_shares(f"{c.parallel_eval_steps},{c.parallel_eval_span_len}")),
+     "PARALLEL_EVAL_STEPS={parallel_eval_steps!r} and _SPAN_LEN={parallel_eval_span_len!r} must list numbers from 1"),
+    (lambda c: not c.parallel_eval_examples or c.parallel_eval_prefix_len + c.parallel_eval_suffix_len
+     + max((int(n) for n, _ in parse_shares(c.parallel_eval_span_len)), default=0) <= c.train_seq_len,
+     "PARALLEL_EVAL_PREFIX_LEN={parallel_eval_prefix_len}, _SPAN_LEN={parallel_eval_span_len} and _SUFFIX_LEN="
+     "{parallel_eval_suffix_len} must fit TRAIN_SEQ_LEN={train_seq_len}; shorten them or set PARALLEL_EVAL_EXAMPLES=0"),
+    (lambda c: all(ch.isalnum() or ch in "._-" for ch in c.run_id),
+     "RUN_ID={run_id!r} names files; use letters, digits, '.', '_' and '-'"),
+)
+
+# A recipe lists only what differs from the defaults, which are `direct`.
+RECIPES: dict[str, dict[str, Any]] = {
+    "direct": dict(),
+    # The naive baseline of the challenge: no window, no adapter, no time; 17,059,912 parameters at the default size.
+    "ar": dict(diffusion_loss_weight=0.0, adapter_rank=0, time_embed_dim=0),
+    # "Mercury in Retrograde", defects included. Its alignment is not published; own-position targets fit the 12.97 bpb
+    # of its pure-denoising rows (a clean stream that copies its input).
+    "retrograde": dict(
+        mercury_clean_loss_weight=0.1, diffusion_loss_weight=1.0, diffusion_loss="mean", diffusion_start_step=100,
+        diffusion_start_frac=0.0, diffusion_windows="T", diffusion_row_frac=1.0, diffusion_causal=True,
+        diffusion_shift=False, diffusion_corruption_mode="hybrid", diffusion_hybrid_mask_prob=0.5,
+        mercury_task_mode="mixed", mercury_continuation_prob=0.75, diffusion_rate="fixed", diffusion_progressive=True,
+        diffusion_min_mask_ratio=0.25, diffusion_max_mask_ratio=0.35, diffusion_ramp="iterations",
+        diffusion_full_prob=0.0, adapter_rank=0, time_embed_dim=0,
+        self_condition="commit", mercury_self_condition_prob=1.0, mercury_self_condition_fraction=0.75),
+    # PR 1194: 30 % next-token + 70 % masked diffusion over whole rows, own-position targets, no time input. Its cosine
+    # schedule only changes how often each t is drawn: the ELBO is the same for all, and t is drawn uniformly here.
+    "mdlm_30_70": dict(
+        mercury_clean_loss_weight=0.3, diffusion_loss_weight=0.7, diffusion_loss_clip=100.0, diffusion_windows="T",
+        diffusion_start_frac=0.0, diffusion_row_frac=1.0, diffusion_shift=False, diffusion_regions="iid",
+        diffusion_full_prob=0.0, adapter_rank=0, time_embed_dim=0),
+}
+
+# A preset says how large: model size, batch and time, never the objective.
+PRESETS: dict[str, dict[str, Any]] = {
+    "8xh100": dict(),
+    "1xgpu": dict(train_batch_tokens=131_072, micro_batches=4, val_batch_size=131_072),
+    "cpu": dict(
+        num_layers=4, model_dim=160, num_heads=4, num_kv_heads=2, train_seq_len=256, train_batch_tokens=4096,
+        micro_batches=2, max_wallclock_seconds=150.0, matrix_lr=0.02, tied_embed_lr=0.03, train_log_every=20,
+        muon_momentum_warmup_steps=100, val_batch_size=8192, val_loss_every=0, nelbo_sequences=256),
+}
+# fmt: on
+
+
+# 2  RUN CONTEXT AND LOG -- device, precision, kernels and ranks, chosen once; one call writes both logs ===============
+
+# Lines other programs parse keep the challenge's and the predecessor's form; other events print as `name key:value`.
+LINES = {
+    "train": "step:{step}/{iterations} train_loss:{train_loss:.4f} train_time:{train_ms:.0f}ms step_avg:{step_ms:.2f}ms"
+    " denoise_loss:{denoise_loss:.4f} tok_per_sec:{tok_per_sec:.0f}",
+    "val": "step:{step}/{iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{train_ms:.0f}ms",
+    "size": "Total submission size int8+zlib: {total_bytes} bytes (code {code_bytes} + model {model_bytes})",
+    "final": "final_int8_zlib_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}",
+    "nelbo": "nelbo_bpb window:{window} bound:{bpb:.6f} se:{standard_error:.6f} K:{samples} tokens:{tokens}",
+    "config": "{table}",
+    "parallel_eval": "parallel_eval task:{task} steps:{steps} token_acc:{token_acc:.4f} exact_seq:{exact_seq:.4f} "
+    "tokens:{tokens} tok_per_sec:{tok_per_sec:.2f} span:{span} forwards:{forwards} mode:{mode}",
+}
+
+
+class Log:
+    """Write each event once to OUT_DIR/logs/RUN_ID.txt for people and RUN_ID.jsonl for programs; rank 0 only."""
+
+    def __init__(self, cfg: Config, rank: int, continued: bool) -> None:
+        self.path, self.active = cfg.path("logs", ".txt"), rank == 0
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for old in (self.path, self.path.with_suffix(".jsonl")):
+                if self.active and old.exists() and not continued:  # never overwritten
+                    old.rename(old.with_name(f"{old.stem}.{int(old.stat().st_mtime)}{old.suffix}"))
+        except OSError as error:
+            raise UserError(f"OUT_DIR={cfg.out_dir!r} cannot be written ({error.strerror}); name another") from error
+
+    def write(self, text: str, suffix: str = ".txt", echo: bool = True) -> None:
+        with contextlib.suppress(OSError):  # a full disk must not end the run
+            if self.active:
+                with open(self.path.with_suffix(suffix), "a", encoding="utf-8") as file:
+                    file.write(text + "\n")
+        if self.active and echo:
+            tqdm.write(text)
+
+    def event(self, name: str, /, **values: Any) -> None:
+        """Render one event for people, as LINES says, and for programs; NaN becomes null in JSON."""
+        self.write(LINES.get(name, name + "".join(f" {k}:{{{k}}}" for k in values)).format(**values))
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self.write(json.dumps({"event": name, **finite}, allow_nan=False), ".jsonl", echo=False)
+
+
+@dataclass
+class Run:
+    """What one process is: its rank, device, kernels and log."""
+
+    cfg: Config
+    rank: int
+    world_size: int
+    device: torch.device
+    log: Log
+    control: dist.ProcessGroup | None = None  # gloo: host decisions travel without a device sync
+    compile: bool = False
+    quiet: bool | None = None  # None: progress bars on a terminal only
+
+    @classmethod
+    @contextlib.contextmanager
+    def start(cls, cfg: Config) -> Iterator[Run]:
+        """Pick device and kernels, join the process group and leave it on any exit; UserError: a rank was lost."""
+        again = "the last checkpoint is kept: start the same command with RESUME=auto"
+        rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if cfg.micro_batches % world:
+            raise UserError(f"WORLD_SIZE={world} must divide MICRO_BATCHES={cfg.micro_batches}; raise MICRO_BATCHES")
+        found = torch.cuda.device_count() if cfg.device != "cpu" and torch.cuda.is_available() else 0
+        if (cuda := cfg.device == "cuda" or found > 0) and local >= found:
+            raise UserError(f"DEVICE={cfg.device}: {found} CUDA devices, local rank {local} has none; use DEVICE=cpu")
+        device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        log = Log(cfg, rank, continued=cfg.resume == "auto" and cfg.checkpoint.exists())
+        compiled = cfg.compile == "1" or (cfg.compile == "auto" and cuda)
+        run = cls(cfg, rank, world, device, log, compile=compiled, quiet=True if rank else None)
+
+        def on_sigterm(_signal: int, _frame: object) -> None:
+            print(f"rank {rank}: ended by SIGTERM; {again}", file=sys.stderr, flush=True)
+            raise SystemExit(143)
+
+        previous = signal.signal(signal.SIGTERM, on_sigterm)
+        try:
+            if cuda:
+                torch.cuda.set_device(device)
+                torch.set_float32_matmul_precision("high")
+            torch.use_deterministic_algorithms(not cuda)
+            if world > 1:
+                dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+                run.control = dist.new_group(backend="gloo") if cuda else dist.group.WORLD
+            yield run
+        except UserError as error:
+            log.event("error", reason=str(error))
+            raise
+        except RuntimeError as error:
+            first = str(error).splitlines()[0][:200]
+            if world == 1 or not any(word in str(error) for word in ("onnect", "roken pipe", "NCCL", "peer")):
+                raise
+            raise UserError(f"rank {rank} lost another rank, which probably died ({first}); {again}") from error
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            if world > 1 and dist.is_initialized():
+                dist.destroy_process_group()
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Compute in bf16 on CUDA, in fp32 on CPU (where bf16 matrix products are emulated)."""
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def sum(self, values: Tensor) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def from_rank0(self, value: float) -> float:
+        """Give every rank rank 0's number, so that all decide the same on time; also a barrier."""
+        if self.control is None:
+            return value
+        box = torch.tensor([value], dtype=torch.float64)
+        dist.broadcast(box, 0, group=self.control)
+        return box.item()
+
+    def header(self, source: Mapping[str, str], warnings: Sequence[str]) -> None:
+        """Open the log with the program itself, the machine, versions, kernels and settings."""
+        code, cuda = Path(__file__).read_text(encoding="utf-8"), self.device.type == "cuda"
+        commit, machine, git = "none", platform.machine(), ["git", "-C", str(Path(__file__).parent), "describe"]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            commit = subprocess.check_output(
+                [*git, "--always", "--dirty"], stderr=subprocess.DEVNULL, text=True
+            ).strip()
+        with contextlib.suppress(OSError, IndexError):
+            machine = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t :")
+        machine = torch.cuda.get_device_name(self.device) if cuda else f"{machine}, {os.cpu_count()} cores"
+        self.log.write(code + "=" * 100, echo=False)
+        facts = dict[str, Any](time=datetime.now(UTC).isoformat(timespec="seconds"), commit=commit, machine=machine)
+        facts |= {"device": str(self.device), "world_size": self.world_size, "threads": torch.get_num_threads()}
+        facts |= {"precision": "bf16 autocast" if cuda else "fp32", "compile": self.compile, "attention": "sdpa"}
+        facts |= {"python": platform.python_version(), "torch": torch.__version__, "command": " ".join(sys.argv)}
+        self.log.event("header", **facts, sha256=hashlib.sha256(code.encode()).hexdigest())
+        self.log.event("config", table=self.cfg.table(source), values=dataclasses.asdict(self.cfg), source=dict(source))
+        for warning in warnings:
+            self.log.event("warning", reason=warning)
+
+
+def atomic_write(path: Path, data: bytes, what: str) -> None:
+    """Replace a file as a whole; on failure, a full disk included, the old one stays and UserError says why."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        remedy = f"({error.strerror}); the old one, if any, is intact; free space or set OUT_DIR"
+        raise UserError(f"{what} {path} of {len(data):,} bytes was not written {remedy}") from error
+
+
+# 3  DATA AND BYTES -- shards, the order of training tokens, and exactly how many bytes a token stands for =============
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256  # the challenge's: int32 header, then uint16 tokens
+SCAN_TOKENS = 1 << 28  # ids of up to this many tokens are checked before training; all of them are on reading
+PREPARE = "python scripts/prepare_data.py"
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class TokenLoader:
+    """Read one endless stream of tokens over all shards of a split, in file order, wrapping at the end.
+
+    A row of a step has a fixed place in it, so a batch does not depend on the number of ranks; the state is one number,
+    `position`. UserError: no or damaged shards, ids outside the vocabulary, too few tokens.
+    """
+
+    def __init__(self, cfg: Config, split: str) -> None:
+        self.vocab_size, self.position = cfg.vocab_size, 0
+        self.paths = sorted(Path(cfg.data_path).glob(f"*_{split}_*.bin"))
+        if not self.paths:
+            raise UserError(f"DATA_PATH={cfg.data_path!r} holds no *_{split}_*.bin; name another or: {PREPARE}")
+        self.shards = [self.open_shard(path) for path in self.paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.total = int(self.ends[-1])
+        if self.total <= cfg.train_seq_len:
+            held = f"longer than the {self.total:,} {split} tokens of DATA_PATH={cfg.data_path!r}"
+            raise UserError(f"TRAIN_SEQ_LEN={cfg.train_seq_len} is {held}; shorten it or prepare more text")
+        for i in range(len(self.shards) if self.total <= SCAN_TOKENS else 1):
+            self.check(self.shards[i], i)
+
+    @staticmethod
+    def open_shard(path: Path) -> Array:
+        """Map a shard's tokens, (tokens,) uint16, after checking its header and size."""
+        header, size = np.fromfile(path, dtype="<i4", count=SHARD_HEADER), path.stat().st_size
+        if header.size < SHARD_HEADER or header[0] != SHARD_MAGIC:
+            raise UserError(f"{path} is not a token shard (no magic number {SHARD_MAGIC}); rebuild it: {PREPARE}")
+        if header[1] != SHARD_VERSION:
+            raise UserError(f"{path} has shard version {header[1]}, not {SHARD_VERSION}; rebuild it: {PREPARE}")
+        count, held = int(header[2]), (size - SHARD_HEADER * 4) / 2
+        if count < 1 or held != count:
+            raise UserError(f"{path} announces {count:,} tokens but holds {held:,}: truncated; copy or build it again")
+        return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER * 4, shape=(count,))
+
+    def check(self, tokens: Array, shard: int) -> None:
+        if tokens.size and (worst := int(tokens.max())) >= self.vocab_size:
+            raise UserError(
+                f"{self.paths[shard]} holds token {worst}; set the VOCAB_SIZE it needs, not {self.vocab_size}"
+            )
+
+    def rows(self, start: int, num_rows: int, seq_len: int, device: torch.device) -> Tensor:
+        """Rows of T + 1 tokens that overlap by one, (num_rows, T + 1) int64: inputs are [:, :-1], targets [:, 1:]."""
+        parts, count = list[Array](), num_rows * seq_len + 1
+        while count:
+            start %= self.total
+            i = int(np.searchsorted(self.ends, start, side="right"))
+            offset = start - (int(self.ends[i]) - len(self.shards[i]))
+            parts.append(self.shards[i][offset : offset + count])
+            self.check(parts[-1], i)
+            start, count = start + len(parts[-1]), count - len(parts[-1])
+        flat = torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        if device.type == "cuda":
+            flat = flat.pin_memory().to(device, non_blocking=True)
+        return flat.unfold(0, seq_len + 1, seq_len)
+
+
+class ByteCounter:
+    """Count the bytes of text that tokens stand for, as the challenge does: UserError if the tokenizer does not fit.
+
+    A piece counts its UTF-8 bytes, a byte token 1, control, unknown and unused tokens 0. The space that opens a piece
+    counts unless the token before is such a boundary and the tokenizer drops it there. On whole documents the sum
+    equals len(decode(tokens).encode()).
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        path, name = Path(cfg.tokenizer_path), f"TOKENIZER_PATH={cfg.tokenizer_path!r}"
+        try:
+            self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+            self.tokenizer = sp = spm.SentencePieceProcessor(model_file=str(path))
+            size = sp.vocab_size()
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{name} is no SentencePiece model ({error}); name one or: {PREPARE}") from error
+        if size != cfg.vocab_size:
+            raise UserError(f"VOCAB_SIZE={cfg.vocab_size} but {name} has {size} pieces; use the one the shards need")
+        silent = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(size)]
+        text = ["?" if sp.is_byte(i) else sp.id_to_piece(i).replace("\u2581", " ") for i in range(size)]
+        text = ["" if mute else piece for mute, piece in zip(silent, text, strict=True)]
+        # Does the tokenizer drop a space that opens a text? The challenge's does; one that keeps indentation does not.
+        drops = not any(sp.decode([i]).startswith(" ") for i in range(size) if text[i].startswith(" "))
+        self.base_bytes = torch.tensor([len(t.removeprefix(" ").encode()) for t in text])
+        self.opens = torch.tensor([t.startswith(" ") for t in text])
+        self.boundary = torch.tensor([s and drops for s in silent])
+
+    def count(self, prev: Tensor, target: Tensor) -> Tensor:
+        """Bytes of each target token given the token before it: any equal shapes, int64, on the CPU."""
+        prev, target = prev.cpu(), target.cpu()
+        return self.base_bytes[target] + (self.opens[target] & ~self.boundary[prev])
+
+
+def bits_per_byte(sum_nats: float, sum_bytes: float) -> float:
+    """Turn a sum of nats and a sum of bytes into bits per byte: the only such division in the project."""
+    return sum_nats / math.log(2) / sum_bytes
+
+
+# 4  NOISE, MASKS, LOSSES -- pure functions of tensors; nothing here knows about devices or ranks ======================
+
+MIX1, MIX2, GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB  # as signed int64
+
+
+def derive(keys: Tensor, *parts: int | Tensor) -> Tensor:
+    """Make keys of sub-streams, int64 of the broadcast shape, by the finaliser of splitmix64 (Steele et al. 2014)."""
+    for part in parts:
+        h = (keys + 1) * GOLDEN + part  # products wrap
+        h = (h ^ ((h >> 30) & 0x3FFFFFFFF)) * MIX1
+        h = (h ^ ((h >> 27) & 0x1FFFFFFFFF)) * MIX2
+        keys = h ^ ((h >> 31) & 0x1FFFFFFFF)
+    return keys
+
+
+def uniform(keys: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Draw uniforms in [0, 1) as a pure function of int64 keys: (...) to (..., count) of `dtype`.
+
+    Noise keyed by seed, step and row makes a result independent of batch size, world size and device.
+    """
+    h = derive(keys[..., None], torch.arange(count, device=keys.device))
+    bits = 53 if dtype == torch.float64 else 24
+    return ((h >> (64 - bits)) & ((1 << bits) - 1)).to(dtype) * 2.0**-bits
+
+
+class Corruption(NamedTuple):
+    """Noised windows. `suspect` is what a decoder knows too: tokens that may be wrong and so take the noisy path."""
+
+    xt: Tensor  # (B, W, S) int64; [MASK] is V, one past the vocabulary: an input that is never predicted
+    corrupted: Tensor  # (B, W, S) bool, where loss is taken
+    suspect: Tensor  # (B, W, S) bool, where adapters and time act
+    t: Tensor  # (B, W) float32 in (0, 1]
+    noise: Tensor | None = None  # (B, W, S, D) Gaussian noise of embeddings, mode gaussian only
+
+
+def noise_level(cfg: Config, keys: Tensor, window_index: Tensor, ramp: float) -> Tensor:
+    """Choose t of each window, (B, W) float32 in (0, 1]; a share DIFFUSION_FULL_PROB is at 1.
+
+    The uniform rate steps by the golden ratio with `window_index` (B, W), the place in the global batch plus a random
+    start, so any run of windows covers [min, max] evenly. `ramp`: how far a progressive rate has come.
+    """
+    low, high = cfg.diffusion_min_mask_ratio, cfg.diffusion_max_mask_ratio
+    u = (window_index.double() * 0.6180339887498949).frac().float()  # in [0, 1), so t stays above `low`
+    if cfg.diffusion_rate == "fixed":
+        u = torch.full_like(u, 1 - ramp if cfg.diffusion_progressive else 0.0)
+    full = uniform(derive(keys, 1), 1)[..., 0] < cfg.diffusion_full_prob
+    return torch.where(full, 1.0, high - (high - low) * u).clamp_min(1e-6)
+
+
+def region_mask(name: str, t: Tensor, keys: Tensor, size: int, cfg: Config) -> Tensor:
+    """Mark the tokens to corrupt in each window, (B, W, S) bool, for one of REGIONS at noise level t (B, W)."""
+    i, span = torch.arange(size, device=t.device), min(cfg.diffusion_span_len, size)
+    length = (t * size).round().clamp(1, size).long()[..., None]
+    if name == "continuation":  # one run up to the end
+        return i >= size - length
+    if name == "infill":  # one run, with text after it
+        start = (uniform(keys, 1) * (size - length)).long()
+        return (i >= start) & (i < start + length)
+    if name == "blocks":  # aligned runs, each with probability t
+        return (uniform(keys, -(-size // span)) < t[..., None]).repeat_interleave(span, dim=-1)[..., :size]
+    if name == "spans":  # runs at random places, as many as make up t
+        starts = (uniform(keys, cfg.diffusion_spans_per_seq) * (size - span + 1)).long()[..., None]
+        wanted = torch.arange(cfg.diffusion_spans_per_seq, device=t.device) * span < length
+        return ((i >= starts) & (i < starts + span) & wanted[..., None]).any(dim=-2)
+    return uniform(keys, size) < t[..., None]  # iid
+
+
+def corrupt(x0: Tensor, t: Tensor, keys: Tensor, cfg: Config) -> Corruption:
+    """Corrupt windows of clean tokens (B, W, S) at noise levels t (B, W), with randomness from keys (B, W).
+
+    Absorbing and uniform noise: arXiv:2107.03006; both mixed: arXiv:2503.04482; Gaussian: arXiv:2205.14217.
+    """
+    names, shares = zip(*cfg.regions(), strict=True)
+    region = (uniform(derive(keys, 2), 1) >= torch.tensor(shares[:-1], device=t.device).cumsum(0)).sum(-1, keepdim=True)
+    corrupted = (t >= 1)[..., None].expand_as(x0)
+    for i, name in enumerate(names):
+        corrupted = corrupted | ((region == i) & region_mask(name, t, derive(keys, 3), x0.shape[-1], cfg))
+    masked = {"mask": 1.0, "hybrid": cfg.diffusion_hybrid_mask_prob}.get(cfg.diffusion_corruption_mode, 0.0)
+    return apply_noise(x0, corrupted, t, derive(keys, 4), cfg, masked)
+
+
+def apply_noise(x0: Tensor, corrupted: Tensor, t: Tensor, keys: Tensor, cfg: Config, mask_share: float) -> Corruption:
+    """Replace the marked tokens by [MASK] (a share `mask_share`) or random tokens; mode gaussian blurs embeddings."""
+    mode, size = cfg.diffusion_corruption_mode, x0.shape[-1]
+    if mode == "gaussian":  # Box and Muller 1958
+        u = uniform(derive(keys, 1), 2 * size * cfg.model_dim).view(*x0.shape, cfg.model_dim, 2)
+        noise = (-2 * torch.log1p(-u[..., 0])).sqrt() * torch.cos(2 * math.pi * u[..., 1])
+        return Corruption(x0, corrupted, corrupted, t, noise)
+    random_token = (uniform(derive(keys, 2), size) * cfg.vocab_size).long()
+    masked = uniform(derive(keys, 3), size) < mask_share
+    xt = torch.where(corrupted, torch.where(masked, cfg.vocab_size, random_token), x0)
+    # Where any token may be a wrong one, nothing may tell the model which: all of the window is suspect.
+    return Corruption(xt, corrupted, corrupted if mode == "mask" else torch.ones_like(corrupted), t)
+
+
+def window_mask(seq_len: int, size: int, causal: bool, device: torch.device) -> Tensor:
+    """Which keys of [clean ; noisy] may each noisy query read? (N, T + N) bool for windows that tile a row.
+
+    Window w covers tokens w S + 1 .. w S + S, preceded by the clean token w S. It reads clean keys before that one, and
+    itself: in both directions, or only backwards if `causal`.
+    """
+    clean, noisy = (torch.arange(n, device=device) for n in (seq_len, seq_len // size * (size + 1)))
+    window = noisy // (size + 1)
+    own = (window[:, None] == window) & ((noisy <= noisy[:, None]) | (not causal))
+    return torch.cat((clean < window[:, None] * size, own), dim=1)
+
+
+def tile(rows: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut rows (B, T + 1) into windows: tokens (B, W, S), the clean token before each (B, W, 1), positions (N,)."""
+    positions = torch.arange(rows.shape[1], device=rows.device).unfold(0, size + 1, size).flatten()
+    return rows[:, 1:].reshape(len(rows), -1, size), rows[:, :-1:size, None], positions
+
+
+def token_nll(logits: Tensor, x0: Tensor) -> Tensor:
+    """Cross-entropy of each token, nats: (..., V) and (...) to (...)."""
+    return F.cross_entropy(logits.flatten(0, -2), x0.flatten(), reduction="none").view_as(x0)
+
+
+def score_entropy(logits: Tensor, x0: Tensor) -> Tensor:
+    """Denoising score entropy of absorbing noise (SEDD, arXiv:2310.16834) times t, at masked tokens, nats.
+
+    Logits are log scores up to log V. With scores exp(l_y) (1 - t) / t and true ratios [y = x0] (1 - t) / t, SEDD sums
+    (sum_y exp(l_y) - l_x0 - 1) / t over t: least where exp(l) is the posterior, and then its cross-entropy over t.
+    """
+    log_score = logits - math.log(logits.shape[-1])  # zero logits are a normalised score, as the paper scales them
+    return log_score.exp().sum(-1) - log_score.gather(-1, x0[..., None])[..., 0] - 1
+
+
+# Weight of a window's corrupted tokens by noise level; True: their weighted mean, False: their sum over all tokens.
+LOSSES: dict[str, tuple[Callable[[Tensor, Config], Tensor], bool]] = {
+    "mean": (lambda t, _: torch.ones_like(t), True),
+    "middle": (lambda t, _: (6 * t * (1 - t)).clamp_min(1e-3), True),  # middle noise levels count most
+    "consistency": (lambda t, _: torch.ones_like(t), True),
+    # An integral over noise levels: the negative ELBO (arXiv:2406.07524, arXiv:2406.04329) unless the clip binds.
+    "elbo": (lambda t, c: (1 / t).clamp_max(c.diffusion_loss_clip), False),
+    "score_entropy": (lambda t, c: (1 / t).clamp_max(c.diffusion_loss_clip), False),
+}
+
+
+def losses(logits: Tensor, clean_logits: Tensor, x0: Tensor, noisy: Corruption, cfg: Config) -> Tensor:
+    """Loss of noisy windows as DIFFUSION_LOSS names it, a scalar in nats a token.
+
+    logits (B, W, S, V) predict x0 (B, W, S); clean_logits are what the clean stream says of the same tokens, from which
+    `consistency` takes its KL divergence.
+    """
+    if cfg.diffusion_loss == "consistency":
+        target = clean_logits.log_softmax(-1)
+        values = (target.exp() * (target - logits.log_softmax(-1))).sum(-1)
+    else:
+        values = (score_entropy if cfg.diffusion_loss == "score_entropy" else token_nll)(logits, x0)
+    weigh, as_mean = LOSSES[cfg.diffusion_loss]
+    weight = weigh(noisy.t, cfg)[..., None] * noisy.corrupted
+    return (values * weight).sum() / (weight.sum().clamp_min(1e-6) if as_mean else weight.numel())
+
+
+# 5  MODEL -- one trunk; the clean stream and the noisy windows are two ways through it ================================
+
+KV = tuple[Tensor, Tensor]  # rotated keys and values of a layer, each (B, G, tokens, C)
+
+
+class Stream(NamedTuple):
+    """How tokens pass the trunk. The clean stream is causal; a window has a mask, a gate and a gradient scale."""
+
+    positions: Tensor  # (tokens,)
+    causal: bool = True
+    mask: Tensor | None = None
+    gate: Tensor | None = None  # (B, N, 1), 1 where a token is suspect
+    time: Tensor | None = None  # (B, N, F) features of the noise level, 0 where a token is not suspect
+    scale: float = 1.0  # of gradients into shared weights
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """The same numbers, exactly, with their gradient multiplied by `scale`."""
+    return x if scale == 1 else x.detach() if scale == 0 else x.detach() + scale * (x - x.detach())
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:])
+
+
+def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    """Apply rotary position embedding (arXiv:2104.09864) to (B, heads, tokens, C)."""
+    frequency = base ** -(torch.arange(0, x.shape[-1], 2, device=x.device).float() / x.shape[-1])
+    angle, (x1, x2) = positions.float()[:, None] * frequency, x.chunk(2, dim=-1)
+    return torch.cat((x1 * angle.cos() + x2 * angle.sin(), x2 * angle.cos() - x1 * angle.sin()), dim=-1)
+
+
+class Linear(nn.Module):
+    """A matrix without bias, plus a low-rank update that only suspect tokens pass (LoRA, arXiv:2106.09685)."""
+
+    def __init__(self, d_in: int, d_out: int, rank: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.lora_a = nn.Parameter(torch.empty(rank, d_in)) if rank else None
+        self.lora_b = nn.Parameter(torch.zeros(d_out, rank)) if rank else None
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        y = F.linear(x, scale_gradient(self.weight, stream.scale))
+        if stream.gate is not None and self.lora_a is not None and self.lora_b is not None:
+            y = y + F.linear(F.linear(x, self.lora_a) * stream.gate, self.lora_b)
+        return y
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with QK-norm, a gain per head and rotary positions."""
+
+    def __init__(self, cfg: Config, rank: int) -> None:
+        super().__init__()
+        self.cfg, kv_dim = cfg, cfg.num_kv_heads * cfg.head_dim
+        self.c_q = Linear(cfg.model_dim, cfg.model_dim, rank)
+        self.c_k = Linear(cfg.model_dim, kv_dim, rank)
+        self.c_v = Linear(cfg.model_dim, kv_dim, rank)
+        self.proj = Linear(cfg.model_dim, cfg.model_dim, rank)
+        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
+
+    def forward(self, x: Tensor, stream: Stream, past: KV | None) -> tuple[Tensor, KV]:
+        heads, cfg = (*x.shape[:2], -1, self.cfg.head_dim), self.cfg
+        q, k, v = (m(x, stream).view(heads).transpose(1, 2) for m in (self.c_q, self.c_k, self.c_v))
+        gain = scale_gradient(self.q_gain, stream.scale)[:, None, None]
+        q = (rotate(rms_norm(q), stream.positions, cfg.rope_base) * gain).to(v.dtype)  # (B, H, T, C); norms are fp32
+        k = rotate(rms_norm(k), stream.positions, cfg.rope_base).to(v.dtype)  # (B, G, T, C)
+        own, causal = (k, v), stream.causal and stream.mask is None
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        grouped = cfg.num_heads != cfg.num_kv_heads
+        y = F.scaled_dot_product_attention(q, k, v, stream.mask, is_causal=causal, enable_gqa=grouped)
+        return self.proj(y.transpose(1, 2).flatten(2), stream), own
+
+
+class Block(nn.Module):
+    """Residual mix, attention, relu^2 MLP; suspect tokens are also scaled and shifted by the noise level."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        dim, rank = cfg.model_dim, cfg.adapter_rank if cfg.diffusion else 0
+        self.attn = Attention(cfg, rank)
+        self.fc = Linear(dim, cfg.mlp_mult * dim, rank)
+        self.proj = Linear(cfg.mlp_mult * dim, dim, rank)
+        self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+        self.resid_mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
+        timed = cfg.diffusion and cfg.time_embed_dim > 0
+        self.time_proj = nn.Parameter(torch.zeros(4 * dim, cfg.time_embed_dim)) if timed else None
+
+    def forward(self, x: Tensor, emb0: Tensor, stream: Stream, past: KV | None) -> tuple[Tensor, KV]:
+        own, embedded = scale_gradient(self.resid_mix, stream.scale)
+        x = own * x + embedded * emb0
+        mods = None
+        if self.time_proj is not None and stream.time is not None:
+            mods = F.linear(stream.time, self.time_proj).chunk(4, dim=-1)
+        h = rms_norm(x)
+        y, kv = self.attn(h if mods is None else h * (1 + mods[0]) + mods[1], stream, past)
+        x = x + scale_gradient(self.attn_scale, stream.scale) * y
+        h = rms_norm(x)
+        h = F.relu(self.fc(h if mods is None else h * (1 + mods[2]) + mods[3], stream)).square()
+        return x + scale_gradient(self.mlp_scale, stream.scale) * self.proj(h, stream), kv
+
+
+class Window(NamedTuple):
+    """Input of the noisy stream: the clean token before each window, then the window."""
+
+    before: Tensor  # (B, W, 1) int64
+    noisy: Corruption
+    positions: Tensor  # (N,) true positions in the text
+    mask: Tensor | None  # None: every token reads all of past and window
+    previous: Tensor | None = None  # (B, W, S, D) expected embedding under the last pass; zero where there was none
+
+
+class GPT(nn.Module):
+    """The baseline's U-Net Transformer (17,059,912 parameters by default), with a clean and a noisy way through it."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.cfg, self.num_down, dim = cfg, cfg.num_layers // 2, cfg.model_dim
+        self.tok_emb = nn.Parameter(torch.empty(cfg.vocab_size, dim))
+        self.skip_weights = nn.Parameter(torch.ones(self.num_down, dim))
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
+        self.mask_emb = nn.Parameter(torch.empty(dim)) if cfg.diffusion else None
+        soft = cfg.diffusion and cfg.self_condition == "soft"
+        self.self_cond = nn.Parameter(torch.zeros(dim, dim)) if soft else None
+        # What a recipe adds draws from a generator of its own, so all recipes start from the same shared weights.
+        shared, extra = (torch.Generator().manual_seed(cfg.seed + offset) for offset in (0, 1 << 32))
+        for name, p in self.named_parameters():
+            source = extra if name == "mask_emb" or "lora" in name else shared
+            if name in ("tok_emb", "mask_emb"):
+                nn.init.normal_(p, 0, cfg.tied_embed_init_std, generator=source)
+            elif name.endswith("proj.weight"):
+                nn.init.zeros_(p)
+            elif name.endswith((".weight", "lora_a")):
+                nn.init.uniform_(p, -(p.shape[1] ** -0.5), p.shape[1] ** -0.5, generator=source)
+
+    def trunk(self, emb0: Tensor, stream: Stream, past: Sequence[KV] | None) -> tuple[Tensor, list[KV]]:
+        x, skips, kvs = emb0, list[Tensor](), list[KV]()
+        for i, block in enumerate(self.blocks):
+            if i >= self.num_down and skips:
+                x = x + scale_gradient(self.skip_weights[i - self.num_down], stream.scale) * skips.pop()
+            x, kv = block(x, emb0, stream, None if past is None else past[i])
+            kvs.append(kv)
+            if i < self.num_down:
+                skips.append(x)
+        return rms_norm(x), kvs
+
+    def head(self, x: Tensor, scale: float) -> Tensor:
+        logits = F.linear(x, scale_gradient(self.tok_emb, scale)).float()
+        return self.cfg.logit_softcap * torch.tanh(logits / self.cfg.logit_softcap)
+
+    def clean(self, ids: Tensor, past: Sequence[KV] | None = None) -> tuple[Tensor, list[KV]]:
+        """Read tokens (B, T) causally after `past`, the keys and values of the tokens before, one pair a layer.
+
+        Returns logits (B, T, V) float32, position i predicting token i + 1, and the keys and values of these tokens.
+        """
+        start, T = (0 if past is None else past[0][0].shape[2]), ids.shape[1]
+        positions = torch.arange(start, start + T, device=ids.device)
+        mask = torch.arange(start + T, device=ids.device) <= positions[:, None] if start and T > 1 else None
+        x, kvs = self.trunk(rms_norm(F.embedding(ids, self.tok_emb)), Stream(positions, not start, mask), past)
+        return self.head(x, 1.0), kvs
+
+    def window(self, window: Window, past: Sequence[KV] | None) -> Tensor:
+        """Denoise windows that may read the clean keys and values `past`; logits (B, W, S, V) for their tokens."""
+        assert self.mask_emb is not None, "window() needs a model built with diffusion on"
+        cfg, noisy, scale = self.cfg, window.noisy, self.cfg.diffusion_backbone_grad
+        table = torch.cat((scale_gradient(self.tok_emb, scale), self.mask_emb[None]))
+        emb = rms_norm(F.embedding(torch.cat((window.before, noisy.xt), dim=-1), table))  # (B, W, S + 1, D)
+        if noisy.noise is not None:
+            level, own = noisy.t[..., None, None], emb[:, :, 1:]
+            blurred = rms_norm((1 - level).sqrt() * own + level.sqrt() * noisy.noise)
+            emb = torch.cat((emb[:, :, :1], torch.where(noisy.corrupted[..., None], blurred, own)), dim=2)
+        gate = F.pad(noisy.suspect, (1, 0))[..., None].to(emb.dtype)  # the clean token before is never suspect
+        if self.self_cond is not None and window.previous is not None:
+            emb = emb + F.pad(F.linear(window.previous, self.self_cond), (0, 0, 1, 0)) * gate
+        half_turns = noisy.t[..., None, None] * torch.arange(cfg.time_embed_dim, device=emb.device)
+        time = (torch.cos(math.pi / 2 * half_turns) * gate).flatten(1, 2)  # the first feature is constant
+        stream = Stream(window.positions, False, window.mask, gate.flatten(1, 2), time, scale)
+        if past is not None and (s := cfg.diffusion_cache_grad) != 1:
+            past = [(scale_gradient(k, s), scale_gradient(v, s)) for k, v in past]
+        x = self.trunk(emb.flatten(1, 2), stream, past)[0].view_as(emb)
+        return self.head(x[:, :, :-1] if cfg.diffusion_shift else x[:, :, 1:], scale)
+
+    def expected_embedding(self, logits: Tensor) -> Tensor:
+        """Mean normalised embedding under a prediction, (..., V) to (..., D): soft self-conditioning's input."""
+        return logits.softmax(-1).to(self.tok_emb.dtype) @ rms_norm(self.tok_emb)
+
+
+# 6  OPTIMIZERS AND SCHEDULES -- who trains each parameter, how fast, and when =========================================
+
+# A parameter goes to the first row that takes it: name, test, learning rate. Matrices train by Muon, the rest by Adam.
+GROUPS: tuple[tuple[str, Callable[[str, Tensor], bool], Callable[[Config], float]], ...] = (
+    ("embed", lambda n, p: n in ("tok_emb", "mask_emb"), lambda c: c.tied_embed_lr),
+    ("adapter", lambda n, p: n.endswith(("lora_a", "lora_b", "time_proj", "self_cond")), lambda c: c.adapter_lr),
+    ("scalar", lambda n, p: p.ndim < 2 or n.endswith(("resid_mix", "skip_weights")), lambda c: c.scalar_lr),
+    ("matrix", lambda n, p: p.ndim == 2, lambda c: c.matrix_lr),
+)
+
+
+def assign_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Give every parameter to exactly one row of GROUPS; ValueError if none takes it (it would never train)."""
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name, _, _ in GROUPS}
+    for name, p in model.named_parameters():
+        taker = next((group for group, takes, _ in GROUPS if takes(name, p)), None)
+        if taker is None:
+            raise ValueError(f"no optimizer group takes {name} {tuple(p.shape)}; add a row to GROUPS")
+        groups[taker].append(p)
+    return groups
+
+
+def orthogonalize(g: Tensor, steps: int) -> Tensor:
+    """Move singular values of (n, rows, cols) towards 1 by quintic Newton-Schulz; bf16 on CUDA, fp32 on CPU.
+
+    Source, coefficients too: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x: Tensor = g.bfloat16() if g.is_cuda else g
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    flipped = x.shape[-2] > x.shape[-1]
+    x = x.mT if flipped else x
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT.to(g.dtype) if flipped else x.to(g.dtype)
+
+
+@torch.no_grad()
+def muon_step(params: Sequence[Tensor], buffers: Sequence[Tensor], lr: float, momentum: float, cfg: Config) -> None:
+    """Nesterov momentum kept in `buffers`, then an orthogonal update; matrices of one shape go together."""
+    shapes: dict[torch.Size, list[int]] = {}
+    for i, p in enumerate(params):
+        shapes.setdefault(p.shape, []).append(i)
+    for (rows, cols), members in shapes.items():
+        group, grads = [params[i] for i in members], [cast(Tensor, params[i].grad) for i in members]
+        velocity = [buffers[i] for i in members]
+        torch._foreach_mul_(velocity, momentum)
+        torch._foreach_add_(velocity, grads)
+        nesterov = torch.stack(torch._foreach_add(grads, velocity, alpha=momentum))  # (n, rows, cols)
+        torch._foreach_mul_(group, 1 - lr * cfg.muon_weight_decay)
+        updates = list(orthogonalize(nesterov, cfg.muon_backend_steps).unbind())
+        torch._foreach_add_(group, updates, alpha=-lr * max(1.0, rows / cols) ** 0.5)
+
+
+class Moment(NamedTuple):
+    """Where in a run a step is, as every rank agrees: share done, and learning-rate factor."""
+
+    step: int
+    progress: float
+    rate: float
+
+    @classmethod
+    def at(cls, cfg: Config, step: int, seconds: float) -> Moment:
+        """Estimate the length of the run: the fewer of ITERATIONS and what fits the wall clock at the pace so far.
+
+        The rate falls linearly to 0 over the last WARMDOWN_ITERS steps, or WARMDOWN_FRAC of the run if that is less.
+        """
+        left = float(max(cfg.iterations - step, 0))
+        if cfg.max_wallclock_seconds > 0 and step > 0:
+            left = min(left, max(cfg.max_wallclock_seconds - seconds, 0) * step / max(seconds, 1e-9))
+        warmdown = min(cfg.warmdown_iters, cfg.warmdown_frac * (step + left))
+        return cls(step, step / max(step + left, 1), min(left / warmdown, 1.0) if warmdown > 0 else 1.0)
+
+
+# 7  EVALUATION AND DECODING -- exact score, diffusion bound, one decode loop ==========================================
+
+
+@torch.no_grad()
+def score(model: GPT, ids: Tensor) -> Tensor:
+    """Nats of every token but the first given all before it: exact, (B, T) int64 to (B, T - 1) float32."""
+    return token_nll(model.clean(ids[:, :-1])[0], ids[:, 1:])
+
+
+@torch.no_grad()
+def window_bounds(model: GPT, rows: Tensor, keys: Tensor, size: int, samples: int, mask: Tensor) -> Tensor:
+    """Sample upper bounds of the windows' negative log-likelihood, nats: (K, B, W) float64 for rows (B, T + 1).
+
+    A random order of a window's S tokens gives the chain rule: for m = S .. 1 still masked, the nats of the next one.
+    Drawing m uniformly and averaging over all m leaves the mean unchanged, so S / m * (sum of masked nats) is unbiased
+    for an upper bound (Jensen, over orders), covers every t = m / S up to 1, and is exact at S = 1. m is stratified
+    over samples. Keys (B, W); windows chain left to right. Source: arXiv:1310.1757, arXiv:2110.02037.
+    """
+    x0, before, positions = tile(rows, size)
+    _, past = model.clean(rows[:, :-1])
+    start, estimates = uniform(derive(keys, 1), 1)[..., 0], []
+    for k in range(samples):
+        m = (((start + k / samples) % 1.0) * size).long().clamp(max=size - 1) + 1  # (B, W)
+        order = uniform(derive(keys, 2, k), size).argsort(dim=-1).argsort(dim=-1)
+        noisy = apply_noise(x0, order < m[..., None], m.float() / size, derive(keys, 3, k), model.cfg, 1.0)
+        nll = token_nll(model.window(Window(before, noisy, positions, mask), past), x0).double()
+        estimates.append((nll * noisy.corrupted).sum(-1) * size / m)
+    return torch.stack(estimates)
+
+
+def evaluate_bpb(model: GPT, run: Run, loader: TokenLoader, byte_counter: ByteCounter, size: int = 0) -> dict[str, Any]:
+    """Score validation rows of T tokens: size 0 exactly, left to right; size S by the bound over windows of S tokens.
+
+    Returns loss (nats a token), bpb, its standard error over K samples (0 where exact: sizes 0, 1), samples K, tokens,
+    bytes. Size 0 takes the whole split, a bound NELBO_SEQUENCES evenly spaced rows; ranks share the rows.
+    """
+    cfg, T, total = run.cfg, run.cfg.train_seq_len, (loader.total - 1) // run.cfg.train_seq_len
+    num_rows = min(cfg.nelbo_sequences or total, total) if size else total
+    mine = [i * total // num_rows for i in range(num_rows)][run.rank :: run.world_size]
+    at_once, samples = max(cfg.val_batch_size // (T * run.world_size), 1), cfg.nelbo_samples if size > 1 else 1
+    mask = window_mask(T, size, cfg.diffusion_causal, run.device) if size else None
+    sums = torch.zeros(4, dtype=torch.float64, device=run.device)
+    for i in tqdm(range(0, len(mine), at_once), "evaluate", leave=False, disable=run.quiet):
+        index = torch.tensor(mine[i : i + at_once], device=run.device)
+        rows = torch.cat([loader.rows(j * T, 1, T, run.device) for j in mine[i : i + at_once]])
+        with run.autocast():
+            if mask is None:
+                nats = score(model, rows).double().sum(-1)[None]  # (K, B)
+            else:
+                keys = derive(index[:, None], cfg.eval_seed, torch.arange(T // size, device=run.device))
+                nats = window_bounds(model, rows, keys, size, samples, mask).sum(-1)
+        variance = nats.var(dim=0).sum() / samples if samples > 1 else sums.new_zeros(())
+        num_bytes = byte_counter.count(rows[:, :-1], rows[:, 1:]).sum().to(sums)
+        sums += torch.stack([nats.mean(0).sum(), variance, sums.new_tensor(len(rows) * T), num_bytes])
+    mean, spread, tokens, num = run.sum(sums).tolist()
+    values = {"loss": mean / tokens, "bpb": bits_per_byte(mean, num), "standard_error": bits_per_byte(spread**0.5, num)}
+    return values | {"samples": samples, "tokens": int(tokens), "bytes": int(num)}
+
+
+class Sampling(NamedTuple):
+    """How a token is chosen from logits; temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    seed: int = 0
+
+
+def pick(logits: Tensor, sampling: Sampling, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose tokens (B, n) from logits (B, n, V) with randomness from keys (B, n); also their log-probabilities."""
+    log_p = logits.double().log_softmax(-1)
+    if sampling.temperature <= 0:
+        best = log_p.max(dim=-1)
+        return best.indices, best.values
+    u = uniform(keys, logits.shape[-1], torch.float64)
+    gumbel = -torch.log(-torch.log(u.clamp(1e-300, 1 - 1e-16)))  # float64: Gumbel noise in fp32 cuts the tail off
+    tokens = (log_p / sampling.temperature + gumbel).argmax(-1)
+    return tokens, log_p.gather(-1, tokens[..., None])[..., 0]
+
+
+class Decoded(NamedTuple):
+    ids: Tensor  # (B, L)
+    num_forwards: int  # passes after the prompt was read
+
+
+@torch.no_grad()
+def decode(
+    model: GPT, ids: Tensor, start: int, stop: int, window: int = 0, steps: int = 4, sampling: Sampling | None = None
+) -> Decoded:
+    """Fill tokens [start, stop) of every row of ids (B, L): the one decode loop.
+
+    window = 0 decodes left to right from the clean stream, one token a pass, with cached keys and values; window > 0
+    fills windows of that many tokens from left to right, each in `steps` passes, most confident tokens first, and a
+    finished window enters the cache by one clean pass. Visible text after `stop` is read by the last window. Randomness
+    depends on a row's index and the seed only. UserError: span outside the rows, or no denoiser.
+    """
+    if not 1 <= start <= stop <= ids.shape[1]:
+        raise UserError(f"span {start}..{stop} must lie in 1..{ids.shape[1]}: a token (BOS will do) comes before it")
+    if window > 0 and model.mask_emb is None:
+        raise UserError("this model has no trained denoiser (DIFFUSION_LOSS_WEIGHT=0); decode it with mode ar")
+    sampling = sampling or Sampling()
+    ids, keys = ids.clone(), derive(torch.arange(len(ids), device=ids.device), sampling.seed)
+    past: list[KV] | None = None
+    logits, read, at, num_forwards = torch.empty(0), 0, start, 0
+    while at < stop:
+        upto = at if window == 0 else at - 1  # a window carries its last clean token itself
+        if upto > read:
+            logits, new = model.clean(ids[:, read:upto], past)
+            pairs = zip(past or new, new, strict=True)
+            past = [(torch.cat((k, a), 2), torch.cat((v, b), 2)) for (k, v), (a, b) in pairs] if past else new
+            num_forwards, read = num_forwards + (read > 0), upto
+        if window == 0:
+            ids[:, at : at + 1] = pick(logits[:, -1:], sampling, derive(keys, at)[:, None])[0]
+            at += 1
+        else:
+            size = min(window, stop - at)
+            end = ids.shape[1] if at + size == stop else at + size
+            ids[:, at:end], used = refine(model, ids[:, at - 1 : end], size, past, at, steps, sampling, keys)
+            at, num_forwards = at + size, num_forwards + used
+    return Decoded(ids, num_forwards)
+
+
+def refine(
+    model: GPT, ids: Tensor, size: int, past: list[KV] | None, at: int, steps: int, sampling: Sampling, keys: Tensor
+) -> tuple[Tensor, int]:
+    """Fill the first `size` tokens of one window, whose first token has position `at`, in `steps` passes.
+
+    ids (B, 1 + n): the clean token before, then the window, visible after `size`; keys (B,): each row's randomness.
+    Returns the window (B, n) and the number of passes, at most one a token.
+    """
+    cfg, before, x, steps = model.cfg, ids[:, None, :1], ids[:, 1:], min(steps, size)
+    places = torch.arange(x.shape[1], device=ids.device)
+    hole, previous = (places < size).expand_as(x), None
+    positions = torch.arange(at - 1, at + x.shape[1], device=ids.device)
+    mask = torch.arange(at + x.shape[1], device=ids.device) <= positions[:, None] if cfg.diffusion_causal else None
+    mask_share = 0.0 if cfg.diffusion_corruption_mode == "uniform" else 1.0
+    for i in range(steps):
+        now = derive(keys, at, i)[:, None]
+        noisy = apply_noise(x[:, None], hole[:, None], hole.float().mean(-1, keepdim=True), now, cfg, mask_share)
+        logits = model.window(Window(before, noisy, positions, mask, previous), past)
+        token, confidence = pick(logits[:, 0], sampling, derive(now, places))
+        x = torch.where(hole, token, x)
+        left = size - -(-size * (i + 1) // steps)  # the least confident stay open
+        worst = confidence.masked_fill(~hole, math.inf).topk(left, dim=-1, largest=False).indices
+        hole = torch.zeros_like(hole).scatter(-1, worst, True)
+        previous = model.expected_embedding(logits) if cfg.self_condition == "soft" else None
+    return x, steps
+
+
+def generate(model: GPT, prompt: Tensor, count: int, **how: Any) -> Decoded:
+    """Continue prompts (B, P) by `count` tokens, autoregressively unless `how` (of `decode`) says otherwise."""
+    return decode(model, F.pad(prompt, (0, count)), prompt.shape[1], prompt.shape[1] + count, **how)
+
+
+def infill(model: GPT, prefix: Tensor, suffix: Tensor, count: int, **how: Any) -> Decoded:
+    """Fill `count` tokens between prefixes (B, P) and suffixes (B, Q), reading both, in one window."""
+    ids, start = torch.cat((F.pad(prefix, (0, count)), suffix), dim=1), prefix.shape[1]
+    return decode(model, ids, start, start + count, **{"window": max(count, 1)} | how)
+
+
+def evaluate_parallel(model: GPT, run: Run, loader: TokenLoader) -> None:
+    """Decode spans of validation text in N passes; log token accuracy, exact spans, decoded tokens a second.
+
+    The predecessor's protocol (greedy; 16 examples, prefix 128, span 64, suffix 64), beside the same weights decoded
+    left to right with a cache. Speeds: median of 3 after a warm-up, device synchronised.
+    """
+    cfg, start, count = run.cfg, run.cfg.parallel_eval_prefix_len, run.cfg.parallel_eval_examples
+    passes = [int(n) for n, _ in parse_shares(cfg.parallel_eval_steps)] if model.mask_emb is not None else []
+    for span in [int(n) for n, _ in parse_shares(cfg.parallel_eval_span_len)]:
+        stop, need = start + span, start + span + cfg.parallel_eval_suffix_len
+        rows = torch.cat(
+            [loader.rows(i * (loader.total - need) // count, 1, need - 1, run.device) for i in range(count)]
+        )
+        jobs = [(task, n) for task in ("continuation", "infill") for n in passes if n <= span]
+        for task, steps in [("continuation", 0), *jobs]:
+            ids, seconds = rows if task == "infill" else rows[:, :stop], []
+            for _ in range(4):
+                began = run.clock()
+                with run.autocast():
+                    out = decode(model, ids, start, stop, window=span if steps else 0, steps=steps)
+                seconds.append(run.clock() - began)
+            right = (out.ids[:, start:stop] == rows[:, start:stop]).float()
+            values = dict[str, Any](task=task, span=span, token_acc=right.mean().item(), tokens=right.numel())
+            values |= {"exact_seq": right.amin(-1).mean().item(), "mode": "refine" if steps else "ar_cached"}
+            values |= {"tok_per_sec": right.numel() / sorted(seconds[1:])[1], "forwards": out.num_forwards}
+            run.log.event("parallel_eval", steps=steps or span, **values)
+
+
+# 8  ARTIFACT -- int8 rows and fp16 rest, zlib, its own settings inside; size = code + model ===========================
+
+SIZE_LIMIT = 16_000_000  # bytes of code + model the challenge allows
+ARTIFACT_FORMAT = "text-diffusion-int8-zlib-1"
+EXPORT_LEVELS = (127, 111, 95, 79, 63)  # finest first; fewer levels compress to fewer bytes
+KEEP_FLOAT_NUMEL = 65_536  # tensors of up to this many numbers stay fp16, as the predecessor's
+
+
+def quantize_rows(w: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Round rows of (rows, cols) to integers in [-levels, levels] times fp16 scales (rows,), without a floor."""
+    scale = (w.float().abs().amax(dim=1) / levels).clamp(2.0**-24, 65504.0).half()
+    return (w.float() / scale.float()[:, None]).round().clamp(-levels, levels).to(torch.int8), scale
+
+
+def pack(weights: Mapping[str, Tensor], cfg: Config, tokenizer_sha256: str, levels: int) -> bytes:
+    tensors, scales, buffer = {}, {}, io.BytesIO()
+    for name, w in weights.items():
+        tensors[name] = w.detach().cpu().half()
+        if w.ndim == 2 and w.numel() > KEEP_FLOAT_NUMEL:
+            tensors[name], scales[name] = quantize_rows(w.detach().cpu(), levels)
+    about = {"format": ARTIFACT_FORMAT, "config": dataclasses.asdict(cfg), "tokenizer_sha256": tokenizer_sha256}
+    torch.save(about | {"tensors": tensors, "scales": scales}, buffer)
+    return zlib.compress(buffer.getvalue(), 9)
+
+
+def save_artifact(path: Path, weights: Mapping[str, Tensor], cfg: Config, tokenizer_sha256: str, log: Log) -> None:
+    """Write the artifact with the finest levels that fit the limit, atomically; UserError: none fits, or disk full."""
+    code_bytes, levels, data = Path(__file__).stat().st_size, 0, b""
+    for levels in (cfg.export_levels,) if cfg.export_levels else EXPORT_LEVELS:
+        data = pack(weights, cfg, tokenizer_sha256, levels)
+        if (total := code_bytes + len(data)) <= SIZE_LIMIT:
+            break
+    atomic_write(path, data, "artifact")
+    sizes = {"total_bytes": total, "code_bytes": code_bytes, "model_bytes": len(data), "limit_bytes": SIZE_LIMIT}
+    log.event("size", **sizes, levels=levels)
+    if total > SIZE_LIMIT:
+        parts = f"code {code_bytes:,} + model {len(data):,} bytes (int8 levels {levels})"
+        remedy = (
+            "shrink NUM_LAYERS, MODEL_DIM or ADAPTER_RANK, or export again with RESUME=auto and coarser EXPORT_LEVELS"
+        )
+        raise UserError(f"submission of {total:,} bytes exceeds {SIZE_LIMIT:,}: {parts}; checkpoint kept: {remedy}")
+
+
+def load_artifact(path: Path, device: torch.device) -> tuple[GPT, str]:
+    """Rebuild a model (settings: model.cfg) and its tokenizer's sha256, running no code of the file; else UserError."""
+    unpacker = zlib.decompressobj()
+    try:
+        raw = unpacker.decompress(path.read_bytes(), 1 << 31)  # more than any needs
+        payload = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True) if unpacker.eof else None
+        if payload is None or payload["format"] != ARTIFACT_FORMAT:
+            raise UserError("truncated" if payload is None else f"its format is not {ARTIFACT_FORMAT!r}")
+        weights = {name: w.float() for name, w in payload["tensors"].items()}
+        weights |= {name: weights[name] * scale.float()[:, None] for name, scale in payload["scales"].items()}
+        model = GPT(Config(**payload["config"]))
+        model.load_state_dict(weights, strict=True)
+        return model.to(device).eval(), str(payload["tokenizer_sha256"])
+    except Exception as error:  # zlib, zipfile, pickle and torch each fail in their own ways on foreign bytes
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        remedy = "copy it again, or export it with this train_gpt.py"
+        raise UserError(f"artifact {path} is missing, damaged or not one of ours ({reason}); {remedy}") from error
+
+
+# 9  TRAINING -- one loop for every recipe; all that changes is in TrainState ==========================================
+
+
+class TrainState:
+    """All that a step changes; what a checkpoint holds."""
+
+    def __init__(self, cfg: Config, run: Run, loader: TokenLoader) -> None:
+        self.cfg, self.run, self.loader, self.step, self.seconds = cfg, run, loader, 0, 0.0
+        self.model = GPT(cfg).to(run.device)
+        groups, rates = assign_groups(self.model), {name: rate(cfg) for name, _, rate in GROUPS}
+        adam = [dict(params=p, lr=0.0, base_lr=rates[name]) for name, p in groups.items() if p and name != "matrix"]
+        fused, betas = run.device.type == "cuda", (cfg.beta1, cfg.beta2)
+        self.adam = torch.optim.Adam(adam, betas=betas, eps=cfg.adam_eps, fused=fused)
+        self.matrices, self.momenta = groups["matrix"], [torch.zeros_like(p) for p in groups["matrix"]]
+        self.ema = [p.detach().clone() for p in self.model.parameters()] if cfg.ema_decay else []
+        counts = {name: sum(p.numel() for p in params) for name, params in groups.items()}
+        run.log.event("model", model_params=sum(counts.values()), **counts)
+
+    def update(self, now: Moment) -> None:
+        """Apply the gradients and forget them; average the weights if EMA_DECAY says so."""
+        cfg, params = self.cfg, list(self.model.parameters())
+        if cfg.grad_clip_norm > 0:
+            torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip_norm)
+        warm = min(now.step / max(cfg.muon_momentum_warmup_steps, 1), 1.0)
+        for group in self.adam.param_groups:
+            group["lr"] = group["base_lr"] * now.rate
+        momentum = (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum
+        muon_step(self.matrices, self.momenta, cfg.matrix_lr * now.rate, momentum, cfg)
+        self.adam.step()
+        self.model.zero_grad(set_to_none=True)
+        if self.ema:  # early averages forget the initial weights
+            decay = min(cfg.ema_decay, (1 + now.step) / (10 + now.step))
+            torch._foreach_lerp_(self.ema, [p.detach() for p in params], 1 - decay)
+        self.step += 1
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(zip(dict(self.model.named_parameters()), self.ema or self.model.parameters(), strict=True))
+
+    def save(self) -> None:
+        """Write the checkpoint atomically (rank 0); a failure is logged and the run goes on with the older one."""
+        if self.run.rank == 0:
+            buffer, states = io.BytesIO(), {"model": self.model.state_dict(), "adam": self.adam.state_dict()}
+            kept = {"momenta": self.momenta, "ema": self.ema, "config": dataclasses.asdict(self.cfg), "step": self.step}
+            torch.save(states | kept | {"seconds": self.seconds, "position": self.loader.position}, buffer)
+            try:
+                atomic_write(self.cfg.checkpoint, buffer.getvalue(), "checkpoint")
+            except UserError as error:
+                self.run.log.event("warning", reason=str(error))
+
+    def resume(self) -> None:
+        """Continue from the checkpoint if RESUME=auto; UserError: damaged, or other training settings (named)."""
+        path, run = self.cfg.checkpoint, self.run
+        if self.cfg.resume != "auto" or not path.exists():
+            return
+        try:
+            saved = torch.load(path, map_location=run.device, weights_only=True)
+            old, new = saved["config"], self.cfg.training_settings()
+        except Exception as error:  # torch raises many kinds on damaged files
+            raise UserError(f"checkpoint {path} is damaged ({error}); move it away to start afresh") from error
+        if changed := [f"{k.upper()} {old.get(k)!r} -> {new[k]!r}" for k in new if old.get(k) != new[k]]:
+            raise UserError(
+                f"RESUME=auto: {path} has other settings ({'; '.join(changed)}); restore them or change RUN_ID"
+            )
+        self.model.load_state_dict(saved["model"])
+        self.adam.load_state_dict(saved["adam"])
+        self.momenta, self.ema = saved["momenta"], saved["ema"]
+        self.step, self.seconds, self.loader.position = saved["step"], saved["seconds"], saved["position"]
+        run.log.event("resume", checkpoint=str(path), step=self.step, train_seconds=self.seconds)
+
+
+class Objective:
+    """Loss of one part of a batch: next-token loss of the clean stream plus the windows' loss."""
+
+    def __init__(self, cfg: Config, run: Run, model: GPT) -> None:
+        self.cfg, self.model, self.clean, self.window = cfg, model, model.clean, model.window
+        if run.compile:  # one graph a stream, window size and gradient mode
+            torch._dynamo.config.recompile_limit = 64
+            self.clean = torch.compile(model.clean, dynamic=False, fullgraph=True)
+            self.window = torch.compile(model.window, dynamic=False, fullgraph=True)
+        sizes = [size for size, _ in cfg.sizes(cfg.diffusion_windows)]
+        self.masks = {s: window_mask(cfg.train_seq_len, s, cfg.diffusion_causal, run.device) for s in sizes}
+
+    def __call__(self, rows: Tensor, part: int, size: int, now: Moment) -> tuple[Tensor, Tensor]:
+        """Take part `part` of a batch, rows (B, T + 1), with windows of `size`; return the loss and what to log."""
+        cfg, (logits, kvs) = self.cfg, self.clean(rows[:, :-1])
+        ar_loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        if not cfg.diffusion or now.step < cfg.diffusion_start_step or now.progress < cfg.diffusion_start_frac:
+            return ar_loss, torch.stack((ar_loss.detach(), torch.zeros_like(ar_loss)))
+        count = max(round(len(rows) * cfg.diffusion_row_frac), 1)
+        x0, before, positions = tile(rows[:count], size)
+        row_index = part * len(rows) + torch.arange(count, device=rows.device)
+        windows = torch.arange(x0.shape[1], device=rows.device)
+        keys = derive(row_index[:, None], cfg.seed, now.step, windows)
+        first = random.Random(f"t {cfg.seed} {now.step}").randrange(1 << 30)
+        window_index = first + row_index[:, None] * x0.shape[1] + windows
+        ramp = now.progress if cfg.diffusion_ramp == "run" else now.step / cfg.iterations
+        noisy = corrupt(x0, noise_level(cfg, keys, window_index, ramp), keys, cfg)
+        clean_logits, past = logits[:count].detach().view(*x0.shape, -1), [(k[:count], v[:count]) for k, v in kvs]
+        loss = self.denoise(Window(before, noisy, positions, self.masks[size]), x0, past, clean_logits, keys)
+        total = cfg.mercury_clean_loss_weight * ar_loss + cfg.diffusion_loss_weight * loss
+        return total, torch.stack((ar_loss, loss)).detach()
+
+    def denoise(self, window: Window, x0: Tensor, past: list[KV], clean_logits: Tensor, keys: Tensor) -> Tensor:
+        """Mean loss of the unrolled denoising passes, after one without gradient if they are self-conditioned."""
+        cfg, total = self.cfg, torch.zeros((), device=x0.device)
+        for i in range(0 if cfg.self_condition == "none" else -1, cfg.diffusion_passes):
+            with torch.set_grad_enabled(i >= 0):
+                logits = self.window(window, past)
+            if i >= 0:
+                total = total + losses(logits, clean_logits, x0, window.noisy, cfg) / cfg.diffusion_passes
+            if i + 1 < cfg.diffusion_passes:
+                window = self.feed_back(window, logits.detach(), derive(keys, 8 + i))
+        return total
+
+    def feed_back(self, window: Window, logits: Tensor, keys: Tensor) -> Window:
+        """Give a pass's prediction to the next: expected embeddings (soft), or tokens for corrupted ones (commit)."""
+        cfg, noisy = self.cfg, window.noisy
+        p, fraction = cfg.mercury_self_condition_prob, cfg.mercury_self_condition_fraction
+        chosen = uniform(derive(keys, 1), 1) < (1.0 if cfg.self_condition == "none" else p)  # (B, W, 1)
+        if cfg.self_condition == "soft":
+            return window._replace(previous=self.model.expected_embedding(logits) * chosen[..., None])
+        hit = chosen & (uniform(derive(keys, 2), noisy.xt.shape[-1]) < fraction) & noisy.corrupted
+        return window._replace(noisy=noisy._replace(xt=torch.where(hit, logits.argmax(-1), noisy.xt)))
+
+
+def train_step(state: TrainState, objective: Objective, now: Moment) -> Tensor:
+    """Take one optimizer step, without a device sync; return this rank's next-token and windows' loss, (2,)."""
+    cfg, run, sums = state.cfg, state.run, torch.zeros(2, device=state.run.device)
+    num_rows, T = cfg.train_batch_tokens // cfg.micro_batches // cfg.train_seq_len, cfg.train_seq_len
+    sizes, shares = zip(*cfg.sizes(cfg.diffusion_windows), strict=True)
+    for part in range(run.rank, cfg.micro_batches, run.world_size):
+        rows = state.loader.rows(state.loader.position + part * num_rows * T, num_rows, T, run.device)
+        size = random.Random(f"window {cfg.seed} {now.step} {part}").choices(sizes, shares)[0]
+        with run.autocast():
+            loss, terms = objective(rows, part, size, now)
+        (loss / cfg.micro_batches).backward()  # type: ignore[no-untyped-call]
+        sums += terms / cfg.micro_batches
+    if run.world_size > 1:  # one transfer for all gradients
+        grads = [p.grad for p in state.model.parameters() if p.grad is not None]
+        summed = run.sum(torch.cat([g.flatten() for g in grads]))
+        for g, total in zip(grads, torch.split(summed, [g.numel() for g in grads]), strict=True):
+            g.copy_(total.view_as(g))
+    state.loader.position += cfg.train_batch_tokens
+    state.update(now)
+    return sums
+
+
+def check_finite(state: TrainState, sums: Tensor) -> dict[str, float]:
+    """Add losses over ranks, the one place that waits for the device; UserError says why one is NaN or infinite."""
+    cfg, (ar_loss, window_loss) = state.cfg, state.run.sum(sums.clone()).tolist()
+    if math.isfinite(ar_loss + window_loss):
+        return {"train_loss": ar_loss, "denoise_loss": window_loss}
+    look = f"MATRIX_LR={cfg.matrix_lr} or TIED_EMBED_LR={cfg.tied_embed_lr}, or set GRAD_CLIP_NORM=1"
+    if math.isfinite(ar_loss):
+        look = f"DIFFUSION_LOSS_WEIGHT={cfg.diffusion_loss_weight} or DIFFUSION_LOSS_CLIP={cfg.diffusion_loss_clip}"
+    found = f"loss is not finite at step {state.step} (next-token {ar_loss}, windows {window_loss})"
+    raise UserError(f"{found}; lower {look}; the last good checkpoint, if one was due, is {cfg.checkpoint}")
+
+
+def train(state: TrainState, val: TokenLoader, byte_counter: ByteCounter) -> None:
+    """Run optimizer steps until ITERATIONS or the wall-clock cap; only validation stops the clock."""
+    cfg, run, objective = state.cfg, state.run, Objective(state.cfg, state.run, state.model)
+    part = cfg.train_batch_tokens // cfg.micro_batches // cfg.train_seq_len
+    for size in list(objective.masks) * cfg.warmup_steps if run.compile else []:  # compile before the clock starts
+        with run.autocast():
+            loss, _ = objective(
+                state.loader.rows(0, part, cfg.train_seq_len, run.device), 0, size, Moment(10**9, 1.0, 0.0)
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+    state.model.zero_grad(set_to_none=True)
+    began, saved_at, sums = run.clock() - state.seconds, state.seconds, torch.zeros(2, device=run.device)
+
+    def log(event: str, values: dict[str, float]) -> None:
+        ms = max(state.seconds, 1e-9) * 1e3
+        pace = {"step_ms": ms / max(state.step, 1), "tok_per_sec": cfg.train_batch_tokens * state.step / ms * 1e3}
+        run.log.event(event, step=state.step, iterations=cfg.iterations, train_ms=ms, **values, **pace)
+
+    for _ in tqdm(range(state.step, cfg.iterations), "train", disable=run.quiet):
+        state.seconds = run.from_rank0(time.perf_counter() - began)
+        if 0 < cfg.max_wallclock_seconds <= state.seconds:
+            break
+        if 0 < cfg.checkpoint_seconds <= state.seconds - saved_at:
+            check_finite(state, sums)
+            state.save()
+            saved_at = state.seconds
+        sums = train_step(state, objective, Moment.at(cfg, state.step, state.seconds))
+        report = cfg.train_log_every and (state.step <= 10 or state.step % cfg.train_log_every == 0)
+        if report or run.device.type == "cpu":  # where reading a loss is free, a NaN is named by its very step
+            values, state.seconds = check_finite(state, sums), time.perf_counter() - began
+            if report:
+                log("train", values)
+        if cfg.val_loss_every and state.step % cfg.val_loss_every == 0 and state.step < cfg.iterations:
+            state.seconds = run.from_rank0(run.clock() - began)
+            log("val", evaluate_bpb(state.model, run, val, byte_counter))
+            began = run.clock() - state.seconds
+    check_finite(state, sums)
+    state.save()
+    log("val", evaluate_bpb(state.model, run, val, byte_counter))
+
+
+# 10  MAIN -- settings, data, train, export, reload, evaluate ==========================================================
+
+
+def main() -> int:
+    try:
+        cfg, source, warnings = Config.from_env(os.environ)
+        loader, val, byte_counter = TokenLoader(cfg, "train"), TokenLoader(cfg, "val"), ByteCounter(cfg)
+        artifact = Path(cfg.out_dir) / "final_model.int8.ptz"
+        with Run.start(cfg) as run:
+            run.header(source, warnings)
+            run.log.event("data", train_tokens=loader.total, val_tokens=val.total, train_shards=len(loader.paths))
+            state = TrainState(cfg, run, loader)
+            state.resume()
+            train(state, val, byte_counter)
+            if run.rank == 0:
+                save_artifact(artifact, state.weights(), cfg, byte_counter.sha256, run.log)
+            run.from_rank0(0.0)  # nobody reads the artifact before it is written
+            model, _ = load_artifact(artifact, run.device)  # what is scored and decoded is the file
+            run.log.event("final", **evaluate_bpb(model, run, val, byte_counter))
+            for size, _ in cfg.sizes(cfg.nelbo_windows) if cfg.diffusion else []:
+                run.log.event("nelbo", window=size, **evaluate_bpb(model, run, val, byte_counter, size))
+            if run.rank == 0 and cfg.parallel_eval_examples:
+                evaluate_parallel(model, run, val)
+            run.from_rank0(0.0)  # the others wait
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # KiB on Linux
+            peak = torch.cuda.max_memory_allocated() // 2**20 if run.device.type == "cuda" else peak
+            done = {"steps": state.step, "train_seconds": state.seconds, "peak_memory_mib": peak}
+            run.log.event("done", artifact=str(artifact), log=str(run.log.path), **done)
+    except UserError as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
