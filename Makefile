@@ -25,7 +25,7 @@ $(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements
 
 demo: $(VENV)/.requirements
 	$(BIN)/python scripts/prepare_data.py --out $(DATA)
-	DATA_PATH=$(DATA) TOKENIZER_PATH=$(DATA)/tokenizer.model RUN_ID=demo OUT_DIR=$(OUT) \
+	DATA_PATH=$(DATA) TOKENIZER_PATH=$(DATA)/tokenizer.model RUN_ID=demo OUT_DIR=$(OUT) MICRO_BATCHES=2 \
 	    NELBO_SEQUENCES=64 PARALLEL_EVAL_EXAMPLES=64 $(BIN)/python train_gpt.py
 	$(BIN)/python scripts/sample.py --artifact $(OUT)/final_model.int8.ptz --demo $(DATA)
 	@echo "log       $(OUT)/logs/demo.txt and $(OUT)/logs/demo.jsonl"

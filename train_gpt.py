@@ -280,7 +280,7 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: c.train_batch_tokens % (c.micro_batches * c.train_seq_len) == 0,
      "TRAIN_BATCH_TOKENS={train_batch_tokens} must be a multiple of MICRO_BATCHES={micro_batches} x "
      "TRAIN_SEQ_LEN={train_seq_len}; change one of them"),
-    (lambda c: c.sizes(c.diffusion_windows) != [] and c.tiles(c.diffusion_windows),
+    (lambda c: not c.diffusion or (c.sizes(c.diffusion_windows) != [] and c.tiles(c.diffusion_windows)),
      "DIFFUSION_WINDOWS={diffusion_windows!r} must be sizes (or T) that divide TRAIN_SEQ_LEN={train_seq_len}: 8:1,T:2"),
     (lambda c: c.tiles(c.nelbo_windows),
      "NELBO_WINDOWS={nelbo_windows!r} must be sizes (or T) that divide TRAIN_SEQ_LEN={train_seq_len}: 1,16,T"),
@@ -329,7 +329,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "1xgpu": dict(train_batch_tokens=131_072, micro_batches=4, val_batch_size=131_072),
     "cpu": dict(
         num_layers=4, model_dim=160, num_heads=4, num_kv_heads=2, train_seq_len=256, train_batch_tokens=4096,
-        micro_batches=2, max_wallclock_seconds=150.0, matrix_lr=0.02, tied_embed_lr=0.03, train_log_every=20,
+        micro_batches=4, max_wallclock_seconds=150.0, matrix_lr=0.02, tied_embed_lr=0.03, train_log_every=20,
         muon_momentum_warmup_steps=100, val_batch_size=8192, val_loss_every=0, nelbo_sequences=256),
 }
 # fmt: on
@@ -358,8 +358,8 @@ class Log:
         self.path, self.active = cfg.path("logs", ".txt"), rank == 0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            for old in (self.path, self.path.with_suffix(".jsonl")):
-                if self.active and old.exists() and not continued:  # never overwritten
+            for old in (self.path, self.path.with_suffix(".jsonl")) if self.active and not continued else ():
+                if old.exists():  # never overwritten
                     old.rename(old.with_name(f"{old.stem}.{int(old.stat().st_mtime)}{old.suffix}"))
         except OSError as error:
             raise UserError(f"OUT_DIR={cfg.out_dir!r} cannot be written ({error.strerror}); name another") from error
@@ -490,9 +490,10 @@ def atomic_write(path: Path, data: bytes, what: str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        remedy = f"({error.strerror}); the old one, if any, is intact; free space or set OUT_DIR"
-        raise UserError(f"{what} {path} of {len(data):,} bytes was not written {remedy}") from error
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        why = f"was not written ({error.strerror}); the old one, if any, is intact"
+        raise UserError(f"{what} {path} of {len(data):,} bytes {why}; free space or set OUT_DIR") from error
 
 
 # 3  DATA AND BYTES -- shards, the order of training tokens, and exactly how many bytes a token stands for =============
@@ -539,9 +540,7 @@ class TokenLoader:
 
     def check(self, tokens: Array, shard: int) -> None:
         if tokens.size and (worst := int(tokens.max())) >= self.vocab_size:
-            raise UserError(
-                f"{self.paths[shard]} holds token {worst}; set the VOCAB_SIZE it needs, not {self.vocab_size}"
-            )
+            raise UserError(f"{self.paths[shard]} holds token {worst}; VOCAB_SIZE={self.vocab_size} must be above it")
 
     def rows(self, start: int, num_rows: int, seq_len: int, device: torch.device) -> Tensor:
         """Rows of T + 1 tokens that overlap by one, (num_rows, T + 1) int64: inputs are [:, :-1], targets [:, 1:]."""
@@ -581,7 +580,7 @@ class ByteCounter:
         text = ["?" if sp.is_byte(i) else sp.id_to_piece(i).replace("\u2581", " ") for i in range(size)]
         text = ["" if mute else piece for mute, piece in zip(silent, text, strict=True)]
         # Does the tokenizer drop a space that opens a text? The challenge's does; one that keeps indentation does not.
-        drops = not any(sp.decode([i]).startswith(" ") for i in range(size) if text[i].startswith(" "))
+        drops = not any(sp.decode([i]).startswith(" ") for i in range(size) if text[i][:1] == " " != text[i][1:2])
         self.base_bytes = torch.tensor([len(t.removeprefix(" ").encode()) for t in text])
         self.opens = torch.tensor([t.startswith(" ") for t in text])
         self.boundary = torch.tensor([s and drops for s in silent])
@@ -613,10 +612,7 @@ def derive(keys: Tensor, *parts: int | Tensor) -> Tensor:
 
 
 def uniform(keys: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Draw uniforms in [0, 1) as a pure function of int64 keys: (...) to (..., count) of `dtype`.
-
-    Noise keyed by seed, step and row makes a result independent of batch size, world size and device.
-    """
+    """Draw uniforms in [0, 1) from int64 keys, (...) to (..., count): the same for any batch, world and device."""
     h = derive(keys[..., None], torch.arange(count, device=keys.device))
     bits = 53 if dtype == torch.float64 else 24
     return ((h >> (64 - bits)) & ((1 << bits) - 1)).to(dtype) * 2.0**-bits
@@ -682,6 +678,7 @@ def apply_noise(x0: Tensor, corrupted: Tensor, t: Tensor, keys: Tensor, cfg: Con
     """Replace the marked tokens by [MASK] (a share `mask_share`) or random tokens; mode gaussian blurs embeddings."""
     mode, size = cfg.diffusion_corruption_mode, x0.shape[-1]
     if mode == "gaussian":  # Box and Muller 1958
+        t = torch.ones_like(t) if mask_share else t  # what should be masked becomes pure noise: no trace of the token
         u = uniform(derive(keys, 1), 2 * size * cfg.model_dim).view(*x0.shape, cfg.model_dim, 2)
         noise = (-2 * torch.log1p(-u[..., 0])).sqrt() * torch.cos(2 * math.pi * u[..., 1])
         return Corruption(x0, corrupted, corrupted, t, noise)
@@ -1122,7 +1119,7 @@ def decode(
             logits, new = model.clean(ids[:, read:upto], past)
             pairs = zip(past or new, new, strict=True)
             past = [(torch.cat((k, a), 2), torch.cat((v, b), 2)) for (k, v), (a, b) in pairs] if past else new
-            num_forwards, read = num_forwards + (read > 0), upto
+            num_forwards, read = num_forwards + (at > start), upto
         if window == 0:
             ids[:, at : at + 1] = pick(logits[:, -1:], sampling, derive(keys, at)[:, None])[0]
             at += 1
@@ -1302,6 +1299,11 @@ class TrainState:
 
     def save(self) -> None:
         """Write the checkpoint atomically (rank 0); a failure is logged and the run goes on with the older one."""
+        worst = torch.stack([p.detach().sum() for p in self.model.parameters()]).sum().item()
+        if not math.isfinite(worst):
+            raise UserError(
+                f"weights not finite at step {self.step}; lower MATRIX_LR; last good: {self.cfg.checkpoint}"
+            )
         if self.run.rank == 0:
             buffer, states = io.BytesIO(), {"model": self.model.state_dict(), "adam": self.adam.state_dict()}
             kept = {"momenta": self.momenta, "ema": self.ema, "config": dataclasses.asdict(self.cfg), "step": self.step}
@@ -1322,9 +1324,7 @@ class TrainState:
         except Exception as error:  # torch raises many kinds on damaged files
             raise UserError(f"checkpoint {path} is damaged ({error}); move it away to start afresh") from error
         if changed := [f"{k.upper()} {old.get(k)!r} -> {new[k]!r}" for k in new if old.get(k) != new[k]]:
-            raise UserError(
-                f"RESUME=auto: {path} has other settings ({'; '.join(changed)}); restore them or change RUN_ID"
-            )
+            raise UserError(f"RESUME=auto: {path} has other settings: {'; '.join(changed)}; restore them or RUN_ID")
         self.model.load_state_dict(saved["model"])
         self.adam.load_state_dict(saved["adam"])
         self.momenta, self.ema = saved["momenta"], saved["ema"]
@@ -1341,7 +1341,7 @@ class Objective:
             torch._dynamo.config.recompile_limit = 64
             self.clean = torch.compile(model.clean, dynamic=False, fullgraph=True)
             self.window = torch.compile(model.window, dynamic=False, fullgraph=True)
-        sizes = [size for size, _ in cfg.sizes(cfg.diffusion_windows)]
+        sizes = [size for size, _ in cfg.sizes(cfg.diffusion_windows)] if cfg.diffusion else []
         self.masks = {s: window_mask(cfg.train_seq_len, s, cfg.diffusion_causal, run.device) for s in sizes}
 
     def __call__(self, rows: Tensor, part: int, size: int, now: Moment) -> tuple[Tensor, Tensor]:
@@ -1425,11 +1425,10 @@ def train(state: TrainState, val: TokenLoader, byte_counter: ByteCounter) -> Non
     """Run optimizer steps until ITERATIONS or the wall-clock cap; only validation stops the clock."""
     cfg, run, objective = state.cfg, state.run, Objective(state.cfg, state.run, state.model)
     part = cfg.train_batch_tokens // cfg.micro_batches // cfg.train_seq_len
-    for size in list(objective.masks) * cfg.warmup_steps if run.compile else []:  # compile before the clock starts
+    for size in ([*objective.masks] or [0]) * cfg.warmup_steps * run.compile:  # compile before the clock starts
         with run.autocast():
-            loss, _ = objective(
-                state.loader.rows(0, part, cfg.train_seq_len, run.device), 0, size, Moment(10**9, 1.0, 0.0)
-            )
+            rows = state.loader.rows(0, part, cfg.train_seq_len, run.device)
+            loss, _ = objective(rows, 0, size, Moment(cfg.iterations, 1.0, 0.0))
         loss.backward()  # type: ignore[no-untyped-call]
     state.model.zero_grad(set_to_none=True)
     began, saved_at, sums = run.clock() - state.seconds, state.seconds, torch.zeros(2, device=run.device)
@@ -1490,7 +1489,7 @@ def main() -> int:
             peak = torch.cuda.max_memory_allocated() // 2**20 if run.device.type == "cuda" else peak
             done = {"steps": state.step, "train_seconds": state.seconds, "peak_memory_mib": peak}
             run.log.event("done", artifact=str(artifact), log=str(run.log.path), **done)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
         return 2
     return 0

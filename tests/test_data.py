@@ -85,7 +85,7 @@ def damage_token(path: Path) -> None:
         (damage_all, ("no magic number", "rebuild it")),
         (damage_count, ("announces 39 tokens but holds 40", "copy or build it again")),
         (damage_sign, ("announces -40 tokens", "copy or build it again")),
-        (damage_token, ("holds token 64, not below VOCAB_SIZE=64", "set the VOCAB_SIZE and TOKENIZER_PATH")),
+        (damage_token, ("holds token 64", "VOCAB_SIZE")),
     ],
 )
 def test_a_damaged_shard_is_named(tmp_path: Path, damage: Callable[[Path], None], names: tuple[str, ...]) -> None:
@@ -134,7 +134,7 @@ def test_an_unreadable_tokenizer_is_named(tmp_path: Path, content: bytes | None)
     if content is not None:
         path.write_bytes(content)
     message = fault_of(lambda: tg.ByteCounter(tiny(tokenizer_path=str(path))))
-    assert message.startswith(f"TOKENIZER_PATH={str(path)!r} is not a readable SentencePiece model")
+    assert message.startswith(f"TOKENIZER_PATH={str(path)!r} is no SentencePiece model")
     assert "python scripts/prepare_data.py" in message
 
 
@@ -220,7 +220,7 @@ def test_bytes_are_those_of_the_decoded_text(name: str, tokenizers: Tokenizers, 
     )
     for text in [*texts, "".join(texts), *(a + b for a in HARD_TEXTS for b in HARD_TEXTS)]:
         count, decoded = counted(sp, counter, text)
-        assert count == decoded, text
+        assert count == decoded, text[:60]
         if name == "identity":
             assert decoded == len(text.encode())
     used = {token for text in texts for token in sp.encode(text)}
@@ -231,7 +231,7 @@ def test_bytes_of_a_tokenizer_that_adds_one_space_and_keeps_the_rest(tmp_path: P
     sp = train_tokenizer(tmp_path / "t.model", texts, **IDENTITY | {"add_dummy_prefix": True})
     counter = tg.ByteCounter(tiny(vocab_size=400, tokenizer_path=str(tmp_path / "t.model")))
     for text in texts:
-        assert counted(sp, counter, text) == (len(text.encode()),) * 2, text
+        assert counted(sp, counter, text) == (len(text.encode()),) * 2, text[:60]
 
 
 def test_a_piece_of_several_spaces(tokenizers: Tokenizers) -> None:

@@ -94,9 +94,9 @@ def discrepancy(u: Tensor) -> float:
     return max((torch.arange(1, n + 1) / n - u).max().item(), (u - torch.arange(n) / n).max().item())
 
 
-@pytest.mark.parametrize("rate", ["uniform", "cosine", "fixed"])
+@pytest.mark.parametrize("rate", ["uniform", "fixed"])
 def test_levels_lie_above_zero_and_up_to_one(rate: str) -> None:
-    for start in (0, 10**6, 2**40):
+    for start in (0, 10**6, 14_930_352):  # a Fibonacci number, where the fraction rounds to 1
         t = levels(50_000, start, 0.3, diffusion_rate=rate, diffusion_full_prob=0.2)
         assert t.dtype == torch.float32
         assert t.min() > 0
@@ -109,8 +109,6 @@ def test_any_run_of_windows_covers_the_levels_evenly(count: int, start: int) -> 
     assert discrepancy(levels(count, start)) < 3 / count  # independent draws: 0.87 / sqrt(count)
     bounded = levels(count, start, diffusion_min_mask_ratio=0.2, diffusion_max_mask_ratio=0.7)
     assert discrepancy((bounded - 0.2) / 0.5) < 3 / count
-    cosine = levels(count, start, diffusion_rate="cosine")
-    assert discrepancy(1 - 2 / math.pi * torch.arccos(cosine)) < 3 / count  # P(t <= x) under density 2/pi/sqrt(1-t^2)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -284,11 +282,8 @@ def any_order_nll(logits: Tensor, x0: Tensor) -> float:
     return total / math.factorial(S3)
 
 
-@pytest.mark.parametrize("rate", ["uniform", "cosine"])
-def test_the_elbo_loss_is_the_any_order_likelihood(rate: str) -> None:
-    cfg = tiny(
-        vocab_size=V3, diffusion_rate=rate, diffusion_regions="iid", diffusion_full_prob=0.0, diffusion_loss_clip=1e9
-    )
+def test_the_elbo_loss_is_the_any_order_likelihood() -> None:
+    cfg = tiny(vocab_size=V3, diffusion_regions="iid", diffusion_full_prob=0.0, diffusion_loss_clip=1e9)
     count, groups = 20_000, 20
     table = torch.randn(2**S3, S3, V3, generator=torch.Generator().manual_seed(1)) * 2
     x0, estimates = torch.tensor([2, 0, 3]), []
@@ -317,16 +312,11 @@ def test_losses_by_hand() -> None:
     logits, x0, noisy, cfg = by_hand()
     (a, b), (_, c) = (-logits.log_softmax(-1).gather(-1, x0[..., None])[..., 0]).tolist()[0]
     middle = (1.5 * a + 1.5 * b + 0.96 * c) / 3.96  # 6 t (1 - t)
-    cosine = [math.pi / 2 * math.sqrt(1 - t * t) / t for t in (0.5, 0.2)]
     for overrides, expected in (
         ({"diffusion_loss": "mean"}, (a + b + c) / 3),
         ({"diffusion_loss": "middle"}, middle),
         ({"diffusion_loss": "elbo"}, (2 * a + 2 * b + 5 * c) / 4),
         ({"diffusion_loss": "elbo", "diffusion_loss_clip": 4.0}, (2 * a + 2 * b + 4 * c) / 4),
-        (
-            {"diffusion_loss": "elbo", "diffusion_rate": "cosine"},
-            (cosine[0] * (a + b) + cosine[1] * c) / 4,
-        ),
     ):
         found = tg.losses(logits, logits, x0, noisy, dataclasses.replace(cfg, **overrides))
         assert found.item() == pytest.approx(expected, rel=1e-5), overrides

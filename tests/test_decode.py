@@ -1,0 +1,242 @@
+"""Decoding: the same tokens as without a cache, the passes that are claimed, and nothing read that must be found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_rows, randomise, tiny
+from torch import Tensor
+
+import train_gpt as tg
+
+V = 64
+MODES = ["mask", "uniform", "hybrid", "gaussian"]
+HOT = tg.Sampling(temperature=1.0, seed=3)
+
+
+class Spy(tg.GPT):
+    """A model that remembers its passes: ("clean", tokens) and ("window", window, logits)."""
+
+    calls: list[tuple[Any, ...]]
+
+    def clean(self, ids: Tensor, past: Any = None) -> Any:
+        self.calls.append(("clean", ids.shape[1]))
+        return super().clean(ids, past)
+
+    def window(self, window: tg.Window, past: Any) -> Tensor:
+        logits = super().window(window, past)
+        self.calls.append(("window", window, logits))
+        return logits
+
+
+def model_of(recipe: str = "direct", **overrides: Any) -> Spy:
+    model = Spy(tiny(recipe, **overrides))
+    model.calls = []
+    randomise(model, std=0.4)
+    return model
+
+
+def windows_of(model: Spy) -> list[tuple[tg.Window, Tensor]]:
+    return [(call[1], call[2]) for call in model.calls if call[0] == "window"]
+
+
+@pytest.mark.parametrize(("start", "stop", "length"), [(1, 12, 12), (5, 12, 12), (3, 9, 14), (11, 12, 12)])
+@pytest.mark.parametrize("recipe", ["direct", "ar"])
+def test_greedy_decoding_equals_a_loop_without_a_cache(recipe: str, start: int, stop: int, length: int) -> None:
+    model, ids = model_of(recipe), random_rows(3, length, V)
+    expected = ids.clone()
+    with torch.no_grad():
+        for i in range(start, stop):
+            expected[:, i] = model.clean(expected[:, :i])[0][:, -1].argmax(-1)
+    assert tg.decode(model, ids, start, stop).ids.equal(expected)
+    if stop == length:
+        assert tg.generate(model, ids[:, :start], stop - start).ids.equal(expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("window", [0, 3, 8])
+def test_given_text_stays_and_what_is_to_be_found_is_not_read(window: int, mode: str) -> None:
+    model = model_of(diffusion_corruption_mode=mode)
+    ids = random_rows(3, 16, V)
+    kept = ids.clone()
+    how: dict[str, Any] = dict(window=window, steps=3, sampling=HOT)
+    found = tg.decode(model, ids, 4, 12, **how).ids
+    assert ids.equal(kept)  # the caller's rows are theirs
+    assert found[:, :4].equal(ids[:, :4])
+    assert found[:, 12:].equal(ids[:, 12:])
+    assert found.max() < V
+    assert not found[:, 4:12].equal(ids[:, 4:12])
+    other = ids.clone()
+    other[:, 4:12] = (ids[:, 4:12] + 7) % V
+    assert tg.decode(model, other, 4, 12, **how).ids.equal(found)
+
+
+@pytest.mark.parametrize("start", [1, 2, 6])
+@pytest.mark.parametrize("span", [1, 5, 8])
+@pytest.mark.parametrize(("window", "steps"), [(0, 1), (8, 1), (8, 3), (8, 99), (4, 2), (3, 3), (1, 1)])
+def test_the_number_of_passes_is_exact(start: int, span: int, window: int, steps: int) -> None:
+    model, ids = model_of(), random_rows(2, start + span, V)
+    found = tg.decode(model, ids, start, start + span, window=window, steps=steps)
+    if window == 0:
+        expected = span - 1  # the prompt's own pass gives the first token
+        prompt_passes = 1
+    else:
+        sizes = [min(window, span - i) for i in range(0, span, window)]
+        expected = sum(min(steps, size) for size in sizes) + len(sizes) - 1  # a finished window enters the cache
+        prompt_passes = int(start > 1)  # a window carries the last token of the prompt itself
+    assert len(model.calls) == expected + prompt_passes
+    assert found.num_forwards == expected
+
+
+def test_an_empty_span_costs_nothing() -> None:
+    model, ids = model_of(), random_rows(2, 6, V)
+    for window in (0, 4):
+        found = tg.decode(model, ids, 6, 6, window=window)
+        assert found.ids.equal(ids)
+        assert found.num_forwards == 0
+
+
+@pytest.mark.parametrize(("span", "steps"), [(6, 6), (6, 4), (7, 2), (5, 1), (8, 3)])
+def test_the_most_confident_tokens_are_committed_first_and_for_good(span: int, steps: int) -> None:
+    model, ids = model_of(), random_rows(3, 4 + span + 3, V)
+    found = tg.decode(model, ids, 4, 4 + span, window=span, steps=steps).ids[:, 4 : 4 + span]
+    passes = windows_of(model)
+    open_now = torch.ones(3, span, dtype=torch.bool)
+    for i, (window, logits) in enumerate(passes):
+        noisy = window.noisy
+        hole, visible = noisy.corrupted[:, 0, :span], noisy.xt[:, 0, :span]
+        assert hole.equal(open_now)
+        assert (hole.sum(-1) == span - -(-span * i // steps)).all()  # even shares, none left over
+        assert (visible[hole] == V).all()
+        assert visible[~hole].equal(found[~hole])  # what was committed stays
+        assert not noisy.corrupted[:, 0, span:].any()  # the text after is given
+        torch.testing.assert_close(noisy.t[:, 0], hole.sum(-1) / (span + 3))
+        confidence, tokens = logits[:, 0, :span].log_softmax(-1).max(-1)
+        left = span - -(-span * (i + 1) // steps)
+        unsure = confidence.masked_fill(~hole, 9.0).topk(left, largest=False).indices
+        open_now = torch.zeros_like(hole).scatter(1, unsure, True)
+        committed = hole & ~open_now
+        assert found[committed].equal(tokens[committed])
+    assert len(passes) == steps
+    assert not open_now.any()
+
+
+def test_one_token_a_pass() -> None:
+    model, ids = model_of(), random_rows(2, 12, V)
+    tg.decode(model, ids, 4, 12, window=8, steps=8)
+    assert [window.noisy.corrupted[0].sum().item() for window, _ in windows_of(model)] == [8, 7, 6, 5, 4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("sampling", [None, HOT])
+@pytest.mark.parametrize("mode", ["mask", "uniform"])
+@pytest.mark.parametrize("window", [0, 4, 8])
+def test_a_rows_result_does_not_depend_on_its_batch(window: int, mode: str, sampling: tg.Sampling | None) -> None:
+    model, ids = model_of(diffusion_corruption_mode=mode), random_rows(4, 16, V)
+    how: dict[str, Any] = dict(window=window, steps=3, sampling=sampling)
+    together = tg.decode(model, ids, 4, 12, **how).ids
+    assert tg.decode(model, ids[:1], 4, 12, **how).ids.equal(together[:1])
+    assert tg.decode(model, ids[:3], 4, 12, **how).ids.equal(together[:3])
+
+
+def test_rows_and_seeds_draw_apart() -> None:
+    model, ids = model_of(), random_rows(1, 5, V).expand(20, -1)
+    for window in (0, 8):
+        how: dict[str, Any] = dict(window=window, steps=2)
+        assert len(tg.generate(model, ids, 8, **how).ids.unique(dim=0)) == 1
+        hot = tg.generate(model, ids, 8, **how, sampling=HOT).ids
+        assert len(hot.unique(dim=0)) == 20
+        assert tg.generate(model, ids, 8, **how, sampling=HOT).ids.equal(hot)
+        assert not tg.generate(model, ids, 8, **how, sampling=HOT._replace(seed=4)).ids.equal(hot)
+
+
+def test_an_infill_follows_its_suffix() -> None:
+    model, prefix, suffix = model_of(), random_rows(8, 5, V), random_rows(8, 4, V, seed=1)
+    found = tg.infill(model, prefix, suffix, 6, steps=6).ids
+    assert found.shape == (8, 15)
+    assert found[:, :5].equal(prefix)
+    assert found[:, 11:].equal(suffix)
+    (first, _), *_ = windows_of(model)
+    assert first.noisy.xt.shape == (8, 1, 10)  # one window that shows the suffix
+    other = tg.infill(model, prefix, (suffix + 1) % V, 6, steps=6).ids
+    assert not other[:, 5:11].equal(found[:, 5:11])
+    nothing = tg.infill(model, prefix, suffix, 0)
+    assert nothing.ids.equal(torch.cat((prefix, suffix), dim=1))
+
+
+def test_what_fills_a_hole_is_what_was_trained() -> None:
+    for mode, masked in (("mask", True), ("hybrid", True), ("uniform", False)):
+        model = model_of(diffusion_corruption_mode=mode)
+        tg.generate(model, random_rows(2, 5, V), 8, window=8, steps=2)
+        for window, _ in windows_of(model):
+            put = window.noisy.xt[window.noisy.corrupted]
+            assert (put == V).all() if masked else (put < V).all()
+            assert window.noisy.suspect.all() == (mode != "mask" or bool(window.noisy.corrupted.all()))
+
+
+def test_the_last_prediction_is_fed_back_where_that_was_trained() -> None:
+    for self_condition in ("none", "soft", "commit"):
+        model = model_of(self_condition=self_condition)
+        tg.generate(model, random_rows(2, 5, V), 8, window=8, steps=3)
+        (first, logits), (second, _), _ = windows_of(model)
+        assert first.previous is None
+        if self_condition == "soft":
+            assert second.previous is not None
+            assert second.previous.equal(model.expected_embedding(logits))
+        else:
+            assert second.previous is None
+
+
+def test_an_expected_embedding_is_the_mean_under_the_prediction() -> None:
+    model = model_of()
+    sure = torch.full((3, V), -1e9).scatter(1, torch.tensor([[5], [0], [63]]), 0.0)
+    torch.testing.assert_close(model.expected_embedding(sure), tg.rms_norm(model.tok_emb)[[5, 0, 63]])
+    mean = tg.rms_norm(model.tok_emb).mean(0)
+    torch.testing.assert_close(model.expected_embedding(torch.zeros(V)), mean)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampling_follows_the_distribution(temperature: float) -> None:
+    logits, count = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0]), 40_000
+    keys = tg.derive(torch.arange(count), 8).view(100, 400)
+    tokens, log_p = tg.pick(logits.expand(100, 400, 5), tg.Sampling(temperature), keys)
+    expected = (logits.double() / temperature).softmax(-1) * count
+    found = torch.bincount(tokens.flatten(), minlength=5)
+    assert found[4] == 0
+    assert ((found - expected) ** 2 / expected)[:4].sum() < 25  # chi-square, 3 degrees of freedom: p = 1e-5
+    assert log_p.equal(logits.double().log_softmax(-1)[tokens])  # confidence is the model's own, untempered
+    neighbours = torch.bincount((tokens[:, :-1] * 5 + tokens[:, 1:]).flatten(), minlength=25).view(5, 5)
+    p = expected / count
+    joint = p[:, None] * p * neighbours.sum()
+    assert ((neighbours - joint) ** 2 / joint)[:4, :4].sum() < 60  # 15 degrees of freedom
+
+
+def test_temperature_zero_takes_the_likeliest() -> None:
+    logits = torch.randn(4, 7, V)
+    tokens, log_p = tg.pick(logits, tg.Sampling(), torch.zeros(4, 7, dtype=torch.int64))
+    assert tokens.equal(logits.argmax(-1))
+    torch.testing.assert_close(log_p, logits.double().log_softmax(-1).amax(-1))
+    cold, _ = tg.pick(logits, tg.Sampling(temperature=1e-3), tg.derive(torch.arange(28)).view(4, 7))
+    assert cold.equal(tokens)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 4), (-1, 4), (3, 9), (5, 4), (9, 9)])
+@pytest.mark.parametrize("window", [0, 4])
+def test_a_span_outside_the_rows_is_named(start: int, stop: int, window: int) -> None:
+    with pytest.raises(tg.UserError, match=rf"span {start}\.\.{stop} must lie in 1\.\.8"):
+        tg.decode(model_of(), random_rows(2, 8, V), start, stop, window=window)
+
+
+def test_an_empty_prompt_is_named() -> None:
+    with pytest.raises(tg.UserError, match="BOS will do"):
+        tg.generate(model_of(), torch.zeros(1, 0, dtype=torch.int64), 4)
+
+
+def test_a_model_without_a_denoiser_says_so() -> None:
+    model, prompt = model_of("ar"), random_rows(1, 4, V)
+    with pytest.raises(tg.UserError, match=r"no trained denoiser \(DIFFUSION_LOSS_WEIGHT=0\)"):
+        tg.generate(model, prompt, 4, window=4)
+    with pytest.raises(tg.UserError, match="no trained denoiser"):
+        tg.infill(model, prompt, prompt, 4)
+    assert tg.generate(model, prompt, 4).ids.shape == (1, 8)

@@ -1,0 +1,94 @@
+"""The repository: the size of the code, its order, and that its documents name what is there."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+import train_gpt as tg
+
+SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+MADE_BY_USERS = ("data/", "final_model", "checkpoints/", "logs/")  # what a command in README writes
+
+
+def test_the_program_stays_small() -> None:
+    assert len(SOURCE.splitlines()) <= 1500
+    assert max(len(line) for line in SOURCE.splitlines()) <= 120
+
+
+def test_ten_sections_in_order() -> None:
+    banners = re.findall(r"^# (\d+)  ([A-Z][A-Z ,]+) -- (.+)$", SOURCE, re.MULTILINE)
+    assert [int(number) for number, *_ in banners] == list(range(1, 11))
+    assert all(purpose.strip("= ") for *_, purpose in banners)
+
+
+def functions() -> list[tuple[str, int]]:
+    nodes = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [(node.name, (node.end_lineno or 0) - node.lineno + 1) for node in nodes]
+
+
+def test_no_function_is_long() -> None:
+    assert len(functions()) > 80
+    assert [(name, lines) for name, lines in functions() if lines > 60] == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "submission.json", "LICENSE", "requirements.txt"])
+def test_a_file_that_users_expect_is_there(name: str) -> None:
+    assert (ROOT / name).is_file()
+    assert (ROOT / name).read_text(encoding="utf-8").strip()
+
+
+def pairs(value: Any) -> list[tuple[str, Any]]:
+    """Every key of nested JSON with its value."""
+    if isinstance(value, list):
+        return [pair for part in value for pair in pairs(part)]
+    if isinstance(value, dict):
+        return [*value.items(), *(pair for part in value.values() for pair in pairs(part))]
+    return []
+
+
+def test_the_submission_holds_numbers_or_says_that_it_does_not() -> None:
+    text = (ROOT / "submission.json").read_text(encoding="utf-8")
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    found = pairs(json.loads(text, parse_constant=refuse))
+    measured = [(key, value) for key, value in found if re.search(r"bpb|loss|bytes", key)]
+    assert {"val_bpb", "val_loss", "bytes_total"} <= {key for key, _ in measured}
+    for key, value in measured:
+        assert value is None or (isinstance(value, int | float) and not isinstance(value, bool)), key
+
+
+def code_blocks() -> list[str]:
+    return re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_code_blocks_of_the_readme_name_files_that_exist() -> None:
+    named = set()
+    for block in code_blocks():
+        named |= set(re.findall(r"(?<![\w./<*-])[\w][\w./-]*\.(?:py|sh|txt|json|toml|md)\b(?![*>])", block))
+    assert "train_gpt.py" in named
+    missing = {name for name in named if not (ROOT / name).exists() and not name.startswith(MADE_BY_USERS)}
+    assert missing == set()
+
+
+def test_code_blocks_of_the_readme_set_settings_that_exist() -> None:
+    named = set()
+    for block in code_blocks():
+        for line in block.splitlines():
+            if "train_gpt.py" in line:
+                named |= set(re.findall(r"\b([A-Z][A-Z0-9_]+)=", line))
+    known = {name.upper() for name in tg.Config.__dataclass_fields__}
+    assert named <= known | {"DIFFUSION_TRAIN_MODE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "NCCL_IB_DISABLE"}
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)]
+    assert [link for link in links if link and "://" not in link and not (ROOT / link).exists()] == []

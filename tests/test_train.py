@@ -1,0 +1,585 @@
+"""Training: the curve, resuming to the bit, the clock, and what stops a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    CPU,
+    ROOT,
+    env_of,
+    make_run,
+    random_rows,
+    randomise,
+    read_events,
+    recorded,
+    settings,
+    tiny,
+    write_shard,
+)
+from torch import Tensor
+
+import train_gpt as tg
+
+GOLDEN = ROOT / "tests" / "golden" / "tiny_cpu.json"
+
+
+@pytest.fixture
+def synthetic(tmp_path: Path) -> dict[str, Any]:
+    """Settings that name shards which depend on nothing but these lines: 64 tokens that follow a simple rule."""
+    state, tokens = 1, []
+    for i in range(6000):
+        state = (1103515245 * state + 12345) % 2**31
+        tokens.append((tokens[-1] * 5 + 3 + (state >> 16) % 4) % 64 if i % 7 else (state >> 20) % 64)
+    write_shard(tmp_path / "data" / "s_train_0.bin", tokens[:5000])
+    write_shard(tmp_path / "data" / "s_val_0.bin", tokens[5000:])
+    return {"data_path": str(tmp_path / "data"), "out_dir": str(tmp_path / "out")}
+
+
+class CountTokens(tg.ByteCounter):
+    """Two bytes a token: synthetic tokens have no text."""
+
+    def __init__(self) -> None:
+        self.sha256 = "none"
+
+    def count(self, prev: Tensor, target: Tensor) -> Tensor:
+        return torch.full_like(target, 2)
+
+
+def trained(cfg: tg.Config) -> tuple[tg.TrainState, list[dict[str, Any]]]:
+    """Train in this process; the state at the end and the events of every step."""
+    state = tg.TrainState(cfg, make_run(cfg), tg.TokenLoader(cfg, "train"))
+    state.resume()
+    tg.train(state, tg.TokenLoader(cfg, "val"), CountTokens())
+    return state, recorded(state.run, "train")
+
+
+def curve(steps: list[dict[str, Any]]) -> list[list[float]]:
+    return [[step["train_loss"], step["denoise_loss"]] for step in steps]
+
+
+def test_the_loss_curve_is_the_golden_one(synthetic: dict[str, Any], pytestconfig: pytest.Config) -> None:
+    cfg = tiny(**synthetic, iterations=12, train_batch_tokens=128)
+    state, steps = trained(cfg)
+    (val,) = recorded(state.run, "val")
+    found = {"train_loss, denoise_loss": curve(steps), "val_loss": val["loss"]}
+    if pytestconfig.getoption("update_golden"):
+        GOLDEN.write_text(json.dumps(found).replace("], [", "],\n [") + "\n", encoding="utf-8")
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    assert found["val_loss"] == pytest.approx(golden["val_loss"], rel=1e-4)
+    assert len(found["train_loss, denoise_loss"]) == 12
+    for here, there in zip(found["train_loss, denoise_loss"], golden["train_loss, denoise_loss"], strict=True):
+        assert here == pytest.approx(there, rel=1e-4)
+
+
+def test_it_learns(synthetic: dict[str, Any]) -> None:
+    cfg = tiny(**synthetic, iterations=60, train_batch_tokens=256, train_log_every=1)
+    _, steps = trained(cfg)
+    losses = [step["train_loss"] for step in steps]
+    assert losses[0] == pytest.approx(math.log(64), abs=0.15)
+    assert sum(losses[-5:]) / 5 < 3.0  # two bits of each token are random, and 1 in 7 is
+
+
+def test_two_runs_are_equal_to_the_bit(synthetic: dict[str, Any]) -> None:
+    cfg = tiny(**synthetic, ema_decay=0.9, grad_clip_norm=1.0, self_condition="soft", diffusion_passes=2)
+    (first, a), (second, b) = trained(cfg), trained(cfg)
+    assert curve(a) == curve(b)
+    for name, w in first.weights().items():
+        assert w.equal(second.weights()[name]), name
+    other, c = trained(dataclasses.replace(cfg, seed=1))
+    assert curve(a)[0] != curve(c)[0]
+    assert not other.model.tok_emb.equal(first.model.tok_emb)
+
+
+def test_an_evaluation_moves_nothing(synthetic: dict[str, Any]) -> None:
+    state, steps = trained(tiny(**synthetic))
+    often, others = trained(tiny(**synthetic, val_loss_every=2))
+    assert curve(steps) == curve(others)
+    assert [val["step"] for val in recorded(often.run, "val")] == [2, 4, 6, 8]
+    assert len(recorded(state.run, "val")) == 1
+    assert all(w.equal(often.weights()[name]) for name, w in state.weights().items())
+
+
+@pytest.mark.parametrize("recipe", tg.RECIPES)
+def test_every_recipe_trains(recipe: str, synthetic: dict[str, Any]) -> None:
+    for start in (0, 2):
+        cfg = tiny(recipe, **synthetic, iterations=3, diffusion_start_step=start)
+        state, steps = trained(cfg)
+        assert len(steps) == 3
+        for i, step in enumerate(steps):
+            assert math.isfinite(step["train_loss"])
+            assert (step["denoise_loss"] > 0) == (cfg.diffusion and i >= start)
+        fresh = tg.GPT(cfg).state_dict()
+        moved = {name for name, w in state.model.state_dict().items() if not w.equal(fresh[name])}
+        # A gradient reaches a low-rank update's first factor only once the second has left zero.
+        still = {name for name in fresh.keys() - moved if not name.endswith("lora_a")}
+        assert not still
+
+
+# fmt: off
+VARIANTS: list[dict[str, Any]] = [
+    dict(self_condition="soft"), dict(self_condition="commit"), dict(diffusion_passes=2),
+    dict(self_condition="soft", diffusion_passes=2), dict(self_condition="commit", diffusion_passes=2),
+    *(dict(diffusion_loss=name) for name in tg.LOSSES),
+    *(dict(diffusion_corruption_mode=mode) for mode in ("mask", "uniform", "hybrid", "gaussian")),
+    *(dict(diffusion_regions=name) for name in tg.REGIONS),
+    *(dict(mercury_task_mode=mode) for mode in ("mixed", "continuation", "infill")),
+    *(dict(diffusion_rate="fixed", diffusion_ramp=ramp) for ramp in ("run", "iterations")),
+    dict(diffusion_backbone_grad=0.0, diffusion_cache_grad=0.0), dict(diffusion_backbone_grad=0.3),
+    dict(adapter_rank=0), dict(time_embed_dim=0), dict(adapter_rank=0, time_embed_dim=0), dict(num_layers=1),
+    dict(num_layers=3), dict(num_kv_heads=2), dict(diffusion_row_frac=0.3), dict(mercury_clean_loss_weight=0.0),
+    dict(diffusion_causal=True), dict(diffusion_shift=False), dict(diffusion_start_frac=0.5),
+    dict(muon_weight_decay=0.1), dict(ema_decay=0.9), dict(grad_clip_norm=0.1), dict(muon_momentum_warmup_steps=0),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: ",".join(f"{k}={x}" for k, x in v.items()))
+def test_every_setting_trains(variant: dict[str, Any], synthetic: dict[str, Any]) -> None:
+    _, steps = trained(tiny(**synthetic, **{"iterations": 2} | variant))
+    assert len(steps) == 2
+    for step in steps:
+        assert math.isfinite(step["train_loss"])
+        assert math.isfinite(step["denoise_loss"])
+    assert steps[-1]["denoise_loss"] > 0
+
+
+def test_windows_join_in_at_their_step_and_share(synthetic: dict[str, Any]) -> None:
+    _, by_step = trained(tiny(**synthetic, diffusion_start_step=3))
+    assert [step["denoise_loss"] > 0 for step in by_step] == [False] * 3 + [True] * 5
+    _, by_share = trained(tiny(**synthetic, diffusion_start_frac=0.5))
+    assert [step["denoise_loss"] > 0 for step in by_share] == [False] * 4 + [True] * 4
+    _, alone = trained(tiny("ar", **synthetic))
+    assert curve(by_step)[:3] == curve(alone)[:3]  # until then it is the baseline, to the bit
+
+
+def objective_of(**overrides: Any) -> tuple[tg.Objective, tg.Config]:
+    cfg = tiny(**overrides)
+    return tg.Objective(cfg, make_run(cfg), randomise(tg.GPT(cfg))), cfg
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
+    rows, now = random_rows(4, 17, 64), tg.Moment(3, 0.5, 1.0)
+    objective, _ = objective_of(mercury_clean_loss_weight=0.3, diffusion_loss_weight=0.7)
+    loss, (ar_loss, window_loss) = objective(rows, 1, 4, now)
+    assert loss.item() == pytest.approx(0.3 * ar_loss.item() + 0.7 * window_loss.item(), rel=1e-5)
+    assert ar_loss.item() == pytest.approx(tg.score(objective.model, rows).mean().item(), rel=1e-5)
+    assert objective(rows, 1, 4, now)[0].equal(loss)
+    assert not objective(rows, 2, 4, now)[0].equal(loss)  # noise belongs to a place in the global batch
+    assert not objective(rows, 1, 4, tg.Moment(4, 0.5, 1.0))[0].equal(loss)  # and to a step
+
+
+def test_gradients_and_losses_of_ranks_add_up(synthetic: dict[str, Any]) -> None:
+    """Optimizers that ignore the gradient's scale would hide a wrong weight."""
+    cfg = tiny(**synthetic, micro_batches=4)
+
+    class Alone(tg.Run):
+        def sum(self, values: Tensor) -> Tensor:
+            return values
+
+    totals = []
+    for world_size in (1, 2, 4):
+        grads, losses = list[Tensor](), list[Tensor]()
+        for rank in range(world_size):
+            run = Alone(**vars(make_run(cfg, rank, world_size)))
+            state = tg.TrainState(cfg, run, tg.TokenLoader(cfg, "train"))
+            params = list(randomise(state.model).parameters())
+
+            def update(_: tg.Moment, params: Any = params, grads: Any = grads) -> None:
+                grads.append(torch.cat([p.grad.flatten() for p in params]))
+
+            state.update = update  # type: ignore[method-assign]
+            losses.append(tg.train_step(state, tg.Objective(cfg, run, state.model), tg.Moment(0, 0.0, 1.0)))
+        totals.append((torch.stack(grads).sum(0), torch.stack(losses).sum(0)))
+    assert totals[0][0].abs().sum() > 0
+    for grad, loss in totals[1:]:
+        torch.testing.assert_close(grad, totals[0][0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(loss, totals[0][1])
+
+
+def test_only_a_share_of_rows_carries_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, plain = list[tuple[int, ...]](), tg.GPT.window
+
+    def window(self: tg.GPT, window: tg.Window, past: Any) -> Tensor:
+        seen.append(tuple(window.noisy.xt.shape))
+        assert all(k.shape[0] == len(window.noisy.xt) for k, _ in past)
+        return plain(self, window, past)
+
+    monkeypatch.setattr(tg.GPT, "window", window)
+    for share, count in ((1.0, 8), (0.25, 2), (0.01, 1)):
+        objective, _ = objective_of(diffusion_row_frac=share)
+        objective(random_rows(8, 17, 64), 0, 4, tg.Moment(0, 0.0, 1.0))
+        assert seen.pop() == (count, 4, 4)
+
+
+def test_the_noise_levels_of_a_batch_are_stratified(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, plain = list[Tensor](), tg.corrupt
+
+    def corrupt(x0: Tensor, t: Tensor, keys: Tensor, cfg: tg.Config) -> tg.Corruption:
+        seen.append(t)
+        return plain(x0, t, keys, cfg)
+
+    monkeypatch.setattr(tg, "corrupt", corrupt)
+    objective, _ = objective_of(diffusion_full_prob=0.0)
+    for step in (0, 7):
+        for part in range(4):  # four parts of one batch, as several ranks would take them
+            objective(random_rows(4, 17, 64), part, 4, tg.Moment(step, 0.0, 1.0))
+        t = torch.cat(seen).flatten().sort().values
+        assert len(t) == 64
+        assert (t - (torch.arange(64) + 0.5) / 64).abs().max() < 3 / 64
+        seen.clear()
+
+
+def test_a_prediction_is_fed_back_as_trained() -> None:
+    for self_condition in ("soft", "commit", "none"):
+        objective, cfg = objective_of(
+            self_condition=self_condition, mercury_self_condition_prob=0.5, mercury_self_condition_fraction=0.25
+        )
+        x0, before, positions = tg.tile(random_rows(500, 17, 64), 4)
+        keys = tg.derive(torch.arange(500)[:, None], torch.arange(4))
+        noisy = tg.corrupt(x0, torch.full((500, 4), 0.6), keys, cfg)
+        window = tg.Window(before, noisy, positions, objective.masks[4])
+        logits = torch.randn(500, 4, 4, 64)
+        fed = objective.feed_back(window, logits, keys)
+        assert fed.noisy.corrupted.equal(noisy.corrupted)
+        assert fed.noisy.suspect.equal(noisy.suspect)
+        if self_condition == "soft":
+            assert fed.noisy.xt.equal(noisy.xt)
+            given = fed.previous.abs().sum((-1, -2)) > 0
+            assert given.float().mean().item() == pytest.approx(0.5, abs=0.06)
+            expected = objective.model.expected_embedding(logits)
+            torch.testing.assert_close(fed.previous[given], expected[given])
+        else:
+            replaced = fed.noisy.xt != noisy.xt
+            assert not (replaced & ~noisy.corrupted).any()
+            assert fed.noisy.xt[replaced].equal(logits.argmax(-1)[replaced])
+            share = 0.25 * (1.0 if self_condition == "none" else 0.5)
+            assert (replaced.sum() / noisy.corrupted.sum()).item() == pytest.approx(share, abs=0.04)
+
+
+def test_self_conditioning_trains_with_one_pass_first() -> None:
+    """Its first pass carries no gradient and no loss; unrolled passes carry both."""
+    rows, now = random_rows(4, 17, 64), tg.Moment(0, 0.0, 1.0)
+    for self_condition, passes, expected in (("none", 1, 1), ("soft", 1, 2), ("none", 3, 3), ("commit", 2, 3)):
+        objective, _ = objective_of(self_condition=self_condition, diffusion_passes=passes)
+        graded, plain = list[bool](), objective.window
+
+        def window(window: tg.Window, past: Any, graded: list[bool] = graded, plain: Any = plain) -> Tensor:
+            graded.append(torch.is_grad_enabled())
+            return plain(window, past)
+
+        objective.window = window
+        objective(rows, 0, 4, now)[0].backward()  # type: ignore[no-untyped-call]
+        assert graded == [False] * (expected - passes) + [True] * passes
+
+
+@pytest.mark.parametrize(
+    ("checkpoint_seconds", "found"), [(1e-9, "weights not finite at step 4"), (0.0, "loss is not finite at step 5")]
+)
+def test_a_run_that_is_no_longer_finite_stops(checkpoint_seconds: float, found: str, synthetic: dict[str, Any]) -> None:
+    cfg = tiny(**synthetic, run_id="r", checkpoint_seconds=checkpoint_seconds)
+    state = tg.TrainState(cfg, make_run(cfg), tg.TokenLoader(cfg, "train"))
+    plain = state.update
+
+    def update(now: tg.Moment) -> None:
+        plain(now)
+        if state.step == 4:
+            with torch.no_grad():
+                state.model.tok_emb.fill_(math.nan)
+
+    state.update = update  # type: ignore[method-assign]
+    with pytest.raises(tg.UserError) as caught:
+        tg.train(state, tg.TokenLoader(cfg, "val"), CountTokens())
+    for named in (found, "MATRIX_LR", str(cfg.checkpoint)):
+        assert named in str(caught.value)
+    assert cfg.checkpoint.exists() == (checkpoint_seconds > 0)
+    if checkpoint_seconds > 0:  # the last good one is kept
+        saved = torch.load(cfg.checkpoint, weights_only=True)
+        assert saved["step"] == 3
+        assert all(w.isfinite().all() for w in saved["model"].values())
+
+
+def test_a_run_that_explodes_keeps_a_usable_checkpoint(synthetic: dict[str, Any]) -> None:
+    cfg = tiny(**synthetic, run_id="r", checkpoint_seconds=1e-9, matrix_lr=1e30, tied_embed_lr=1e30, iterations=30)
+    with pytest.raises(tg.UserError, match=r"MATRIX_LR"):
+        trained(cfg)
+    if cfg.checkpoint.exists():
+        assert all(w.isfinite().all() for w in torch.load(cfg.checkpoint, weights_only=True)["model"].values())
+
+
+def test_the_windows_loss_is_named_when_it_is_the_one() -> None:
+    cfg = tiny()
+    state = tg.TrainState.__new__(tg.TrainState)
+    state.cfg, state.run, state.step = cfg, make_run(cfg), 17
+    assert tg.check_finite(state, torch.tensor([2.0, 3.0])) == {"train_loss": 2.0, "denoise_loss": 3.0}
+    for sums, setting in (
+        ([math.nan, 1.0], "MATRIX_LR=0.04"),
+        ([math.inf, 1.0], "MATRIX_LR=0.04"),
+        ([1.0, math.nan], "DIFFUSION_LOSS_WEIGHT=0.1"),
+        ([1.0, -math.inf], "DIFFUSION_LOSS_WEIGHT=0.1"),
+    ):
+        with pytest.raises(tg.UserError) as caught:
+            tg.check_finite(state, torch.tensor(sums))
+        assert "at step 17" in str(caught.value)
+        assert f"lower {setting}" in str(caught.value)
+
+
+class Clock:
+    """A clock that a test moves by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds_a_step: float) -> None:
+        self.now, plain = 100.0, tg.train_step
+        monkeypatch.setattr(tg.time, "perf_counter", lambda: self.now)
+
+        def train_step(*args: Any) -> Tensor:
+            self.now += seconds_a_step
+            return plain(*args)
+
+        monkeypatch.setattr(tg, "train_step", train_step)
+        evaluate = tg.evaluate_bpb
+
+        def evaluate_bpb(*args: Any) -> dict[str, Any]:
+            self.now += 1000  # which must not count
+            return evaluate(*args)
+
+        monkeypatch.setattr(tg, "evaluate_bpb", evaluate_bpb)
+
+
+def test_the_cap_stops_a_run_and_time_counts_on(synthetic: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch, 2.0)
+    base = dict(**synthetic, run_id="r", iterations=1000, max_wallclock_seconds=15.0, warmdown_iters=1000)
+    state, steps = trained(tiny(**base, val_loss_every=3))
+    assert state.step == len(steps) == 8  # the first step boundary at or past 15 s
+    assert state.seconds == pytest.approx(16.0)
+    assert [step["train_ms"] for step in steps] == pytest.approx([2000.0 * (i + 1) for i in range(8)])
+    saved = torch.load(state.cfg.checkpoint, weights_only=True)
+    assert (saved["step"], saved["seconds"]) == (8, pytest.approx(16.0))
+    saved["step"], saved["seconds"] = 5, 10.0  # as if it had been stopped there
+    torch.save(saved, state.cfg.checkpoint)
+    resumed, more = trained(tiny(**base, resume="auto"))
+    assert resumed.step == 8
+    assert [step["step"] for step in more] == [6, 7, 8]
+    assert more[0]["train_ms"] == pytest.approx(12_000.0)
+
+
+@pytest.mark.parametrize("recipe", ["direct", "ar"])
+def test_kernels_are_compiled_before_the_clock_starts(
+    recipe: str, synthetic: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, graphs = Clock(monkeypatch, 2.0), set[Any]()
+
+    def compile(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        def compiled(*args: Any) -> Any:
+            shape = args[0].shape if isinstance(args[0], Tensor) else args[0].noisy.xt.shape
+            graph = (function.__name__, shape, torch.is_grad_enabled())
+            if graph not in graphs:
+                clock.now += 500
+            graphs.add(graph)
+            return function(*args)
+
+        return compiled
+
+    monkeypatch.setattr("torch.compile", compile)
+    cfg = tiny(recipe, **synthetic, warmup_steps=1, self_condition="soft", diffusion_start_frac=0.5)
+    run = make_run(cfg)
+    run.compile = True
+    state = tg.TrainState(cfg, run, tg.TokenLoader(cfg, "train"))
+    tg.train(state, tg.TokenLoader(cfg, "val"), CountTokens())
+    steps = recorded(run, "train")
+    assert len(graphs) == (1 + 2 * 3 if cfg.diffusion else 1)  # a clean stream; three window sizes, with and without
+    assert [step["train_ms"] for step in steps] == pytest.approx([2000.0 * (i + 1) for i in range(8)])
+    _, plain = trained(dataclasses.replace(cfg, warmup_steps=0))
+    assert curve(steps) == curve(plain)  # it moved neither weights nor data
+
+
+def test_checkpoints_are_written_when_they_are_due(synthetic: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch, 2.0)
+    saved, plain = list[int](), tg.TrainState.save
+
+    def save(state: tg.TrainState) -> None:
+        saved.append(state.step)
+        plain(state)
+
+    monkeypatch.setattr(tg.TrainState, "save", save)
+    trained(tiny(**synthetic, checkpoint_seconds=5.0))
+    assert saved == [3, 6, 8]  # every 5 s at a step boundary, and at the end
+    saved.clear()
+    trained(tiny(**synthetic, checkpoint_seconds=0.0))
+    assert saved == [8]
+
+
+def test_another_configuration_cannot_resume(synthetic: dict[str, Any]) -> None:
+    cfg = tiny(**synthetic, run_id="r")
+    trained(cfg)
+    with pytest.raises(tg.UserError) as caught:
+        trained(dataclasses.replace(cfg, resume="auto", matrix_lr=0.07, model_dim=32))
+    for named in ("MATRIX_LR 0.04 -> 0.07", "MODEL_DIM 16 -> 32", str(cfg.checkpoint), "RUN_ID"):
+        assert named in str(caught.value)
+    assert "SEED" not in str(caught.value)
+    free = dataclasses.replace(cfg, resume="auto", train_log_every=5, nelbo_samples=9, val_batch_size=64)
+    assert trained(free)[0].step == 8  # what moves no training step may differ
+    cfg.checkpoint.write_bytes(cfg.checkpoint.read_bytes()[:-100])
+    with pytest.raises(tg.UserError, match=r"checkpoint .*r\.pt is damaged"):
+        trained(dataclasses.replace(cfg, resume="auto"))
+    assert trained(dataclasses.replace(cfg, resume="no"))[0].step == 8  # without RESUME it is not even read
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {k: v for k, v in e.items() if k not in ("train_ms", "step_ms", "tok_per_sec")} for e in read_events(folder)
+    ]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def train_lines(folder: Path) -> int:
+    log = folder / "logs" / "r.jsonl"
+    return log.read_text(encoding="utf-8").count('"train"') if log.exists() else 0
+
+
+def test_a_killed_run_resumes_to_the_bit(
+    launch: Callable[..., subprocess.Popen[str]],
+    run_main: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+) -> None:
+    steps, killed, whole = 40, tmp_path / "killed", tmp_path / "whole"
+    same = dict(iterations=steps, ema_decay=0.9, self_condition="soft", checkpoint_seconds=0.01, run_id="r")
+    process = launch(out_dir=killed, **same)
+    wait_for(lambda: train_lines(killed) >= 6, process)
+    process.kill()
+    process.wait(timeout=30)
+    assert train_lines(killed) < steps
+    assert not (killed / "final_model.int8.ptz").exists()
+    assert run_main(out_dir=killed, resume="auto", **same).returncode == 0
+    assert run_main(out_dir=whole, **same).returncode == 0
+    broken, smooth = logged(killed), logged(whole)
+    (resume,) = [event for event in broken if event["event"] == "resume"]
+    assert 0 < resume["step"] < steps
+    expected = {event["step"]: event for event in smooth if event["event"] == "train"}
+    found = [event for event in broken if event["event"] == "train"]
+    assert {event["step"] for event in found} == expected.keys() == set(range(1, steps + 1))
+    for event in found:  # those that were lost and done again are there twice
+        assert event == expected[event["step"]]
+    for name in ("val", "final", "nelbo"):
+        a, b = ([event for event in events if event["event"] == name] for events in (broken, smooth))
+        assert a == b
+        assert len(a) > 0
+    a, b = (
+        dict(tg.load_artifact(folder / "final_model.int8.ptz", CPU)[0].named_parameters()) for folder in (killed, whole)
+    )
+    for name, w in a.items():
+        assert w.equal(b[name]), name
+
+
+def test_sigterm_ends_a_run_and_says_how_to_go_on(launch: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    process = launch(iterations=10_000, checkpoint_seconds=0.01, run_id="r")
+    wait_for(lambda: train_lines(tmp_path / "out") >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "ended by SIGTERM; the last checkpoint is kept: start the same command with RESUME=auto" in err
+    assert torch.load(tmp_path / "out" / "checkpoints" / "r.pt", weights_only=True)["step"] > 0
+
+
+def test_the_log_tells_people_and_programs_the_same(
+    run_main: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    done = run_main(iterations=3, run_id="r", env={"NUM_LAYER": "7", "MODEL_DIR": "x"})
+    assert (done.returncode, done.stderr) == (0, "")
+    folder = tmp_path / "out" / "logs"
+    assert sorted(path.name for path in folder.iterdir()) == ["r.jsonl", "r.txt"]
+    text, code = (folder / "r.txt").read_text(encoding="utf-8"), (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    assert text.startswith(code)
+    told = text.removeprefix(code)
+    for line in done.stdout.splitlines():  # what a person sees is in the file
+        assert line in told
+    events = read_events(tmp_path / "out")
+    names = [event["event"] for event in events]
+    expected = [
+        "header",
+        "config",
+        "warning",
+        "warning",
+        "data",
+        "model",
+        "train",
+        "train",
+        "train",
+        "val",
+        "size",
+        "final",
+    ]
+    assert names == [*expected, "nelbo", "nelbo", *["parallel_eval"] * 5, "done"]
+    for event in events:  # both are made from the same values
+        values = {k: v for k, v in event.items() if k != "event"}
+        line = tg.LINES.get(event["event"], event["event"] + "".join(f" {k}:{{{k}}}" for k in values))
+        assert line.format(**values) in told
+    warnings = [event["reason"] for event in events if event["event"] == "warning"]
+    assert warnings == [
+        "MODEL_DIR is not a setting; did you mean MODEL_DIM?",
+        "NUM_LAYER is not a setting; did you mean NUM_LAYERS?",
+    ]
+    config = events[1]
+    assert config["values"]["num_layers"] == 2
+    assert config["source"]["num_layers"] == "env"
+    assert config["values"].keys() == config["source"].keys() == tg.Config.__dataclass_fields__.keys()
+    final, val = (next(e for e in events if e["event"] == name) for name in ("final", "val"))
+    assert f"final_int8_zlib_roundtrip_exact val_loss:{final['loss']:.8f} val_bpb:{final['bpb']:.8f}" in told
+    assert f"step:3/3 val_loss:{val['loss']:.4f} val_bpb:{val['bpb']:.4f} train_time:" in told
+    assert final["bpb"] == pytest.approx(val["bpb"], rel=1e-3)  # the artifact is what was trained
+    assert (tmp_path / "out" / "final_model.int8.ptz").stat().st_size == events[10]["model_bytes"]
+
+
+def test_a_second_run_overwrites_no_log(synthetic: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = tiny(**synthetic, run_id="r")
+    for text in ("first", "second"):
+        tg.Log(cfg, 0, continued=False).event("note", text=text)
+    tg.Log(cfg, 1, continued=False).event("note", text="another rank's")
+    tg.Log(cfg, 0, continued=True).event("note", text="resumed", loss=math.nan)
+    folder = Path(cfg.out_dir) / "logs"
+    assert (folder / "r.txt").read_text() == "note text:second\nnote text:resumed loss:nan\n"
+    lines = [json.loads(line) for line in (folder / "r.jsonl").read_text().splitlines()]
+    assert lines[1] == {"event": "note", "text": "resumed", "loss": None}  # NaN is no JSON
+    kept = sorted(path for path in folder.iterdir() if path.name.count(".") == 2)
+    assert [path.suffix for path in kept] == [".jsonl", ".txt"]
+    assert kept[1].read_text() == "note text:first\n"
+    assert "another rank's" not in capsys.readouterr().out
+
+
+def test_main_names_a_wrong_setting_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.environ", env_of(settings(out_dir=str(tmp_path / "out"), num_heads=3, seed=-1)))
+    assert tg.main() == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert all(line.startswith("error: ") for line in err.splitlines())
+    assert len(err.splitlines()) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_device_is_named(synthetic: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with (
+        pytest.raises(tg.UserError, match=r"DEVICE=cuda: 0 CUDA devices"),
+        tg.Run.start(tiny(**synthetic, device="cuda")),
+    ):
+        pass
+    assert os.environ.get("WORLD_SIZE") is None
