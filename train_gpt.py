@@ -885,7 +885,7 @@ class GPT(nn.Module):
                 nn.init.uniform_(p, -(p.shape[1] ** -0.5), p.shape[1] ** -0.5, generator=source)
 
     def trunk(self, emb0: Tensor, stream: Stream, past: Sequence[KV] | None) -> tuple[Tensor, list[KV]]:
-        x, skips, kvs = emb0, list[Tensor](), list[KV]()
+        x, skips, kvs = emb0, [], []  # type: ignore[var-annotated]
         for i, block in enumerate(self.blocks):
             if i >= self.num_down and skips:
                 x = x + scale_gradient(self.skip_weights[i - self.num_down], stream.scale) * skips.pop()

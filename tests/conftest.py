@@ -203,9 +203,12 @@ def launch(data: dict[str, Any], tmp_path: Path) -> Iterator[Callable[..., subpr
 
     yield start
     for process in started:
-        if process.poll() is None:
+        process.terminate()  # torchrun passes it on; killed, it would leave its ranks behind
+        try:
+            process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
             process.kill()
-        process.communicate()
+            process.communicate()
 
 
 @pytest.fixture

@@ -127,6 +127,12 @@ def test_every_recipe_trains(recipe: str, synthetic: dict[str, Any]) -> None:
         assert not still
 
 
+@pytest.mark.parametrize("windows", ["", "5", "none"])
+def test_a_run_without_windows_does_not_read_their_sizes(windows: str, synthetic: dict[str, Any]) -> None:
+    _, steps = trained(tiny("ar", **synthetic, diffusion_windows=windows, iterations=2))
+    assert len(steps) == 2
+
+
 # fmt: off
 VARIANTS: list[dict[str, Any]] = [
     dict(self_condition="soft"), dict(self_condition="commit"), dict(diffusion_passes=2),
