@@ -36,4 +36,5 @@ test: $(VENV)/.requirements-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+	$(BIN)/python scripts/report.py --check
 	PYTHON=$(BIN)/python bash tests/smoke.sh

@@ -408,11 +408,11 @@ class Run:
         compiled = cfg.compile == "1" or (cfg.compile == "auto" and cuda)
         run = cls(cfg, rank, world, device, log, compile=compiled, quiet=True if rank else None)
 
-        def on_sigterm(_signal: int, _frame: object) -> None:
-            print(f"rank {rank}: ended by SIGTERM; {again}", file=sys.stderr, flush=True)
-            raise SystemExit(143)
+        def on_signal(number: int, _frame: object) -> None:
+            print(f"rank {rank}: ended by {signal.Signals(number).name}; {again}", file=sys.stderr, flush=True)
+            raise SystemExit(128 + number)
 
-        previous = signal.signal(signal.SIGTERM, on_sigterm)
+        previous = [signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)]
         try:
             if cuda:
                 torch.cuda.set_device(device)
@@ -431,7 +431,8 @@ class Run:
                 raise
             raise UserError(f"rank {rank} lost another rank, which probably died ({first}); {again}") from error
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            signal.signal(signal.SIGTERM, previous[0])
+            signal.signal(signal.SIGINT, previous[1])
             if world > 1 and dist.is_initialized():
                 dist.destroy_process_group()
 
@@ -1391,7 +1392,7 @@ def train_step(state: TrainState, objective: Objective, now: Moment) -> Tensor:
     """Take one optimizer step, without a device sync; return this rank's next-token and windows' loss, (2,)."""
     cfg, run, sums = state.cfg, state.run, torch.zeros(2, device=state.run.device)
     num_rows, T = cfg.train_batch_tokens // cfg.micro_batches // cfg.train_seq_len, cfg.train_seq_len
-    sizes, shares = zip(*cfg.sizes(cfg.diffusion_windows), strict=True)
+    sizes, shares = zip(*cfg.sizes(cfg.diffusion_windows if cfg.diffusion else "T"), strict=True)
     for part in range(run.rank, cfg.micro_batches, run.world_size):
         rows = state.loader.rows(state.loader.position + part * num_rows * T, num_rows, T, run.device)
         size = random.Random(f"window {cfg.seed} {now.step} {part}").choices(sizes, shares)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -589,3 +590,22 @@ def test_a_missing_device_is_named(synthetic: dict[str, Any], monkeypatch: pytes
     ):
         pass
     assert os.environ.get("WORLD_SIZE") is None
+
+
+@pytest.mark.parametrize("recipe", ["direct", "retrograde"])
+def test_a_compiled_stream_is_one_whole_graph_and_loses_nothing(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # CUDA runs compile by default: a construct that the tracer refuses would end them at the first step
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="eager"))
+    cfg = tiny(recipe, diffusion_start_frac=0.0, diffusion_start_step=0)
+    rows = torch.arange(2 * (cfg.train_seq_len + 1)).remainder(cfg.vocab_size).view(2, -1)
+    totals = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        run, model = make_run(cfg), tg.GPT(cfg)
+        run.compile = compiled
+        objective = tg.Objective(cfg, run, model)
+        for size in objective.masks:
+            objective(rows, 0, size, tg.Moment(5, 0.9, 1.0))[0].backward()
+        totals.append([p.grad.sum().item() for p in model.parameters() if p.grad is not None])
+    assert totals[0] == pytest.approx(totals[1], rel=1e-5, abs=1e-7)
+    assert torch._dynamo.utils.counters["graph_break"] == {}
