@@ -4,9 +4,8 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py   one process a device
     RECIPE=retrograde SEED=42 python train_gpt.py           every setting is an environment variable (section 1)
 
-A clean stream reads the text causally and predicts the next token: exact likelihood, autoregressive decoding. Noisy
-windows, copies of S consecutive tokens with some corrupted, read the clean keys before them and themselves in both
-directions: denoising, infill, parallel decoding. Both run through the same weights. Contents: `grep -n '^# [0-9]'`.
+A clean stream reads text causally and predicts the next token: exact likelihood, autoregressive decoding. Windows of S
+tokens, some corrupted, read the clean keys before them and themselves both ways: denoising, infill, parallel decoding.
 
 Shapes: B batch rows, T tokens a row, V vocabulary, D width, H query heads, G key/value heads, C channels a head,
 W windows a row, S tokens a window, N = W * (S + 1) tokens of the noisy stream, K Monte Carlo samples.
@@ -26,6 +25,7 @@ import math
 import os
 import platform
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -44,6 +44,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
 
 # 1  SETTINGS AND RECIPES -- one frozen table; default < RECIPE row < PRESET row < environment =========================
@@ -78,6 +79,7 @@ class Config:
     checkpoint_seconds: float = free(60.0, "time between checkpoints; 0: only the last", "s", low=0)
     device: str = free("auto", "where to compute", choices="auto cpu cuda")
     compile: str = free("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
+    attention: str = free("auto", "windows' kernel; auto: flex where compiled on CUDA", choices="auto sdpa")
     data_path: str = free("./data/datasets/fineweb10B_sp1024", "folder of *_train_*.bin and *_val_*.bin", "path")
     tokenizer_path: str = free("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model", "path")
     vocab_size: int = opt(1024, "tokens V; must equal the tokenizer's", "tokens", low=2, high=65535)
@@ -87,7 +89,8 @@ class Config:
     num_heads: int = opt(8, "query heads H", "heads", low=1)
     num_kv_heads: int = opt(4, "key/value heads G", "heads", low=1)
     mlp_mult: int = opt(2, "MLP width over D", "x", low=1)
-    tied_embed_init_std: float = opt(0.005, "standard deviation of initial tied embeddings", low=0)
+    tie_embeddings: bool = opt(True, "the embedding is the output matrix too")
+    tied_embed_init_std: float = opt(0.005, "standard deviation of initial tied embeddings; untied: 1", low=0)
     rope_base: float = opt(10000.0, "rotary base", low=1)
     qk_gain_init: float = opt(1.5, "initial gain on normalised queries", low=0)
     logit_softcap: float = opt(30.0, "logits are softcap * tanh(logits / softcap)", low=1)
@@ -111,6 +114,8 @@ class Config:
     # optimizers
     matrix_lr: float = opt(0.04, "Muon rate of matrices", low=0)
     tied_embed_lr: float = opt(0.05, "Adam rate of the tied embedding", low=0)
+    embed_lr: float = opt(0.6, "Adam rate of an untied embedding", low=0)
+    head_lr: float = opt(0.008, "Adam rate of an untied output matrix", low=0)
     scalar_lr: float = opt(0.04, "Adam rate of gains, scales and mixes", low=0)
     adapter_lr: float = opt(0.01, "Adam rate of adapters, time and self-conditioning projections", low=0)
     muon_momentum: float = opt(0.95, "Nesterov momentum", low=0, high=1)
@@ -162,9 +167,10 @@ class Config:
     eval_seed: int = free(0, "fixes the noise of evaluation", low=0)
 
     def __post_init__(self) -> None:
-        faults = []
+        faults, shown = [], {}
         for f in dataclasses.fields(self):
             name, value, meta = f.name.upper(), getattr(self, f.name), f.metadata
+            shown[name] = f"{name}={value!r}"
             if meta["choices"] and value not in meta["choices"]:
                 faults.append(f"{name}={value!r} must be one of: {', '.join(meta['choices'])}")
             low, high = meta["low"], meta["high"]
@@ -176,7 +182,7 @@ class Config:
             except (ValueError, ZeroDivisionError) as error:  # a list that does not parse; a zero is reported above
                 broken = isinstance(error, ValueError)
             if broken:
-                faults.append(message.format(**dataclasses.asdict(self)))
+                faults.append(re.sub(r"[A-Z_]+[A-Z]", lambda m: shown.get(m[0], m[0]), message))
         if faults:
             raise UserError("\n".join(faults))
 
@@ -196,10 +202,7 @@ class Config:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> tuple[Config, dict[str, str], list[str]]:
-        """Resolve default < RECIPE < PRESET < environment; PRESET=auto looks at this machine.
-
-        Returns settings, the source of each, and warnings about near-miss names; UserError lists all faults at once.
-        """
+        """Return settings, the source of each, warnings about near-miss names; UserError lists all faults at once."""
         known, hints = {f.name.upper(): f.name for f in dataclasses.fields(cls)}, get_type_hints(cls)
         values, source, faults = dict[str, Any](), dict.fromkeys(known.values(), "default"), list[str]()
         cuda = torch.cuda.is_available() and env.get("DEVICE") != "cpu"
@@ -236,10 +239,6 @@ class Config:
         digest = hashlib.sha256(json.dumps(self.training_settings(), sort_keys=True).encode()).hexdigest()
         return Path(self.out_dir, folder, (self.run_id or f"{self.recipe}_seed{self.seed}_{digest[:8]}") + suffix)
 
-    @property
-    def checkpoint(self) -> Path:
-        return self.path("checkpoints", ".pt")
-
     def training_settings(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata["free"]}
 
@@ -270,48 +269,42 @@ def parse_shares(text: str) -> list[tuple[str, float]]:
 
 REGIONS = ("iid", "spans", "continuation", "infill", "blocks")
 
-# Rules that join settings: what must hold, and what is said when it does not ({name} is the field's value).
+# Rules that join settings: what must hold, and what is said when it does not, with the value after every name.
 # fmt: off
 RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: c.model_dim % (2 * c.num_heads) == 0,
-     "MODEL_DIM={model_dim} must be a multiple of 2 x NUM_HEADS={num_heads} (rotary pairs); change one of them"),
-    (lambda c: c.num_heads % c.num_kv_heads == 0,
-     "NUM_HEADS={num_heads} must be a multiple of NUM_KV_HEADS={num_kv_heads}; change one of them"),
+     "MODEL_DIM must be a multiple of 2 x NUM_HEADS (rotary pairs); change one of them"),
+    (lambda c: c.num_heads % c.num_kv_heads == 0, "NUM_HEADS must be a multiple of NUM_KV_HEADS; change one of them"),
     (lambda c: c.train_batch_tokens % (c.micro_batches * c.train_seq_len) == 0,
-     "TRAIN_BATCH_TOKENS={train_batch_tokens} must be a multiple of MICRO_BATCHES={micro_batches} x "
-     "TRAIN_SEQ_LEN={train_seq_len}; change one of them"),
+     "TRAIN_BATCH_TOKENS must be a multiple of MICRO_BATCHES x TRAIN_SEQ_LEN; change one of them"),
     (lambda c: not c.diffusion or (c.sizes(c.diffusion_windows) != [] and c.tiles(c.diffusion_windows)),
-     "DIFFUSION_WINDOWS={diffusion_windows!r} must be sizes (or T) that divide TRAIN_SEQ_LEN={train_seq_len}: 8:1,T:2"),
-    (lambda c: c.tiles(c.nelbo_windows),
-     "NELBO_WINDOWS={nelbo_windows!r} must be sizes (or T) that divide TRAIN_SEQ_LEN={train_seq_len}: 1,16,T"),
+     "DIFFUSION_WINDOWS must be sizes (or T) that divide TRAIN_SEQ_LEN: 8:1,T:2"),
+    (lambda c: c.tiles(c.nelbo_windows), "NELBO_WINDOWS must be sizes (or T) that divide TRAIN_SEQ_LEN: 1,16,T"),
     (lambda c: c.regions() != [] and all(name in REGIONS for name, _ in c.regions()),
-     f"DIFFUSION_REGIONS={{diffusion_regions!r}} must name {', '.join(REGIONS)}: iid:3,infill:1"),
+     f"DIFFUSION_REGIONS must name {', '.join(REGIONS)}: iid:3,infill:1"),
     (lambda c: c.diffusion_min_mask_ratio <= c.diffusion_max_mask_ratio,
-     "DIFFUSION_MIN_MASK_RATIO={diffusion_min_mask_ratio} exceeds the MAX, {diffusion_max_mask_ratio}; swap them"),
+     "DIFFUSION_MIN_MASK_RATIO exceeds DIFFUSION_MAX_MASK_RATIO; swap them"),
     (lambda c: c.mercury_clean_loss_weight > 0 or c.diffusion,
-     "MERCURY_CLEAN_LOSS_WEIGHT and DIFFUSION_LOSS_WEIGHT are 0: nothing to train; set one above 0"),
+     "MERCURY_CLEAN_LOSS_WEIGHT and DIFFUSION_LOSS_WEIGHT leave nothing to train; set one above 0"),
     (lambda c: all(int(n) >= 1 for n, _ in parse_shares(f"{c.parallel_eval_steps},{c.parallel_eval_span_len}")),
-     "PARALLEL_EVAL_STEPS={parallel_eval_steps!r} and _SPAN_LEN={parallel_eval_span_len!r} must list numbers from 1"),
+     "PARALLEL_EVAL_STEPS and PARALLEL_EVAL_SPAN_LEN must list numbers from 1"),
     (lambda c: not c.parallel_eval_examples or c.parallel_eval_prefix_len + c.parallel_eval_suffix_len
      + max((int(n) for n, _ in parse_shares(c.parallel_eval_span_len)), default=0) <= c.train_seq_len,
-     "PARALLEL_EVAL_PREFIX_LEN={parallel_eval_prefix_len}, _SPAN_LEN={parallel_eval_span_len} and _SUFFIX_LEN="
-     "{parallel_eval_suffix_len} must fit TRAIN_SEQ_LEN={train_seq_len}; shorten them or set PARALLEL_EVAL_EXAMPLES=0"),
+     "PARALLEL_EVAL_PREFIX_LEN, PARALLEL_EVAL_SPAN_LEN and PARALLEL_EVAL_SUFFIX_LEN must fit TRAIN_SEQ_LEN; cut one"),
     (lambda c: all(ch.isalnum() or ch in "._-" for ch in c.run_id),
-     "RUN_ID={run_id!r} names files; use letters, digits, '.', '_' and '-'"),
+     "RUN_ID names files; use letters, digits, '.', '_' and '-'"),
 )
 
 # A recipe lists only what differs from the defaults, which are `direct`.
 RECIPES: dict[str, dict[str, Any]] = {
     "direct": dict(),
-    # The naive baseline of the challenge: no window, no adapter, no time; 17,059,912 parameters at the default size.
-    "ar": dict(diffusion_loss_weight=0.0, adapter_rank=0, time_embed_dim=0),
+    "ar": dict(diffusion_loss_weight=0.0, adapter_rank=0, time_embed_dim=0),  # the naive baseline of the challenge
     # "Mercury in Retrograde", defects included. Its alignment is not published; own-position targets fit the 12.97 bpb
     # of its pure-denoising rows (a clean stream that copies its input).
     "retrograde": dict(
         mercury_clean_loss_weight=0.1, diffusion_loss_weight=1.0, diffusion_loss="mean", diffusion_start_step=100,
         diffusion_start_frac=0.0, diffusion_windows="T", diffusion_row_frac=1.0, diffusion_causal=True,
-        diffusion_shift=False, diffusion_corruption_mode="hybrid", diffusion_hybrid_mask_prob=0.5,
-        mercury_task_mode="mixed", mercury_continuation_prob=0.75, diffusion_rate="fixed", diffusion_progressive=True,
+        diffusion_shift=False, diffusion_corruption_mode="hybrid", mercury_task_mode="mixed", diffusion_rate="fixed",
         diffusion_min_mask_ratio=0.25, diffusion_max_mask_ratio=0.35, diffusion_ramp="iterations",
         diffusion_full_prob=0.0, adapter_rank=0, time_embed_dim=0,
         self_condition="commit", mercury_self_condition_prob=1.0, mercury_self_condition_fraction=0.75),
@@ -390,6 +383,7 @@ class Run:
     log: Log
     control: dist.ProcessGroup | None = None  # gloo: host decisions travel without a device sync
     compile: bool = False
+    blocks: bool = False  # windows attend by FlexAttention with a block mask; otherwise SDPA with a dense one
     quiet: bool | None = None  # None: progress bars on a terminal only
 
     @classmethod
@@ -398,21 +392,17 @@ class Run:
         """Pick device and kernels, join the process group and leave it on any exit; UserError: a rank was lost."""
         again = "the last checkpoint is kept: start the same command with RESUME=auto"
         rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        if cfg.micro_batches % world:
+        if world < 1 or cfg.micro_batches % world:
             raise UserError(f"WORLD_SIZE={world} must divide MICRO_BATCHES={cfg.micro_batches}; raise MICRO_BATCHES")
         found = torch.cuda.device_count() if cfg.device != "cpu" and torch.cuda.is_available() else 0
         if (cuda := cfg.device == "cuda" or found > 0) and local >= found:
             raise UserError(f"DEVICE={cfg.device}: {found} CUDA devices, local rank {local} has none; use DEVICE=cpu")
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
-        log = Log(cfg, rank, continued=cfg.resume == "auto" and cfg.checkpoint.exists())
+        log = Log(cfg, rank, continued=cfg.resume == "auto" and cfg.path("checkpoints", ".pt").exists())
         compiled = cfg.compile == "1" or (cfg.compile == "auto" and cuda)
-        run = cls(cfg, rank, world, device, log, compile=compiled, quiet=True if rank else None)
-
-        def on_signal(number: int, _frame: object) -> None:
-            print(f"rank {rank}: ended by {signal.Signals(number).name}; {again}", file=sys.stderr, flush=True)
-            raise SystemExit(128 + number)
-
-        previous = [signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)]
+        blocks = compiled and cuda and cfg.attention == "auto" and cfg.head_dim % 16 == 0  # what flex kernels take
+        run = cls(cfg, rank, world, device, log, compile=compiled, blocks=blocks, quiet=True if rank else None)
+        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
         try:
             if cuda:
                 torch.cuda.set_device(device)
@@ -425,14 +415,15 @@ class Run:
         except UserError as error:
             log.event("error", reason=str(error))
             raise
+        except KeyboardInterrupt:
+            raise UserError(f"rank {rank}: ended by a signal; {again}") from None
         except RuntimeError as error:
             first = str(error).splitlines()[0][:200]
             if world == 1 or not any(word in str(error) for word in ("onnect", "roken pipe", "NCCL", "peer")):
                 raise
             raise UserError(f"rank {rank} lost another rank, which probably died ({first}); {again}") from error
         finally:
-            signal.signal(signal.SIGTERM, previous[0])
-            signal.signal(signal.SIGINT, previous[1])
+            signal.signal(signal.SIGTERM, previous)
             if world > 1 and dist.is_initialized():
                 dist.destroy_process_group()
 
@@ -462,17 +453,16 @@ class Run:
         """Open the log with the program itself, the machine, versions, kernels and settings."""
         code, cuda = Path(__file__).read_text(encoding="utf-8"), self.device.type == "cuda"
         commit, machine, git = "none", platform.machine(), ["git", "-C", str(Path(__file__).parent), "describe"]
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            commit = subprocess.check_output(
-                [*git, "--always", "--dirty"], stderr=subprocess.DEVNULL, text=True
-            ).strip()
+        with contextlib.suppress(OSError):
+            found = subprocess.run([*git, "--always", "--dirty"], capture_output=True, text=True, check=False)
+            commit = found.stdout.strip() or commit
         with contextlib.suppress(OSError, IndexError):
             machine = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t :")
         machine = torch.cuda.get_device_name(self.device) if cuda else f"{machine}, {os.cpu_count()} cores"
         self.log.write(code + "=" * 100, echo=False)
         facts = dict[str, Any](time=datetime.now(UTC).isoformat(timespec="seconds"), commit=commit, machine=machine)
         facts |= {"device": str(self.device), "world_size": self.world_size, "threads": torch.get_num_threads()}
-        facts |= {"precision": "bf16 autocast" if cuda else "fp32", "compile": self.compile, "attention": "sdpa"}
+        facts |= {"precision": "bf16 autocast" if cuda else "fp32", "compile": self.compile, "flex": self.blocks}
         facts |= {"python": platform.python_version(), "torch": torch.__version__, "command": " ".join(sys.argv)}
         self.log.event("header", **facts, sha256=hashlib.sha256(code.encode()).hexdigest())
         self.log.event("config", table=self.cfg.table(source), values=dataclasses.asdict(self.cfg), source=dict(source))
@@ -503,18 +493,19 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256  # the challenge's: 
 SCAN_TOKENS = 1 << 28  # ids of up to this many tokens are checked before training; all of them are on reading
 PREPARE = "python scripts/prepare_data.py"
 Array = np.ndarray[Any, np.dtype[Any]]
+CPU = torch.device("cpu")
 
 
 class TokenLoader:
-    """Read one endless stream of tokens over all shards of a split, in file order, wrapping at the end.
+    """Read one endless stream of tokens over all shards of a split, in file order; its state is `position`.
 
-    A row of a step has a fixed place in it, so a batch does not depend on the number of ranks; the state is one number,
-    `position`. UserError: no or damaged shards, ids outside the vocabulary, too few tokens.
+    A row of a step has a fixed place in it, so a batch does not depend on the number of ranks. UserError: no or damaged
+    shards, ids outside the vocabulary, too few tokens.
     """
 
     def __init__(self, cfg: Config, split: str) -> None:
         self.vocab_size, self.position = cfg.vocab_size, 0
-        self.paths = sorted(Path(cfg.data_path).glob(f"*_{split}_*.bin"))
+        self.paths = sorted(p for p in Path(cfg.data_path).glob(f"*_{split}_*.bin") if p.is_file())
         if not self.paths:
             raise UserError(f"DATA_PATH={cfg.data_path!r} holds no *_{split}_*.bin; name another or: {PREPARE}")
         self.shards = [self.open_shard(path) for path in self.paths]
@@ -543,7 +534,7 @@ class TokenLoader:
         if tokens.size and (worst := int(tokens.max())) >= self.vocab_size:
             raise UserError(f"{self.paths[shard]} holds token {worst}; VOCAB_SIZE={self.vocab_size} must be above it")
 
-    def rows(self, start: int, num_rows: int, seq_len: int, device: torch.device) -> Tensor:
+    def rows(self, start: int, num_rows: int, seq_len: int, device: torch.device = CPU) -> Tensor:
         """Rows of T + 1 tokens that overlap by one, (num_rows, T + 1) int64: inputs are [:, :-1], targets [:, 1:]."""
         parts, count = list[Array](), num_rows * seq_len + 1
         while count:
@@ -562,9 +553,8 @@ class TokenLoader:
 class ByteCounter:
     """Count the bytes of text that tokens stand for, as the challenge does: UserError if the tokenizer does not fit.
 
-    A piece counts its UTF-8 bytes, a byte token 1, control, unknown and unused tokens 0. The space that opens a piece
-    counts unless the token before is such a boundary and the tokenizer drops it there. On whole documents the sum
-    equals len(decode(tokens).encode()).
+    A piece counts its UTF-8 bytes, a byte token 1, control, unknown and unused tokens 0; the space that opens a piece,
+    unless the tokenizer drops it after such a boundary. On whole documents the sum is len(decode(tokens).encode()).
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -587,8 +577,7 @@ class ByteCounter:
         self.boundary = torch.tensor([s and drops for s in silent])
 
     def count(self, prev: Tensor, target: Tensor) -> Tensor:
-        """Bytes of each target token given the token before it: any equal shapes, int64, on the CPU."""
-        prev, target = prev.cpu(), target.cpu()
+        """Bytes of each target token given the token before it: any equal shapes, int64, all on the CPU."""
         return self.base_bytes[target] + (self.opens[target] & ~self.boundary[prev])
 
 
@@ -599,6 +588,7 @@ def bits_per_byte(sum_nats: float, sum_bytes: float) -> float:
 
 # 4  NOISE, MASKS, LOSSES -- pure functions of tensors; nothing here knows about devices or ranks ======================
 
+Mask = Tensor | BlockMask  # (queries, keys) bool, or the blocks of it that FlexAttention visits
 MIX1, MIX2, GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB  # as signed int64
 
 
@@ -666,11 +656,11 @@ def corrupt(x0: Tensor, t: Tensor, keys: Tensor, cfg: Config) -> Corruption:
 
     Absorbing and uniform noise: arXiv:2107.03006; both mixed: arXiv:2503.04482; Gaussian: arXiv:2205.14217.
     """
-    names, shares = zip(*cfg.regions(), strict=True)
-    region = (uniform(derive(keys, 2), 1) >= torch.tensor(shares[:-1], device=t.device).cumsum(0)).sum(-1, keepdim=True)
-    corrupted = (t >= 1)[..., None].expand_as(x0)
-    for i, name in enumerate(names):
-        corrupted = corrupted | ((region == i) & region_mask(name, t, derive(keys, 3), x0.shape[-1], cfg))
+    full, corrupted, low = (t >= 1)[..., None], torch.ones_like(x0, dtype=torch.bool), 0.0
+    region = uniform(derive(keys, 2), 1)  # (B, W, 1): a region's share of [0, 1) chooses it
+    for name, share in cfg.regions():
+        marked = full | region_mask(name, t, derive(keys, 3), x0.shape[-1], cfg)
+        corrupted, low = torch.where(region >= low, marked, corrupted), low + share
     masked = {"mask": 1.0, "hybrid": cfg.diffusion_hybrid_mask_prob}.get(cfg.diffusion_corruption_mode, 0.0)
     return apply_noise(x0, corrupted, t, derive(keys, 4), cfg, masked)
 
@@ -690,16 +680,22 @@ def apply_noise(x0: Tensor, corrupted: Tensor, t: Tensor, keys: Tensor, cfg: Con
     return Corruption(xt, corrupted, corrupted if mode == "mask" else torch.ones_like(corrupted), t)
 
 
-def window_mask(seq_len: int, size: int, causal: bool, device: torch.device) -> Tensor:
+def window_mask(seq_len: int, size: int, causal: bool, device: torch.device, blocks: bool = False) -> Mask:
     """Which keys of [clean ; noisy] may each noisy query read? (N, T + N) bool for windows that tile a row.
 
     Window w covers tokens w S + 1 .. w S + S, preceded by the clean token w S. It reads clean keys before that one, and
-    itself: in both directions, or only backwards if `causal`.
+    itself: in both directions, or only backwards if `causal`. `blocks`: as a BlockMask for FlexAttention.
     """
-    clean, noisy = (torch.arange(n, device=device) for n in (seq_len, seq_len // size * (size + 1)))
-    window = noisy // (size + 1)
-    own = (window[:, None] == window) & ((noisy <= noisy[:, None]) | (not causal))
-    return torch.cat((clean < window[:, None] * size, own), dim=1)
+
+    def may_read(batch: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
+        window, noisy = query // (size + 1), key - seq_len
+        own = (noisy >= 0) & (noisy // (size + 1) == window)
+        return (key < window * size) | (own & (noisy <= query) if causal else own)
+
+    num = seq_len // size * (size + 1)
+    if blocks:
+        return create_block_mask(may_read, None, None, num, seq_len + num, device=str(device))
+    return may_read(0, 0, torch.arange(num, device=device)[:, None], torch.arange(seq_len + num, device=device))
 
 
 def tile(rows: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -708,12 +704,12 @@ def tile(rows: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     return rows[:, 1:].reshape(len(rows), -1, size), rows[:, :-1:size, None], positions
 
 
-def token_nll(logits: Tensor, x0: Tensor) -> Tensor:
+def token_nll(logits: Tensor, x0: Tensor, *_: Tensor) -> Tensor:
     """Cross-entropy of each token, nats: (..., V) and (...) to (...)."""
     return F.cross_entropy(logits.flatten(0, -2), x0.flatten(), reduction="none").view_as(x0)
 
 
-def score_entropy(logits: Tensor, x0: Tensor) -> Tensor:
+def score_entropy(logits: Tensor, x0: Tensor, *_: Tensor) -> Tensor:
     """Denoising score entropy of absorbing noise (SEDD, arXiv:2310.16834) times t, at masked tokens, nats.
 
     Logits are log scores up to log V. With scores exp(l_y) (1 - t) / t and true ratios [y = x0] (1 - t) / t, SEDD sums
@@ -723,31 +719,29 @@ def score_entropy(logits: Tensor, x0: Tensor) -> Tensor:
     return log_score.exp().sum(-1) - log_score.gather(-1, x0[..., None])[..., 0] - 1
 
 
-# Weight of a window's corrupted tokens by noise level; True: their weighted mean, False: their sum over all tokens.
-LOSSES: dict[str, tuple[Callable[[Tensor, Config], Tensor], bool]] = {
-    "mean": (lambda t, _: torch.ones_like(t), True),
-    "middle": (lambda t, _: (6 * t * (1 - t)).clamp_min(1e-3), True),  # middle noise levels count most
-    "consistency": (lambda t, _: torch.ones_like(t), True),
-    # An integral over noise levels: the negative ELBO (arXiv:2406.07524, arXiv:2406.04329) unless the clip binds.
-    "elbo": (lambda t, c: (1 / t).clamp_max(c.diffusion_loss_clip), False),
-    "score_entropy": (lambda t, c: (1 / t).clamp_max(c.diffusion_loss_clip), False),
+def clean_divergence(logits: Tensor, x0: Tensor, clean_logits: Tensor) -> Tensor:
+    """KL divergence of a window from what the clean stream says of the same tokens, nats: (..., V) to (...)."""
+    target = clean_logits.log_softmax(-1)
+    return (target.exp() * (target - logits.log_softmax(-1))).sum(-1)
+
+
+# Nats of a corrupted token; their weight by noise level; True: weighted mean of these tokens, False: weighted sum over
+# all tokens. 1/t makes that sum the negative ELBO (arXiv:2406.07524, arXiv:2406.04329) unless the clip binds.
+LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor, float], Tensor], bool]] = {
+    "mean": (token_nll, lambda t, _: torch.ones_like(t), True),
+    "middle": (token_nll, lambda t, _: (6 * t * (1 - t)).clamp_min(1e-3), True),  # middle noise levels count most
+    "elbo": (token_nll, lambda t, clip: (1 / t).clamp_max(clip), False),
+    "score_entropy": (score_entropy, lambda t, clip: (1 / t).clamp_max(clip), False),
+    "consistency": (clean_divergence, lambda t, _: torch.ones_like(t), True),
 }
 
 
 def losses(logits: Tensor, clean_logits: Tensor, x0: Tensor, noisy: Corruption, cfg: Config) -> Tensor:
-    """Loss of noisy windows as DIFFUSION_LOSS names it, a scalar in nats a token.
-
-    logits (B, W, S, V) predict x0 (B, W, S); clean_logits are what the clean stream says of the same tokens, from which
-    `consistency` takes its KL divergence.
-    """
-    if cfg.diffusion_loss == "consistency":
-        target = clean_logits.log_softmax(-1)
-        values = (target.exp() * (target - logits.log_softmax(-1))).sum(-1)
-    else:
-        values = (score_entropy if cfg.diffusion_loss == "score_entropy" else token_nll)(logits, x0)
-    weigh, as_mean = LOSSES[cfg.diffusion_loss]
-    weight = weigh(noisy.t, cfg)[..., None] * noisy.corrupted
-    return (values * weight).sum() / (weight.sum().clamp_min(1e-6) if as_mean else weight.numel())
+    """DIFFUSION_LOSS of windows, nats a token: logits and the clean stream's (B, W, S, V) for x0 (B, W, S) to ()."""
+    nats, weigh, as_mean = LOSSES[cfg.diffusion_loss]
+    weight = weigh(noisy.t, cfg.diffusion_loss_clip)[..., None] * noisy.corrupted
+    total = (nats(logits, x0, clean_logits) * weight).sum()
+    return total / (weight.sum().clamp_min(1e-6) if as_mean else weight.numel())
 
 
 # 5  MODEL -- one trunk; the clean stream and the noisy windows are two ways through it ================================
@@ -758,9 +752,9 @@ KV = tuple[Tensor, Tensor]  # rotated keys and values of a layer, each (B, G, to
 class Stream(NamedTuple):
     """How tokens pass the trunk. The clean stream is causal; a window has a mask, a gate and a gradient scale."""
 
-    positions: Tensor  # (tokens,)
+    rotary: Tensor  # (2, tokens, C / 2), from `rotary`
     causal: bool = True
-    mask: Tensor | None = None
+    mask: Mask | None = None
     gate: Tensor | None = None  # (B, N, 1), 1 where a token is suspect
     time: Tensor | None = None  # (B, N, F) features of the noise level, 0 where a token is not suspect
     scale: float = 1.0  # of gradients into shared weights
@@ -775,11 +769,17 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:])
 
 
-def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
-    """Apply rotary position embedding (arXiv:2104.09864) to (B, heads, tokens, C)."""
-    frequency = base ** -(torch.arange(0, x.shape[-1], 2, device=x.device).float() / x.shape[-1])
-    angle, (x1, x2) = positions.float()[:, None] * frequency, x.chunk(2, dim=-1)
-    return torch.cat((x1 * angle.cos() + x2 * angle.sin(), x2 * angle.cos() - x1 * angle.sin()), dim=-1)
+def rotary(positions: Tensor, cfg: Config) -> Tensor:
+    """Cosines and sines of rotary position embedding (arXiv:2104.09864): (tokens,) to (2, tokens, C / 2)."""
+    pairs = torch.arange(0, cfg.head_dim, 2, device=positions.device).float()
+    angle = positions.float()[:, None] * cfg.rope_base ** -(pairs / cfg.head_dim)
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Turn channel pairs of (B, heads, tokens, C) by the angles of their positions."""
+    (cos, sin), (x1, x2) = cos_sin, x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
 class Linear(nn.Module):
@@ -811,16 +811,18 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
 
     def forward(self, x: Tensor, stream: Stream, past: KV | None) -> tuple[Tensor, KV]:
-        heads, cfg = (*x.shape[:2], -1, self.cfg.head_dim), self.cfg
+        heads, grouped = (*x.shape[:2], -1, self.cfg.head_dim), self.cfg.num_heads != self.cfg.num_kv_heads
         q, k, v = (m(x, stream).view(heads).transpose(1, 2) for m in (self.c_q, self.c_k, self.c_v))
         gain = scale_gradient(self.q_gain, stream.scale)[:, None, None]
-        q = (rotate(rms_norm(q), stream.positions, cfg.rope_base) * gain).to(v.dtype)  # (B, H, T, C); norms are fp32
-        k = rotate(rms_norm(k), stream.positions, cfg.rope_base).to(v.dtype)  # (B, G, T, C)
+        q = (rotate(rms_norm(q), stream.rotary) * gain).to(v.dtype)  # (B, H, T, C); norms are fp32
+        k = rotate(rms_norm(k), stream.rotary).to(v.dtype)  # (B, G, T, C)
         own, causal = (k, v), stream.causal and stream.mask is None
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        grouped = cfg.num_heads != cfg.num_kv_heads
-        y = F.scaled_dot_product_attention(q, k, v, stream.mask, is_causal=causal, enable_gqa=grouped)
+        if isinstance(stream.mask, BlockMask):
+            y = flex_attention(q, k, v, block_mask=stream.mask, enable_gqa=grouped)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, stream.mask, is_causal=causal, enable_gqa=grouped)
         return self.proj(y.transpose(1, 2).flatten(2), stream), own
 
 
@@ -858,7 +860,7 @@ class Window(NamedTuple):
     before: Tensor  # (B, W, 1) int64
     noisy: Corruption
     positions: Tensor  # (N,) true positions in the text
-    mask: Tensor | None  # None: every token reads all of past and window
+    mask: Mask | None  # None: every token reads all of past and window
     previous: Tensor | None = None  # (B, W, S, D) expected embedding under the last pass; zero where there was none
 
 
@@ -869,6 +871,7 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.num_down, dim = cfg, cfg.num_layers // 2, cfg.model_dim
         self.tok_emb = nn.Parameter(torch.empty(cfg.vocab_size, dim))
+        self.lm_head = None if cfg.tie_embeddings else nn.Parameter(torch.zeros(cfg.vocab_size, dim))
         self.skip_weights = nn.Parameter(torch.ones(self.num_down, dim))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
         self.mask_emb = nn.Parameter(torch.empty(dim)) if cfg.diffusion else None
@@ -879,7 +882,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             source = extra if name == "mask_emb" or "lora" in name else shared
             if name in ("tok_emb", "mask_emb"):
-                nn.init.normal_(p, 0, cfg.tied_embed_init_std, generator=source)
+                nn.init.normal_(p, 0, cfg.tied_embed_init_std if cfg.tie_embeddings else 1.0, generator=source)
             elif name.endswith("proj.weight"):
                 nn.init.zeros_(p)
             elif name.endswith((".weight", "lora_a")):
@@ -897,24 +900,25 @@ class GPT(nn.Module):
         return rms_norm(x), kvs
 
     def head(self, x: Tensor, scale: float) -> Tensor:
-        logits = F.linear(x, scale_gradient(self.tok_emb, scale)).float()
+        logits = F.linear(x, scale_gradient(self.tok_emb if self.lm_head is None else self.lm_head, scale)).float()
         return self.cfg.logit_softcap * torch.tanh(logits / self.cfg.logit_softcap)
 
     def clean(self, ids: Tensor, past: Sequence[KV] | None = None) -> tuple[Tensor, list[KV]]:
-        """Read tokens (B, T) causally after `past`, the keys and values of the tokens before, one pair a layer.
+        """Read tokens (B, T) causally after `past`, one pair a layer: keys and values of the tokens before.
 
         Returns logits (B, T, V) float32, position i predicting token i + 1, and the keys and values of these tokens.
         """
         start, T = (0 if past is None else past[0][0].shape[2]), ids.shape[1]
         positions = torch.arange(start, start + T, device=ids.device)
         mask = torch.arange(start + T, device=ids.device) <= positions[:, None] if start and T > 1 else None
-        x, kvs = self.trunk(rms_norm(F.embedding(ids, self.tok_emb)), Stream(positions, not start, mask), past)
+        stream = Stream(rotary(positions, self.cfg), not start, mask)
+        x, kvs = self.trunk(rms_norm(F.embedding(ids, self.tok_emb)), stream, past)
         return self.head(x, 1.0), kvs
 
     def window(self, window: Window, past: Sequence[KV] | None) -> Tensor:
         """Denoise windows that may read the clean keys and values `past`; logits (B, W, S, V) for their tokens."""
         assert self.mask_emb is not None, "window() needs a model built with diffusion on"
-        cfg, noisy, scale = self.cfg, window.noisy, self.cfg.diffusion_backbone_grad
+        cfg, noisy, scale, s = self.cfg, window.noisy, self.cfg.diffusion_backbone_grad, self.cfg.diffusion_cache_grad
         table = torch.cat((scale_gradient(self.tok_emb, scale), self.mask_emb[None]))
         emb = rms_norm(F.embedding(torch.cat((window.before, noisy.xt), dim=-1), table))  # (B, W, S + 1, D)
         if noisy.noise is not None:
@@ -926,9 +930,8 @@ class GPT(nn.Module):
             emb = emb + F.pad(F.linear(window.previous, self.self_cond), (0, 0, 1, 0)) * gate
         half_turns = noisy.t[..., None, None] * torch.arange(cfg.time_embed_dim, device=emb.device)
         time = (torch.cos(math.pi / 2 * half_turns) * gate).flatten(1, 2)  # the first feature is constant
-        stream = Stream(window.positions, False, window.mask, gate.flatten(1, 2), time, scale)
-        if past is not None and (s := cfg.diffusion_cache_grad) != 1:
-            past = [(scale_gradient(k, s), scale_gradient(v, s)) for k, v in past]
+        stream = Stream(rotary(window.positions, cfg), False, window.mask, gate.flatten(1, 2), time, scale)
+        past = past and [(scale_gradient(k, s), scale_gradient(v, s)) for k, v in past]
         x = self.trunk(emb.flatten(1, 2), stream, past)[0].view_as(emb)
         return self.head(x[:, :, :-1] if cfg.diffusion_shift else x[:, :, 1:], scale)
 
@@ -941,7 +944,8 @@ class GPT(nn.Module):
 
 # A parameter goes to the first row that takes it: name, test, learning rate. Matrices train by Muon, the rest by Adam.
 GROUPS: tuple[tuple[str, Callable[[str, Tensor], bool], Callable[[Config], float]], ...] = (
-    ("embed", lambda n, p: n in ("tok_emb", "mask_emb"), lambda c: c.tied_embed_lr),
+    ("embed", lambda n, p: n in ("tok_emb", "mask_emb"), lambda c: c.tied_embed_lr if c.tie_embeddings else c.embed_lr),
+    ("head", lambda n, p: n == "lm_head", lambda c: c.head_lr),
     ("adapter", lambda n, p: n.endswith(("lora_a", "lora_b", "time_proj", "self_cond")), lambda c: c.adapter_lr),
     ("scalar", lambda n, p: p.ndim < 2 or n.endswith(("resid_mix", "skip_weights")), lambda c: c.scalar_lr),
     ("matrix", lambda n, p: p.ndim == 2, lambda c: c.matrix_lr),
@@ -1001,7 +1005,7 @@ class Moment(NamedTuple):
 
     @classmethod
     def at(cls, cfg: Config, step: int, seconds: float) -> Moment:
-        """Estimate the length of the run: the fewer of ITERATIONS and what fits the wall clock at the pace so far.
+        """Take as the run's length the fewer of ITERATIONS and what fits the wall clock at the pace so far.
 
         The rate falls linearly to 0 over the last WARMDOWN_ITERS steps, or WARMDOWN_FRAC of the run if that is less.
         """
@@ -1022,13 +1026,13 @@ def score(model: GPT, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def window_bounds(model: GPT, rows: Tensor, keys: Tensor, size: int, samples: int, mask: Tensor) -> Tensor:
+def window_bounds(model: GPT, rows: Tensor, keys: Tensor, size: int, samples: int, mask: Mask) -> Tensor:
     """Sample upper bounds of the windows' negative log-likelihood, nats: (K, B, W) float64 for rows (B, T + 1).
 
     A random order of a window's S tokens gives the chain rule: for m = S .. 1 still masked, the nats of the next one.
-    Drawing m uniformly and averaging over all m leaves the mean unchanged, so S / m * (sum of masked nats) is unbiased
-    for an upper bound (Jensen, over orders), covers every t = m / S up to 1, and is exact at S = 1. m is stratified
-    over samples. Keys (B, W); windows chain left to right. Source: arXiv:1310.1757, arXiv:2110.02037.
+    With m drawn uniformly, S / m * (sum of masked nats) is unbiased for an upper bound (Jensen, over orders); it covers
+    every t = m / S up to 1 and is exact at S = 1. m is stratified over samples. Keys (B, W); windows chain left to
+    right. Source: arXiv:1310.1757, arXiv:2110.02037.
     """
     x0, before, positions = tile(rows, size)
     _, past = model.clean(rows[:, :-1])
@@ -1045,8 +1049,8 @@ def window_bounds(model: GPT, rows: Tensor, keys: Tensor, size: int, samples: in
 def evaluate_bpb(model: GPT, run: Run, loader: TokenLoader, byte_counter: ByteCounter, size: int = 0) -> dict[str, Any]:
     """Score validation rows of T tokens: size 0 exactly, left to right; size S by the bound over windows of S tokens.
 
-    Returns loss (nats a token), bpb, its standard error over K samples (0 where exact: sizes 0, 1), samples K, tokens,
-    bytes. Size 0 takes the whole split, a bound NELBO_SEQUENCES evenly spaced rows; ranks share the rows.
+    Size 0 takes the whole split, a bound NELBO_SEQUENCES evenly spaced rows; ranks share them. Returns loss (nats a
+    token), bpb, its standard error over K samples (0 where exact: sizes 0, 1), samples K, tokens, bytes.
     """
     cfg, T, total = run.cfg, run.cfg.train_seq_len, (loader.total - 1) // run.cfg.train_seq_len
     num_rows = min(cfg.nelbo_sequences or total, total) if size else total
@@ -1055,16 +1059,16 @@ def evaluate_bpb(model: GPT, run: Run, loader: TokenLoader, byte_counter: ByteCo
     mask = window_mask(T, size, cfg.diffusion_causal, run.device) if size else None
     sums = torch.zeros(4, dtype=torch.float64, device=run.device)
     for i in tqdm(range(0, len(mine), at_once), "evaluate", leave=False, disable=run.quiet):
-        index = torch.tensor(mine[i : i + at_once], device=run.device)
-        rows = torch.cat([loader.rows(j * T, 1, T, run.device) for j in mine[i : i + at_once]])
+        index = torch.tensor(mine[i : i + at_once])
+        rows = torch.cat([loader.rows(j * T, 1, T) for j in index.tolist()])
+        num_bytes, rows = byte_counter.count(rows[:, :-1], rows[:, 1:]).sum().to(sums), rows.to(run.device)
         with run.autocast():
             if mask is None:
                 nats = score(model, rows).double().sum(-1)[None]  # (K, B)
             else:
-                keys = derive(index[:, None], cfg.eval_seed, torch.arange(T // size, device=run.device))
+                keys = derive(index[:, None], cfg.eval_seed, torch.arange(T // size)).to(run.device)
                 nats = window_bounds(model, rows, keys, size, samples, mask).sum(-1)
         variance = nats.var(dim=0).sum() / samples if samples > 1 else sums.new_zeros(())
-        num_bytes = byte_counter.count(rows[:, :-1], rows[:, 1:]).sum().to(sums)
         sums += torch.stack([nats.mean(0).sum(), variance, sums.new_tensor(len(rows) * T), num_bytes])
     mean, spread, tokens, num = run.sum(sums).tolist()
     values = {"loss": mean / tokens, "bpb": bits_per_byte(mean, num), "standard_error": bits_per_byte(spread**0.5, num)}
@@ -1180,9 +1184,8 @@ def evaluate_parallel(model: GPT, run: Run, loader: TokenLoader) -> None:
     passes = [int(n) for n, _ in parse_shares(cfg.parallel_eval_steps)] if model.mask_emb is not None else []
     for span in [int(n) for n, _ in parse_shares(cfg.parallel_eval_span_len)]:
         stop, need = start + span, start + span + cfg.parallel_eval_suffix_len
-        rows = torch.cat(
-            [loader.rows(i * (loader.total - need) // count, 1, need - 1, run.device) for i in range(count)]
-        )
+        examples = [loader.rows(i * (loader.total - need) // count, 1, need - 1) for i in range(count)]
+        rows = torch.cat(examples).to(run.device)
         jobs = [(task, n) for task in ("continuation", "infill") for n in passes if n <= span]
         for task, steps in [("continuation", 0), *jobs]:
             ids, seconds = rows if task == "infill" else rows[:, :stop], []
@@ -1192,10 +1195,10 @@ def evaluate_parallel(model: GPT, run: Run, loader: TokenLoader) -> None:
                     out = decode(model, ids, start, stop, window=span if steps else 0, steps=steps)
                 seconds.append(run.clock() - began)
             right = (out.ids[:, start:stop] == rows[:, start:stop]).float()
-            values = dict[str, Any](task=task, span=span, token_acc=right.mean().item(), tokens=right.numel())
-            values |= {"exact_seq": right.amin(-1).mean().item(), "mode": "refine" if steps else "ar_cached"}
-            values |= {"tok_per_sec": right.numel() / sorted(seconds[1:])[1], "forwards": out.num_forwards}
-            run.log.event("parallel_eval", steps=steps or span, **values)
+            accuracy = {"token_acc": right.mean().item(), "exact_seq": right.amin(-1).mean().item()}
+            speed = {"tok_per_sec": right.numel() / sorted(seconds[1:])[1], "forwards": out.num_forwards}
+            how = {"task": task, "steps": steps or span, "span": span, "mode": "refine" if steps else "ar_cached"}
+            run.log.event("parallel_eval", **how, tokens=right.numel(), **accuracy, **speed)
 
 
 # 8  ARTIFACT -- int8 rows and fp16 rest, zlib, its own settings inside; size = code + model ===========================
@@ -1235,10 +1238,8 @@ def save_artifact(path: Path, weights: Mapping[str, Tensor], cfg: Config, tokeni
     log.event("size", **sizes, levels=levels)
     if total > SIZE_LIMIT:
         parts = f"code {code_bytes:,} + model {len(data):,} bytes (int8 levels {levels})"
-        remedy = (
-            "shrink NUM_LAYERS, MODEL_DIM or ADAPTER_RANK, or export again with RESUME=auto and coarser EXPORT_LEVELS"
-        )
-        raise UserError(f"submission of {total:,} bytes exceeds {SIZE_LIMIT:,}: {parts}; checkpoint kept: {remedy}")
+        remedy = "shrink NUM_LAYERS or MODEL_DIM, or RESUME=auto with fewer EXPORT_LEVELS (the checkpoint is kept)"
+        raise UserError(f"submission of {total:,} bytes exceeds {SIZE_LIMIT:,}: {parts}; {remedy}")
 
 
 def load_artifact(path: Path, device: torch.device) -> tuple[GPT, str]:
@@ -1300,23 +1301,21 @@ class TrainState:
 
     def save(self) -> None:
         """Write the checkpoint atomically (rank 0); a failure is logged and the run goes on with the older one."""
-        worst = torch.stack([p.detach().sum() for p in self.model.parameters()]).sum().item()
-        if not math.isfinite(worst):
-            raise UserError(
-                f"weights not finite at step {self.step}; lower MATRIX_LR; last good: {self.cfg.checkpoint}"
-            )
+        path = self.cfg.path("checkpoints", ".pt")
+        if not math.isfinite(torch.stack([p.detach().sum() for p in self.model.parameters()]).sum().item()):
+            raise UserError(f"weights are not finite at step {self.step}; lower MATRIX_LR; last good: {path}")
         if self.run.rank == 0:
             buffer, states = io.BytesIO(), {"model": self.model.state_dict(), "adam": self.adam.state_dict()}
             kept = {"momenta": self.momenta, "ema": self.ema, "config": dataclasses.asdict(self.cfg), "step": self.step}
             torch.save(states | kept | {"seconds": self.seconds, "position": self.loader.position}, buffer)
             try:
-                atomic_write(self.cfg.checkpoint, buffer.getvalue(), "checkpoint")
+                atomic_write(path, buffer.getvalue(), "checkpoint")
             except UserError as error:
                 self.run.log.event("warning", reason=str(error))
 
     def resume(self) -> None:
         """Continue from the checkpoint if RESUME=auto; UserError: damaged, or other training settings (named)."""
-        path, run = self.cfg.checkpoint, self.run
+        path, run = self.cfg.path("checkpoints", ".pt"), self.run
         if self.cfg.resume != "auto" or not path.exists():
             return
         try:
@@ -1325,7 +1324,7 @@ class TrainState:
         except Exception as error:  # torch raises many kinds on damaged files
             raise UserError(f"checkpoint {path} is damaged ({error}); move it away to start afresh") from error
         if changed := [f"{k.upper()} {old.get(k)!r} -> {new[k]!r}" for k in new if old.get(k) != new[k]]:
-            raise UserError(f"RESUME=auto: {path} has other settings: {'; '.join(changed)}; restore them or RUN_ID")
+            raise UserError(f"RESUME: {path} has other settings: {'; '.join(changed)}; restore them, or change RUN_ID")
         self.model.load_state_dict(saved["model"])
         self.adam.load_state_dict(saved["adam"])
         self.momenta, self.ema = saved["momenta"], saved["ema"]
@@ -1343,7 +1342,8 @@ class Objective:
             self.clean = torch.compile(model.clean, dynamic=False, fullgraph=True)
             self.window = torch.compile(model.window, dynamic=False, fullgraph=True)
         sizes = [size for size, _ in cfg.sizes(cfg.diffusion_windows)] if cfg.diffusion else []
-        self.masks = {s: window_mask(cfg.train_seq_len, s, cfg.diffusion_causal, run.device) for s in sizes}
+        make_mask = functools.partial(window_mask, causal=cfg.diffusion_causal, device=run.device, blocks=run.blocks)
+        self.masks = {size: make_mask(cfg.train_seq_len, size) for size in sizes}
 
     def __call__(self, rows: Tensor, part: int, size: int, now: Moment) -> tuple[Tensor, Tensor]:
         """Take part `part` of a batch, rows (B, T + 1), with windows of `size`; return the loss and what to log."""
@@ -1419,16 +1419,16 @@ def check_finite(state: TrainState, sums: Tensor) -> dict[str, float]:
     if math.isfinite(ar_loss):
         look = f"DIFFUSION_LOSS_WEIGHT={cfg.diffusion_loss_weight} or DIFFUSION_LOSS_CLIP={cfg.diffusion_loss_clip}"
     found = f"loss is not finite at step {state.step} (next-token {ar_loss}, windows {window_loss})"
-    raise UserError(f"{found}; lower {look}; the last good checkpoint, if one was due, is {cfg.checkpoint}")
+    raise UserError(f"{found}; lower {look}; last good checkpoint, if one was due: {cfg.path('checkpoints', '.pt')}")
 
 
 def train(state: TrainState, val: TokenLoader, byte_counter: ByteCounter) -> None:
     """Run optimizer steps until ITERATIONS or the wall-clock cap; only validation stops the clock."""
     cfg, run, objective = state.cfg, state.run, Objective(state.cfg, state.run, state.model)
-    part = cfg.train_batch_tokens // cfg.micro_batches // cfg.train_seq_len
-    for size in ([*objective.masks] or [0]) * cfg.warmup_steps * run.compile:  # compile before the clock starts
+    num_rows = cfg.train_batch_tokens // cfg.micro_batches // cfg.train_seq_len
+    for size in ([*objective.masks] or [0]) * cfg.warmup_steps if run.compile else []:  # before the clock starts
+        rows = state.loader.rows(0, num_rows, cfg.train_seq_len, run.device)
         with run.autocast():
-            rows = state.loader.rows(0, part, cfg.train_seq_len, run.device)
             loss, _ = objective(rows, 0, size, Moment(cfg.iterations, 1.0, 0.0))
         loss.backward()  # type: ignore[no-untyped-call]
     state.model.zero_grad(set_to_none=True)

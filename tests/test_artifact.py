@@ -311,18 +311,18 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(
     cfg = tiny(**data, out_dir=str(tmp_path), run_id="r")
     state = tg.TrainState(cfg, make_run(cfg), tg.TokenLoader(cfg, "train"))
     state.save()
-    old = cfg.checkpoint.read_bytes()
+    old = cfg.path("checkpoints", ".pt").read_bytes()
     state.step = 5
     monkeypatch.setattr("os.fsync", full_disk)
     state.save()
     (warning,) = recorded(state.run, "warning")
-    assert f"checkpoint {cfg.checkpoint}" in warning["reason"]
+    assert f"checkpoint {cfg.path('checkpoints', '.pt')}" in warning["reason"]
     assert "No space left on device" in warning["reason"]
-    assert cfg.checkpoint.read_bytes() == old
-    assert [p.name for p in cfg.checkpoint.parent.iterdir()] == ["r.pt"]
+    assert cfg.path("checkpoints", ".pt").read_bytes() == old
+    assert [p.name for p in cfg.path("checkpoints", ".pt").parent.iterdir()] == ["r.pt"]
     monkeypatch.undo()
     state.save()
-    assert torch.load(cfg.checkpoint, weights_only=True)["step"] == 5
+    assert torch.load(cfg.path("checkpoints", ".pt"), weights_only=True)["step"] == 5
 
 
 def test_a_limit_on_file_size_is_met_half_way(tmp_path: Path) -> None:

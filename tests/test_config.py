@@ -219,9 +219,13 @@ def test_shares_and_tasks_are_read_as_written() -> None:
 def test_the_name_of_a_run_follows_what_it_trains() -> None:
     cfg = tiny()
     free = {"nelbo_samples": 5, "out_dir": "elsewhere", "train_log_every": 7, "preset": "cpu"}
-    assert dataclasses.replace(cfg, **free).checkpoint.name == cfg.checkpoint.name  # which a resumed run may change
-    assert dataclasses.replace(cfg, matrix_lr=0.5).checkpoint.name != cfg.checkpoint.name
-    assert dataclasses.replace(cfg, run_id="mine").checkpoint == Path("checkpoints/mine.pt")
+    assert (
+        dataclasses.replace(cfg, **free).path("checkpoints", ".pt").name == cfg.path("checkpoints", ".pt").name
+    )  # which a resumed run may change
+    assert (
+        dataclasses.replace(cfg, matrix_lr=0.5).path("checkpoints", ".pt").name != cfg.path("checkpoints", ".pt").name
+    )
+    assert dataclasses.replace(cfg, run_id="mine").path("checkpoints", ".pt") == Path("checkpoints/mine.pt")
 
 
 def test_a_recipe_is_a_row(monkeypatch: pytest.MonkeyPatch, data: dict[str, Any]) -> None:

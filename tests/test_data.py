@@ -113,6 +113,8 @@ def test_a_missing_split_is_named(tmp_path: Path, split: str) -> None:
     message = fault_of(lambda: tg.TokenLoader(cfg, split))
     assert message.startswith(f"DATA_PATH={str(tmp_path)!r} holds no *_{split}_*.bin")
     assert "python scripts/prepare_data.py" in message
+    (tmp_path / f"x_{split}_000000.bin").mkdir()  # a folder is no shard
+    assert fault_of(lambda: tg.TokenLoader(cfg, split)) == message
     missing = tiny(data_path=str(tmp_path / "nowhere"))
     assert f"DATA_PATH={str(tmp_path / 'nowhere')!r}" in fault_of(lambda: tg.TokenLoader(missing, split))
 

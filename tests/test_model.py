@@ -37,6 +37,21 @@ def test_the_baseline_has_the_challenges_number_of_parameters() -> None:
     assert not [name for name in counts if "lora" in name or "mask" in name or "time" in name]
 
 
+def test_an_untied_model_predicts_through_its_own_matrix() -> None:
+    tied, untied = (model_of(tie_embeddings=tie) for tie in (True, False))
+    assert set(dict(untied.named_parameters())) - set(dict(tied.named_parameters())) == {"lm_head"}
+    ids = random_rows(2, 6, 64)
+    assert untied.lm_head is not None
+    before = untied.clean(ids)[0]
+    with torch.no_grad():
+        untied.lm_head[3] += 1
+    moved = (untied.clean(ids)[0] != before).any(0).any(0)
+    assert moved.tolist() == [token == 3 for token in range(64)]
+    fresh = tg.GPT(tiny(tie_embeddings=False))  # as the challenge starts it: a wide embedding, a zero output matrix
+    assert 0.9 < fresh.tok_emb.std() < 1.1
+    assert not fresh.clean(ids)[0].any()
+
+
 @pytest.mark.parametrize("recipe", tg.RECIPES)
 def test_predictions_are_distributions(recipe: str) -> None:
     model, rows = model_of(recipe), random_rows(2, T + 1, V)

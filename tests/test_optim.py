@@ -19,7 +19,7 @@ class NoData(tg.TokenLoader):
     def __init__(self) -> None:
         self.position = 0
 
-    def rows(self, start: int, num_rows: int, seq_len: int, device: torch.device) -> Tensor:
+    def rows(self, start: int, num_rows: int, seq_len: int, device: torch.device = tg.CPU) -> Tensor:
         return random_rows(num_rows, seq_len + 1, 64, seed=start)
 
 
@@ -53,6 +53,14 @@ def test_groups_hold_what_their_names_say() -> None:
     rates = {names[id(p)]: group["base_lr"] for group in state.adam.param_groups for p in group["params"]}
     for group, rate in (("embed", 0.1), ("adapter", 0.2), ("scalar", 0.3)):
         assert {rates[name] for name in groups[group]} == {rate}
+
+
+def test_an_untied_output_matrix_has_rates_of_its_own() -> None:
+    state = state_of(tie_embeddings=False, tied_embed_lr=0.1, embed_lr=0.2, head_lr=0.3)
+    rates = {id(p): group["base_lr"] for group in state.adam.param_groups for p in group["params"]}
+    assert rates[id(state.model.tok_emb)] == 0.2
+    assert state.model.lm_head is not None
+    assert rates[id(state.model.lm_head)] == 0.3
 
 
 def test_a_parameter_that_no_group_takes_is_named() -> None:

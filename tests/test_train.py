@@ -148,6 +148,7 @@ VARIANTS: list[dict[str, Any]] = [
     dict(num_layers=3), dict(num_kv_heads=2), dict(diffusion_row_frac=0.3), dict(mercury_clean_loss_weight=0.0),
     dict(diffusion_causal=True), dict(diffusion_shift=False), dict(diffusion_start_frac=0.5),
     dict(muon_weight_decay=0.1), dict(ema_decay=0.9), dict(grad_clip_norm=0.1), dict(muon_momentum_warmup_steps=0),
+    dict(tie_embeddings=False),
 ]
 # fmt: on
 
@@ -292,7 +293,7 @@ def test_self_conditioning_trains_with_one_pass_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("checkpoint_seconds", "found"), [(1e-9, "weights not finite at step 4"), (0.0, "loss is not finite at step 5")]
+    ("checkpoint_seconds", "found"), [(1e-9, "weights are not finite at step 4"), (0.0, "loss is not finite at step 5")]
 )
 def test_a_run_that_is_no_longer_finite_stops(checkpoint_seconds: float, found: str, synthetic: dict[str, Any]) -> None:
     cfg = tiny(**synthetic, run_id="r", checkpoint_seconds=checkpoint_seconds)
@@ -308,11 +309,11 @@ def test_a_run_that_is_no_longer_finite_stops(checkpoint_seconds: float, found: 
     state.update = update  # type: ignore[method-assign]
     with pytest.raises(tg.UserError) as caught:
         tg.train(state, tg.TokenLoader(cfg, "val"), CountTokens())
-    for named in (found, "MATRIX_LR", str(cfg.checkpoint)):
+    for named in (found, "MATRIX_LR", str(cfg.path("checkpoints", ".pt"))):
         assert named in str(caught.value)
-    assert cfg.checkpoint.exists() == (checkpoint_seconds > 0)
+    assert cfg.path("checkpoints", ".pt").exists() == (checkpoint_seconds > 0)
     if checkpoint_seconds > 0:  # the last good one is kept
-        saved = torch.load(cfg.checkpoint, weights_only=True)
+        saved = torch.load(cfg.path("checkpoints", ".pt"), weights_only=True)
         assert saved["step"] == 3
         assert all(w.isfinite().all() for w in saved["model"].values())
 
@@ -321,8 +322,10 @@ def test_a_run_that_explodes_keeps_a_usable_checkpoint(synthetic: dict[str, Any]
     cfg = tiny(**synthetic, run_id="r", checkpoint_seconds=1e-9, matrix_lr=1e30, tied_embed_lr=1e30, iterations=30)
     with pytest.raises(tg.UserError, match=r"MATRIX_LR"):
         trained(cfg)
-    if cfg.checkpoint.exists():
-        assert all(w.isfinite().all() for w in torch.load(cfg.checkpoint, weights_only=True)["model"].values())
+    if cfg.path("checkpoints", ".pt").exists():
+        assert all(
+            w.isfinite().all() for w in torch.load(cfg.path("checkpoints", ".pt"), weights_only=True)["model"].values()
+        )
 
 
 def test_the_windows_loss_is_named_when_it_is_the_one() -> None:
@@ -370,10 +373,10 @@ def test_the_cap_stops_a_run_and_time_counts_on(synthetic: dict[str, Any], monke
     assert state.step == len(steps) == 8  # the first step boundary at or past 15 s
     assert state.seconds == pytest.approx(16.0)
     assert [step["train_ms"] for step in steps] == pytest.approx([2000.0 * (i + 1) for i in range(8)])
-    saved = torch.load(state.cfg.checkpoint, weights_only=True)
+    saved = torch.load(state.cfg.path("checkpoints", ".pt"), weights_only=True)
     assert (saved["step"], saved["seconds"]) == (8, pytest.approx(16.0))
     saved["step"], saved["seconds"] = 5, 10.0  # as if it had been stopped there
-    torch.save(saved, state.cfg.checkpoint)
+    torch.save(saved, state.cfg.path("checkpoints", ".pt"))
     resumed, more = trained(tiny(**base, resume="auto"))
     assert resumed.step == 8
     assert [step["step"] for step in more] == [6, 7, 8]
@@ -431,12 +434,12 @@ def test_another_configuration_cannot_resume(synthetic: dict[str, Any]) -> None:
     trained(cfg)
     with pytest.raises(tg.UserError) as caught:
         trained(dataclasses.replace(cfg, resume="auto", matrix_lr=0.07, model_dim=32))
-    for named in ("MATRIX_LR 0.04 -> 0.07", "MODEL_DIM 16 -> 32", str(cfg.checkpoint), "RUN_ID"):
+    for named in ("MATRIX_LR 0.04 -> 0.07", "MODEL_DIM 16 -> 32", str(cfg.path("checkpoints", ".pt")), "RUN_ID"):
         assert named in str(caught.value)
     assert "SEED" not in str(caught.value)
     free = dataclasses.replace(cfg, resume="auto", train_log_every=5, nelbo_samples=9, val_batch_size=64)
     assert trained(free)[0].step == 8  # what moves no training step may differ
-    cfg.checkpoint.write_bytes(cfg.checkpoint.read_bytes()[:-100])
+    cfg.path("checkpoints", ".pt").write_bytes(cfg.path("checkpoints", ".pt").read_bytes()[:-100])
     with pytest.raises(tg.UserError, match=r"checkpoint .*r\.pt is damaged"):
         trained(dataclasses.replace(cfg, resume="auto"))
     assert trained(dataclasses.replace(cfg, resume="no"))[0].step == 8  # without RESUME it is not even read
@@ -500,8 +503,8 @@ def test_sigterm_ends_a_run_and_says_how_to_go_on(launch: Callable[..., subproce
     wait_for(lambda: train_lines(tmp_path / "out") >= 3, process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 143
-    assert "ended by SIGTERM; the last checkpoint is kept: start the same command with RESUME=auto" in err
+    assert process.returncode == 2
+    assert "ended by a signal; the last checkpoint is kept: start the same command with RESUME=auto" in err
     assert torch.load(tmp_path / "out" / "checkpoints" / "r.pt", weights_only=True)["step"] > 0
 
 
