@@ -65,10 +65,8 @@ free = functools.partial(opt, free=True)  # a setting that moves no training ste
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run; environment name = upper case of the field, booleans are 0 or 1.
-
-    Raises UserError on construction, listing every fault at once (name, value, rule, remedy).
-    """
+    """All settings of a run; environment name = upper case of the field, booleans are 0 or 1. Raises UserError on
+    construction, listing every fault at once (name, value, rule, remedy)."""
 
     recipe: str = free("direct", "row of RECIPES the other defaults come from")
     preset: str = free("auto", "row of PRESETS (hardware size); auto looks at this machine")
@@ -299,8 +297,7 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
 RECIPES: dict[str, dict[str, Any]] = {
     "direct": dict(),
     "ar": dict(diffusion_loss_weight=0.0, adapter_rank=0, time_embed_dim=0),  # the naive baseline of the challenge
-    # "Mercury in Retrograde", defects included. Its alignment is not published; own-position targets fit the 12.97 bpb
-    # of its pure-denoising rows (a clean stream that copies its input).
+    # "Mercury in Retrograde", defects included; own-position targets fit the 12.97 bpb of its pure-denoising rows.
     "retrograde": dict(
         mercury_clean_loss_weight=0.1, diffusion_loss_weight=1.0, diffusion_loss="mean", diffusion_start_step=100,
         diffusion_start_frac=0.0, diffusion_windows="T", diffusion_row_frac=1.0, diffusion_causal=True,
@@ -308,8 +305,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         diffusion_min_mask_ratio=0.25, diffusion_max_mask_ratio=0.35, diffusion_ramp="iterations",
         diffusion_full_prob=0.0, adapter_rank=0, time_embed_dim=0,
         self_condition="commit", mercury_self_condition_prob=1.0, mercury_self_condition_fraction=0.75),
-    # PR 1194: 30 % next-token + 70 % masked diffusion over whole rows, own-position targets, no time input. Its cosine
-    # schedule only changes how often each t is drawn: the ELBO is the same for all, and t is drawn uniformly here.
+    # PR 1194: 30 % next-token + 70 % masked diffusion. Its cosine schedule has the same ELBO as the uniform t here.
     "mdlm_30_70": dict(
         mercury_clean_loss_weight=0.3, diffusion_loss_weight=0.7, diffusion_loss_clip=100.0, diffusion_windows="T",
         diffusion_start_frac=0.0, diffusion_row_frac=1.0, diffusion_shift=False, diffusion_regions="iid",
@@ -418,10 +414,11 @@ class Run:
         except KeyboardInterrupt:
             raise UserError(f"rank {rank}: ended by a signal; {again}") from None
         except RuntimeError as error:
-            first = str(error).splitlines()[0][:200]
             if world == 1 or not any(word in str(error) for word in ("onnect", "roken pipe", "NCCL", "peer")):
                 raise
-            raise UserError(f"rank {rank} lost another rank, which probably died ({first}); {again}") from error
+            raise UserError(
+                f"rank {rank} lost another rank, which probably died ({str(error)[:200]!r}); {again}"
+            ) from error
         finally:
             signal.signal(signal.SIGTERM, previous)
             if world > 1 and dist.is_initialized():
@@ -460,9 +457,9 @@ class Run:
             machine = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t :")
         machine = torch.cuda.get_device_name(self.device) if cuda else f"{machine}, {os.cpu_count()} cores"
         self.log.write(code + "=" * 100, echo=False)
-        facts = dict[str, Any](time=datetime.now(UTC).isoformat(timespec="seconds"), commit=commit, machine=machine)
-        facts |= {"device": str(self.device), "world_size": self.world_size, "threads": torch.get_num_threads()}
-        facts |= {"precision": "bf16 autocast" if cuda else "fp32", "compile": self.compile, "flex": self.blocks}
+        facts: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit}
+        facts |= {"machine": machine, "device": str(self.device), "world_size": self.world_size, "flex": self.blocks}
+        facts |= {"threads": torch.get_num_threads(), "precision": "bf16" if cuda else "fp32", "compile": self.compile}
         facts |= {"python": platform.python_version(), "torch": torch.__version__, "command": " ".join(sys.argv)}
         self.log.event("header", **facts, sha256=hashlib.sha256(code.encode()).hexdigest())
         self.log.event("config", table=self.cfg.table(source), values=dataclasses.asdict(self.cfg), source=dict(source))
@@ -497,11 +494,9 @@ CPU = torch.device("cpu")
 
 
 class TokenLoader:
-    """Read one endless stream of tokens over all shards of a split, in file order; its state is `position`.
-
-    A row of a step has a fixed place in it, so a batch does not depend on the number of ranks. UserError: no or damaged
-    shards, ids outside the vocabulary, too few tokens.
-    """
+    """Read one endless stream of tokens over all shards of a split, in file order; its state is `position`. A row of a
+    step has a fixed place in it, so a batch does not depend on the number of ranks. UserError: no or damaged shards,
+    ids outside the vocabulary, too few tokens."""
 
     def __init__(self, cfg: Config, split: str) -> None:
         self.vocab_size, self.position = cfg.vocab_size, 0
@@ -512,8 +507,8 @@ class TokenLoader:
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.total = int(self.ends[-1])
         if self.total <= cfg.train_seq_len:
-            held = f"longer than the {self.total:,} {split} tokens of DATA_PATH={cfg.data_path!r}"
-            raise UserError(f"TRAIN_SEQ_LEN={cfg.train_seq_len} is {held}; shorten it or prepare more text")
+            held = f"the {self.total:,} {split} tokens of DATA_PATH={cfg.data_path!r}; shorten it or prepare more text"
+            raise UserError(f"TRAIN_SEQ_LEN={cfg.train_seq_len} is longer than {held}")
         for i in range(len(self.shards) if self.total <= SCAN_TOKENS else 1):
             self.check(self.shards[i], i)
 
@@ -551,11 +546,9 @@ class TokenLoader:
 
 
 class ByteCounter:
-    """Count the bytes of text that tokens stand for, as the challenge does: UserError if the tokenizer does not fit.
-
-    A piece counts its UTF-8 bytes, a byte token 1, control, unknown and unused tokens 0; the space that opens a piece,
-    unless the tokenizer drops it after such a boundary. On whole documents the sum is len(decode(tokens).encode()).
-    """
+    """Count the bytes of text that tokens stand for, as the challenge does: UserError if the tokenizer does not fit. A
+    piece counts its UTF-8 bytes, a byte token 1, control, unknown and unused tokens 0; the space that opens a piece,
+    unless the tokenizer drops it after such a boundary. On whole documents the sum is len(decode(tokens).encode())."""
 
     def __init__(self, cfg: Config) -> None:
         path, name = Path(cfg.tokenizer_path), f"TOKENIZER_PATH={cfg.tokenizer_path!r}"
@@ -568,8 +561,8 @@ class ByteCounter:
         if size != cfg.vocab_size:
             raise UserError(f"VOCAB_SIZE={cfg.vocab_size} but {name} has {size} pieces; use the one the shards need")
         silent = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(size)]
-        text = ["?" if sp.is_byte(i) else sp.id_to_piece(i).replace("\u2581", " ") for i in range(size)]
-        text = ["" if mute else piece for mute, piece in zip(silent, text, strict=True)]
+        pieces = ["?" if sp.is_byte(i) else sp.id_to_piece(i).replace("\u2581", " ") for i in range(size)]
+        text = ["" if mute else piece for mute, piece in zip(silent, pieces, strict=True)]
         # Does the tokenizer drop a space that opens a text? The challenge's does; one that keeps indentation does not.
         drops = not any(sp.decode([i]).startswith(" ") for i in range(size) if text[i][:1] == " " != text[i][1:2])
         self.base_bytes = torch.tensor([len(t.removeprefix(" ").encode()) for t in text])
@@ -620,11 +613,9 @@ class Corruption(NamedTuple):
 
 
 def noise_level(cfg: Config, keys: Tensor, window_index: Tensor, ramp: float) -> Tensor:
-    """Choose t of each window, (B, W) float32 in (0, 1]; a share DIFFUSION_FULL_PROB is at 1.
-
-    The uniform rate steps by the golden ratio with `window_index` (B, W), the place in the global batch plus a random
-    start, so any run of windows covers [min, max] evenly. `ramp`: how far a progressive rate has come.
-    """
+    """Choose t of each window, (B, W) float32 in (0, 1]; a share DIFFUSION_FULL_PROB is at 1. The uniform rate steps by
+    the golden ratio with `window_index` (B, W), the place in the global batch plus a random start, so any run of
+    windows covers [min, max] evenly. `ramp`: how far a progressive rate has come."""
     low, high = cfg.diffusion_min_mask_ratio, cfg.diffusion_max_mask_ratio
     u = (window_index.double() * 0.6180339887498949).frac().float()  # in [0, 1), so t stays above `low`
     if cfg.diffusion_rate == "fixed":
@@ -652,10 +643,8 @@ def region_mask(name: str, t: Tensor, keys: Tensor, size: int, cfg: Config) -> T
 
 
 def corrupt(x0: Tensor, t: Tensor, keys: Tensor, cfg: Config) -> Corruption:
-    """Corrupt windows of clean tokens (B, W, S) at noise levels t (B, W), with randomness from keys (B, W).
-
-    Absorbing and uniform noise: arXiv:2107.03006; both mixed: arXiv:2503.04482; Gaussian: arXiv:2205.14217.
-    """
+    """Corrupt windows of clean tokens (B, W, S) at noise levels t (B, W), with randomness from keys (B, W). Absorbing
+    and uniform noise: arXiv:2107.03006; both mixed: arXiv:2503.04482; Gaussian: arXiv:2205.14217."""
     full, corrupted, low = (t >= 1)[..., None], torch.ones_like(x0, dtype=torch.bool), 0.0
     region = uniform(derive(keys, 2), 1)  # (B, W, 1): a region's share of [0, 1) chooses it
     for name, share in cfg.regions():
@@ -681,11 +670,9 @@ def apply_noise(x0: Tensor, corrupted: Tensor, t: Tensor, keys: Tensor, cfg: Con
 
 
 def window_mask(seq_len: int, size: int, causal: bool, device: torch.device, blocks: bool = False) -> Mask:
-    """Which keys of [clean ; noisy] may each noisy query read? (N, T + N) bool for windows that tile a row.
-
-    Window w covers tokens w S + 1 .. w S + S, preceded by the clean token w S. It reads clean keys before that one, and
-    itself: in both directions, or only backwards if `causal`. `blocks`: as a BlockMask for FlexAttention.
-    """
+    """Which keys of [clean ; noisy] may each noisy query read? (N, T + N) bool for windows that tile a row. Window w
+    covers tokens w S + 1 .. w S + S, preceded by the clean token w S. It reads clean keys before that one, and itself:
+    in both directions, or only backwards if `causal`. `blocks`: as a BlockMask for FlexAttention."""
 
     def may_read(batch: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
         window, noisy = query // (size + 1), key - seq_len
@@ -710,11 +697,9 @@ def token_nll(logits: Tensor, x0: Tensor, *_: Tensor) -> Tensor:
 
 
 def score_entropy(logits: Tensor, x0: Tensor, *_: Tensor) -> Tensor:
-    """Denoising score entropy of absorbing noise (SEDD, arXiv:2310.16834) times t, at masked tokens, nats.
-
-    Logits are log scores up to log V. With scores exp(l_y) (1 - t) / t and true ratios [y = x0] (1 - t) / t, SEDD sums
-    (sum_y exp(l_y) - l_x0 - 1) / t over t: least where exp(l) is the posterior, and then its cross-entropy over t.
-    """
+    """Denoising score entropy of absorbing noise (SEDD, arXiv:2310.16834) times t, at masked tokens, nats. Logits are
+    log scores up to log V. With scores exp(l_y) (1 - t) / t and true ratios [y = x0] (1 - t) / t, SEDD sums (sum_y
+    exp(l_y) - l_x0 - 1) / t over t: least where exp(l) is the posterior, and then its cross-entropy over t."""
     log_score = logits - math.log(logits.shape[-1])  # zero logits are a normalised score, as the paper scales them
     return log_score.exp().sum(-1) - log_score.gather(-1, x0[..., None])[..., 0] - 1
 
@@ -752,12 +737,13 @@ KV = tuple[Tensor, Tensor]  # rotated keys and values of a layer, each (B, G, to
 class Stream(NamedTuple):
     """How tokens pass the trunk. The clean stream is causal; a window has a mask, a gate and a gradient scale."""
 
-    rotary: Tensor  # (2, tokens, C / 2), from `rotary`
+    rotary: Tensor  # from `rotary`
     causal: bool = True
     mask: Mask | None = None
     gate: Tensor | None = None  # (B, N, 1), 1 where a token is suspect
     time: Tensor | None = None  # (B, N, F) features of the noise level, 0 where a token is not suspect
     scale: float = 1.0  # of gradients into shared weights
+    slots: Tensor | None = None  # (B, tokens): where keys and values go in buffers; None: they follow `past`
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
@@ -770,9 +756,9 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def rotary(positions: Tensor, cfg: Config) -> Tensor:
-    """Cosines and sines of rotary position embedding (arXiv:2104.09864): (tokens,) to (2, tokens, C / 2)."""
+    """Cosines and sines of rotary position embedding (arXiv:2104.09864): (..., N) to (2, ..., 1, N, C / 2)."""
     pairs = torch.arange(0, cfg.head_dim, 2, device=positions.device).float()
-    angle = positions.float()[:, None] * cfg.rope_base ** -(pairs / cfg.head_dim)
+    angle = positions.float()[..., None, :, None] * cfg.rope_base ** -(pairs / cfg.head_dim)
     return torch.stack((angle.cos(), angle.sin()))
 
 
@@ -817,7 +803,10 @@ class Attention(nn.Module):
         q = (rotate(rms_norm(q), stream.rotary) * gain).to(v.dtype)  # (B, H, T, C); norms are fp32
         k = rotate(rms_norm(k), stream.rotary).to(v.dtype)  # (B, G, T, C)
         own, causal = (k, v), stream.causal and stream.mask is None
-        if past is not None:
+        if past is not None and stream.slots is not None:
+            index = stream.slots[:, None, :, None].expand_as(k)
+            k, v = past[0].scatter_(2, index, k), past[1].scatter_(2, index, v)
+        elif past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
         if isinstance(stream.mask, BlockMask):
             y = flex_attention(q, k, v, block_mask=stream.mask, enable_gqa=grouped)
@@ -859,9 +848,10 @@ class Window(NamedTuple):
 
     before: Tensor  # (B, W, 1) int64
     noisy: Corruption
-    positions: Tensor  # (N,) true positions in the text
+    positions: Tensor  # (N,) or (B, N) true positions in the text
     mask: Mask | None  # None: every token reads all of past and window
     previous: Tensor | None = None  # (B, W, S, D) expected embedding under the last pass; zero where there was none
+    slots: Tensor | None = None  # (B, N) scratch places in the buffers of `past`
 
 
 class GPT(nn.Module):
@@ -903,15 +893,13 @@ class GPT(nn.Module):
         logits = F.linear(x, scale_gradient(self.tok_emb if self.lm_head is None else self.lm_head, scale)).float()
         return self.cfg.logit_softcap * torch.tanh(logits / self.cfg.logit_softcap)
 
-    def clean(self, ids: Tensor, past: Sequence[KV] | None = None) -> tuple[Tensor, list[KV]]:
-        """Read tokens (B, T) causally after `past`, one pair a layer: keys and values of the tokens before.
-
-        Returns logits (B, T, V) float32, position i predicting token i + 1, and the keys and values of these tokens.
-        """
-        start, T = (0 if past is None else past[0][0].shape[2]), ids.shape[1]
-        positions = torch.arange(start, start + T, device=ids.device)
-        mask = torch.arange(start + T, device=ids.device) <= positions[:, None] if start and T > 1 else None
-        stream = Stream(rotary(positions, self.cfg), not start, mask)
+    def clean(self, ids: Tensor, past: list[KV] | None = None, at: Tensor | None = None) -> tuple[Tensor, list[KV]]:
+        """Read tokens (B, T) causally: from the start, or at positions `at` (B, T) after what the buffers `past` hold.
+        Returns logits (B, T, V) float32, position i predicting token i + 1, and these tokens' keys and values."""
+        positions, mask = torch.arange(ids.shape[1], device=ids.device) if at is None else at, None
+        if past is not None:  # a slot is a position; what an earlier draft left behind stands later and is not read
+            mask = (torch.arange(past[0][0].shape[2], device=ids.device) <= positions[..., None])[:, None]
+        stream = Stream(rotary(positions, self.cfg), True, mask, slots=at)
         x, kvs = self.trunk(rms_norm(F.embedding(ids, self.tok_emb)), stream, past)
         return self.head(x, 1.0), kvs
 
@@ -930,7 +918,8 @@ class GPT(nn.Module):
             emb = emb + F.pad(F.linear(window.previous, self.self_cond), (0, 0, 1, 0)) * gate
         half_turns = noisy.t[..., None, None] * torch.arange(cfg.time_embed_dim, device=emb.device)
         time = (torch.cos(math.pi / 2 * half_turns) * gate).flatten(1, 2)  # the first feature is constant
-        stream = Stream(rotary(window.positions, cfg), False, window.mask, gate.flatten(1, 2), time, scale)
+        turns = rotary(window.positions, cfg)
+        stream = Stream(turns, False, window.mask, gate.flatten(1, 2), time, scale, window.slots)
         past = past and [(scale_gradient(k, s), scale_gradient(v, s)) for k, v in past]
         x = self.trunk(emb.flatten(1, 2), stream, past)[0].view_as(emb)
         return self.head(x[:, :, :-1] if cfg.diffusion_shift else x[:, :, 1:], scale)
@@ -964,10 +953,8 @@ def assign_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def orthogonalize(g: Tensor, steps: int) -> Tensor:
-    """Move singular values of (n, rows, cols) towards 1 by quintic Newton-Schulz; bf16 on CUDA, fp32 on CPU.
-
-    Source, coefficients too: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
-    """
+    """Move singular values of (n, rows, cols) towards 1 by quintic Newton-Schulz; bf16 on CUDA, fp32 on CPU. Source,
+    coefficients too: Jordan et al. 2024, kellerjordan.github.io/posts/muon."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x: Tensor = g.bfloat16() if g.is_cuda else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -1005,10 +992,8 @@ class Moment(NamedTuple):
 
     @classmethod
     def at(cls, cfg: Config, step: int, seconds: float) -> Moment:
-        """Take as the run's length the fewer of ITERATIONS and what fits the wall clock at the pace so far.
-
-        The rate falls linearly to 0 over the last WARMDOWN_ITERS steps, or WARMDOWN_FRAC of the run if that is less.
-        """
+        """Take as the run's length the fewer of ITERATIONS and what fits the wall clock at the pace so far. The rate
+        falls linearly to 0 over the last WARMDOWN_ITERS steps, or WARMDOWN_FRAC of the run if that is less."""
         left = float(max(cfg.iterations - step, 0))
         if cfg.max_wallclock_seconds > 0 and step > 0:
             left = min(left, max(cfg.max_wallclock_seconds - seconds, 0) * step / max(seconds, 1e-9))
@@ -1027,13 +1012,11 @@ def score(model: GPT, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def window_bounds(model: GPT, rows: Tensor, keys: Tensor, size: int, samples: int, mask: Mask) -> Tensor:
-    """Sample upper bounds of the windows' negative log-likelihood, nats: (K, B, W) float64 for rows (B, T + 1).
-
-    A random order of a window's S tokens gives the chain rule: for m = S .. 1 still masked, the nats of the next one.
+    """Sample upper bounds of the windows' negative log-likelihood, nats: (K, B, W) float64 for rows (B, T + 1). A
+    random order of a window's S tokens gives the chain rule: for m = S .. 1 still masked, the nats of the next one.
     With m drawn uniformly, S / m * (sum of masked nats) is unbiased for an upper bound (Jensen, over orders); it covers
     every t = m / S up to 1 and is exact at S = 1. m is stratified over samples. Keys (B, W); windows chain left to
-    right. Source: arXiv:1310.1757, arXiv:2110.02037.
-    """
+    right. Source: arXiv:1310.1757, arXiv:2110.02037."""
     x0, before, positions = tile(rows, size)
     _, past = model.clean(rows[:, :-1])
     start, estimates = uniform(derive(keys, 1), 1)[..., 0], []
@@ -1048,18 +1031,15 @@ def window_bounds(model: GPT, rows: Tensor, keys: Tensor, size: int, samples: in
 
 def evaluate_bpb(model: GPT, run: Run, loader: TokenLoader, byte_counter: ByteCounter, size: int = 0) -> dict[str, Any]:
     """Score validation rows of T tokens: size 0 exactly, left to right; size S by the bound over windows of S tokens.
-
     Size 0 takes the whole split, a bound NELBO_SEQUENCES evenly spaced rows; ranks share them. Returns loss (nats a
-    token), bpb, its standard error over K samples (0 where exact: sizes 0, 1), samples K, tokens, bytes.
-    """
+    token), bpb, its standard error over K samples (0 where exact: sizes 0, 1), samples K, tokens, bytes."""
     cfg, T, total = run.cfg, run.cfg.train_seq_len, (loader.total - 1) // run.cfg.train_seq_len
     num_rows = min(cfg.nelbo_sequences or total, total) if size else total
     mine = [i * total // num_rows for i in range(num_rows)][run.rank :: run.world_size]
     at_once, samples = max(cfg.val_batch_size // (T * run.world_size), 1), cfg.nelbo_samples if size > 1 else 1
     mask = window_mask(T, size, cfg.diffusion_causal, run.device) if size else None
     sums = torch.zeros(4, dtype=torch.float64, device=run.device)
-    for i in tqdm(range(0, len(mine), at_once), "evaluate", leave=False, disable=run.quiet):
-        index = torch.tensor(mine[i : i + at_once])
+    for index in tqdm(torch.split(torch.tensor(mine), at_once) if mine else (), "eval", leave=False, disable=run.quiet):
         rows = torch.cat([loader.rows(j * T, 1, T) for j in index.tolist()])
         num_bytes, rows = byte_counter.count(rows[:, :-1], rows[:, 1:]).sum().to(sums), rows.to(run.device)
         with run.autocast():
@@ -1075,22 +1055,46 @@ def evaluate_bpb(model: GPT, run: Run, loader: TokenLoader, byte_counter: ByteCo
     return values | {"samples": samples, "tokens": int(tokens), "bytes": int(num)}
 
 
-class Sampling(NamedTuple):
-    """How a token is chosen from logits; temperature 0 is greedy."""
+class Decoding(NamedTuple):
+    """How to decode; the defaults fill the whole span as one window, greedily (`refine`). AR is window 0."""
 
-    temperature: float = 0.0
+    window: int = 1 << 30  # tokens proposed together; 0: none, one token a cycle from the clean stream
+    steps: int = 8  # most denoising passes a window
+    threshold: float = math.inf  # tokens at least this probable are committed sooner
+    redo: float = 0.0  # proposals less probable to the clean stream are masked again, once
+    verify: bool = False  # keep only what the clean stream itself would choose: exactly AR's output
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
     seed: int = 0
 
 
-def pick(logits: Tensor, sampling: Sampling, keys: Tensor) -> tuple[Tensor, Tensor]:
+AR = Decoding(window=0)
+MODES = {
+    "ar": AR,
+    "refine": Decoding(),
+    "block": Decoding(window=8, steps=4),
+    "threshold": Decoding(window=8, threshold=0.9),
+    "remask": Decoding(window=8, steps=4, redo=0.02),
+    "speculative": Decoding(window=4, steps=1, verify=True),
+}
+
+
+def pick(logits: Tensor, how: Decoding, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Choose tokens (B, n) from logits (B, n, V) with randomness from keys (B, n); also their log-probabilities."""
-    log_p = logits.double().log_softmax(-1)
-    if sampling.temperature <= 0:
+    log_p, V = logits.double().log_softmax(-1), logits.shape[-1]
+    if how.temperature <= 0:
         best = log_p.max(dim=-1)
         return best.indices, best.values
-    u = uniform(keys, logits.shape[-1], torch.float64)
+    scores = log_p / how.temperature
+    if how.top_k or how.top_p < 1:
+        ranked, order = scores.sort(dim=-1, descending=True)
+        before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)  # a token stays if those before it leave room
+        out = (before >= how.top_p) | (torch.arange(V, device=logits.device) >= (how.top_k or V))
+        scores = scores.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -math.inf)
+    u = uniform(keys, V, torch.float64)
     gumbel = -torch.log(-torch.log(u.clamp(1e-300, 1 - 1e-16)))  # float64: Gumbel noise in fp32 cuts the tail off
-    tokens = (log_p / sampling.temperature + gumbel).argmax(-1)
+    tokens = (scores + gumbel).argmax(-1)
     return tokens, log_p.gather(-1, tokens[..., None])[..., 0]
 
 
@@ -1100,86 +1104,82 @@ class Decoded(NamedTuple):
 
 
 @torch.no_grad()
-def decode(
-    model: GPT, ids: Tensor, start: int, stop: int, window: int = 0, steps: int = 4, sampling: Sampling | None = None
-) -> Decoded:
-    """Fill tokens [start, stop) of every row of ids (B, L): the one decode loop.
-
-    window = 0 decodes left to right from the clean stream, one token a pass, with cached keys and values; window > 0
-    fills windows of that many tokens from left to right, each in `steps` passes, most confident tokens first, and a
-    finished window enters the cache by one clean pass. Visible text after `stop` is read by the last window. Randomness
-    depends on a row's index and the seed only. UserError: span outside the rows, or no denoiser.
-    """
+def decode(model: GPT, ids: Tensor, start: int, stop: int, how: Decoding = AR) -> Decoded:
+    """Fill tokens [start, stop) of every row of ids (B, L): the one decode loop. A cycle proposes a window of tokens
+    (`refine`) and reads it once with the clean stream, which keeps its keys and values. With `verify` a row keeps what
+    the clean stream would have chosen, and its next token: AR's output for any sampling, since noise depends on row and
+    position only. Otherwise it keeps all, and the last window reads the visible text after `stop`. UserError: span
+    outside the rows, or no denoiser."""
     if not 1 <= start <= stop <= ids.shape[1]:
         raise UserError(f"span {start}..{stop} must lie in 1..{ids.shape[1]}: a token (BOS will do) comes before it")
-    if window > 0 and model.mask_emb is None:
+    if how.window > 0 and model.mask_emb is None:
         raise UserError("this model has no trained denoiser (DIFFUSION_LOSS_WEIGHT=0); decode it with mode ar")
-    sampling = sampling or Sampling()
-    ids, keys = ids.clone(), derive(torch.arange(len(ids), device=ids.device), sampling.seed)
-    past: list[KV] | None = None
-    logits, read, at, num_forwards = torch.empty(0), 0, start, 0
-    while at < stop:
-        upto = at if window == 0 else at - 1  # a window carries its last clean token itself
-        if upto > read:
-            logits, new = model.clean(ids[:, read:upto], past)
-            pairs = zip(past or new, new, strict=True)
-            past = [(torch.cat((k, a), 2), torch.cat((v, b), 2)) for (k, v), (a, b) in pairs] if past else new
-            num_forwards, read = num_forwards + (at > start), upto
-        if window == 0:
-            ids[:, at : at + 1] = pick(logits[:, -1:], sampling, derive(keys, at)[:, None])[0]
-            at += 1
-        else:
-            size = min(window, stop - at)
-            end = ids.shape[1] if at + size == stop else at + size
-            ids[:, at:end], used = refine(model, ids[:, at - 1 : end], size, past, at, steps, sampling, keys)
-            at, num_forwards = at + size, num_forwards + used
-    return Decoded(ids, num_forwards)
+    window, verify, suffix = min(how.window, stop - start), how.verify or how.window == 0, ids[:, stop:]
+    x, rows = F.pad(ids[:, :stop], (0, window + 1)), torch.arange(len(ids), device=ids.device)[:, None]
+    room = (0, 0, 0, stop - start + 2 * window + 2 + suffix.shape[1])  # tokens to come, and scratch for a window
+    past = [(F.pad(k, room), F.pad(v, room)) for k, v in model.clean(ids[:, :start])[1]]
+    keys, done, num_forwards = derive(rows, how.seed), torch.full_like(rows, start), 0  # tokens that stand, a row
+    while (fewest := int(done.min())) < stop:
+        size = window if verify else min(window, stop - fewest)
+        at = done - 1 + torch.arange(size + 1, device=ids.device)  # the last token that stands, then proposals
+        hole = torch.ones_like(at[:, 1:], dtype=torch.bool)
+        shown = suffix[:, : 0 if verify or fewest + size < stop else None]
+        for _ in range(1 + (how.redo > 0)):
+            if size:
+                found, used = refine(model, x.gather(1, at), hole, shown, past, at[:, :1], keys, how)
+                x, num_forwards = x.scatter(1, at[:, 1:], found), num_forwards + used
+            if verify or how.redo > 0 or fewest + size < stop:  # nobody reads the last window of all
+                logits, num_forwards = model.clean(x.gather(1, at), past, at)[0], num_forwards + 1
+                hole = token_nll(logits[:, :-1], x.gather(1, at[:, 1:])) > -math.log(how.redo or 1.0)
+        if verify:
+            target = pick(logits, how, derive(keys, at + 1))[0]
+            agreed = (target[:, :-1] == x.gather(1, at[:, 1:])).cumprod(1).sum(1, keepdim=True)
+            x = x.scatter(1, at + 1, target)
+        done = (done + (agreed + 1 if verify else size)).clamp(max=stop)
+    return Decoded(torch.cat((x[:, :stop], suffix), dim=1), num_forwards)
 
 
 def refine(
-    model: GPT, ids: Tensor, size: int, past: list[KV] | None, at: int, steps: int, sampling: Sampling, keys: Tensor
+    model: GPT, ids: Tensor, hole: Tensor, shown: Tensor, past: list[KV], first: Tensor, keys: Tensor, how: Decoding
 ) -> tuple[Tensor, int]:
-    """Fill the first `size` tokens of one window, whose first token has position `at`, in `steps` passes.
-
-    ids (B, 1 + n): the clean token before, then the window, visible after `size`; keys (B,): each row's randomness.
-    Returns the window (B, n) and the number of passes, at most one a token.
-    """
-    cfg, before, x, steps = model.cfg, ids[:, None, :1], ids[:, 1:], min(steps, size)
-    places = torch.arange(x.shape[1], device=ids.device)
-    hole, previous = (places < size).expand_as(x), None
-    positions = torch.arange(at - 1, at + x.shape[1], device=ids.device)
-    mask = torch.arange(at + x.shape[1], device=ids.device) <= positions[:, None] if cfg.diffusion_causal else None
+    """Fill the holes of one window a row, the most confident tokens first, in at most `how.steps` passes. ids (B, 1 +
+    S): the clean token before, at position `first` (B, 1), then the window; hole (B, S) bool; shown (B, n): visible
+    text right after; keys (B, 1): each row's randomness. Returns tokens (B, S) and the number of passes."""
+    cfg, size, length = model.cfg, hole.shape[1], past[0][0].shape[2]
+    x, hole = torch.cat((ids[:, 1:], shown), dim=1), F.pad(hole, (0, shown.shape[1]))
+    offset, slot = (torch.arange(n, device=ids.device) for n in (x.shape[1] + 1, length))
+    scratch = (length - len(offset) + offset).expand(len(ids), -1)  # the last places of the cache
+    own = (slot >= scratch[0, 0]) & ((slot <= scratch[0, :, None]) | (not cfg.diffusion_causal))
+    mask = (own | (slot < first)[:, None])[:, None]  # (B, 1, 1 + S + n, length)
     mask_share = 0.0 if cfg.diffusion_corruption_mode == "uniform" else 1.0
-    for i in range(steps):
-        now = derive(keys, at, i)[:, None]
-        noisy = apply_noise(x[:, None], hole[:, None], hole.float().mean(-1, keepdim=True), now, cfg, mask_share)
-        logits = model.window(Window(before, noisy, positions, mask, previous), past)
-        token, confidence = pick(logits[:, 0], sampling, derive(now, places))
-        x = torch.where(hole, token, x)
-        left = size - -(-size * (i + 1) // steps)  # the least confident stay open
-        worst = confidence.masked_fill(~hole, math.inf).topk(left, dim=-1, largest=False).indices
-        hole = torch.zeros_like(hole).scatter(-1, worst, True)
+    total, previous, steps, used = hole.sum(1, keepdim=True), None, min(how.steps, size), 0
+    while used < steps and (how.threshold == math.inf or used == 0 or bool(hole.any())):
+        t = hole.float().mean(-1, keepdim=True).clamp_min(1e-6)
+        noisy = apply_noise(x[:, None], hole[:, None], t, derive(keys, first, used), cfg, mask_share)
+        logits = model.window(Window(ids[:, None, :1], noisy, first + offset, mask, previous, scratch), past)
+        token, log_p = pick(logits[:, 0], how, derive(keys, first + offset[1:]))
+        x, used = torch.where(hole, token, x), used + 1
+        rank = log_p.masked_fill(~hole, math.inf).argsort(dim=-1).argsort(dim=-1)
+        hole = hole & (rank < total - -(-total * used // steps)) & (log_p.exp() < how.threshold)
         previous = model.expected_embedding(logits) if cfg.self_condition == "soft" else None
-    return x, steps
+    return x[:, :size], used
 
 
-def generate(model: GPT, prompt: Tensor, count: int, **how: Any) -> Decoded:
-    """Continue prompts (B, P) by `count` tokens, autoregressively unless `how` (of `decode`) says otherwise."""
-    return decode(model, F.pad(prompt, (0, count)), prompt.shape[1], prompt.shape[1] + count, **how)
+def generate(model: GPT, prompt: Tensor, count: int, how: Decoding = AR) -> Decoded:
+    """Continue prompts (B, P) by `count` tokens."""
+    return decode(model, F.pad(prompt, (0, count)), prompt.shape[1], prompt.shape[1] + count, how)
 
 
-def infill(model: GPT, prefix: Tensor, suffix: Tensor, count: int, **how: Any) -> Decoded:
-    """Fill `count` tokens between prefixes (B, P) and suffixes (B, Q), reading both, in one window."""
+def infill(model: GPT, prefix: Tensor, suffix: Tensor, count: int, how: Decoding = MODES["refine"]) -> Decoded:
+    """Fill `count` tokens between prefixes (B, P) and suffixes (B, Q), reading both."""
     ids, start = torch.cat((F.pad(prefix, (0, count)), suffix), dim=1), prefix.shape[1]
-    return decode(model, ids, start, start + count, **{"window": max(count, 1)} | how)
+    return decode(model, ids, start, start + count, how)
 
 
 def evaluate_parallel(model: GPT, run: Run, loader: TokenLoader) -> None:
-    """Decode spans of validation text in N passes; log token accuracy, exact spans, decoded tokens a second.
-
-    The predecessor's protocol (greedy; 16 examples, prefix 128, span 64, suffix 64), beside the same weights decoded
-    left to right with a cache. Speeds: median of 3 after a warm-up, device synchronised.
-    """
+    """Decode spans of validation text in N passes; log token accuracy, exact spans, decoded tokens a second. The
+    predecessor's protocol (greedy; 16 examples, prefix 128, span 64, suffix 64), beside the same weights decoded left
+    to right with a cache. Speeds: median of 3 after a warm-up, device synchronised."""
     cfg, start, count = run.cfg, run.cfg.parallel_eval_prefix_len, run.cfg.parallel_eval_examples
     passes = [int(n) for n, _ in parse_shares(cfg.parallel_eval_steps)] if model.mask_emb is not None else []
     for span in [int(n) for n, _ in parse_shares(cfg.parallel_eval_span_len)]:
@@ -1192,13 +1192,13 @@ def evaluate_parallel(model: GPT, run: Run, loader: TokenLoader) -> None:
             for _ in range(4):
                 began = run.clock()
                 with run.autocast():
-                    out = decode(model, ids, start, stop, window=span if steps else 0, steps=steps)
+                    out = decode(model, ids, start, stop, Decoding(steps=steps) if steps else AR)
                 seconds.append(run.clock() - began)
             right = (out.ids[:, start:stop] == rows[:, start:stop]).float()
-            accuracy = {"token_acc": right.mean().item(), "exact_seq": right.amin(-1).mean().item()}
-            speed = {"tok_per_sec": right.numel() / sorted(seconds[1:])[1], "forwards": out.num_forwards}
-            how = {"task": task, "steps": steps or span, "span": span, "mode": "refine" if steps else "ar_cached"}
-            run.log.event("parallel_eval", **how, tokens=right.numel(), **accuracy, **speed)
+            values = {"token_acc": right.mean().item(), "exact_seq": right.amin(-1).mean().item(), "span": span}
+            values |= {"tokens": right.numel(), "tok_per_sec": right.numel() / sorted(seconds[1:])[1]}
+            mode, values["forwards"] = "refine" if steps else "ar_cached", out.num_forwards
+            run.log.event("parallel_eval", task=task, steps=steps or span, mode=mode, **values)
 
 
 # 8  ARTIFACT -- int8 rows and fp16 rest, zlib, its own settings inside; size = code + model ===========================
@@ -1257,8 +1257,9 @@ def load_artifact(path: Path, device: torch.device) -> tuple[GPT, str]:
         return model.to(device).eval(), str(payload["tokenizer_sha256"])
     except Exception as error:  # zlib, zipfile, pickle and torch each fail in their own ways on foreign bytes
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        remedy = "copy it again, or export it with this train_gpt.py"
-        raise UserError(f"artifact {path} is missing, damaged or not one of ours ({reason}); {remedy}") from error
+        raise UserError(
+            f"artifact {path} is missing, damaged or not ours ({reason}); copy or export it again"
+        ) from error
 
 
 # 9  TRAINING -- one loop for every recipe; all that changes is in TrainState ==========================================
@@ -1341,9 +1342,8 @@ class Objective:
             torch._dynamo.config.recompile_limit = 64
             self.clean = torch.compile(model.clean, dynamic=False, fullgraph=True)
             self.window = torch.compile(model.window, dynamic=False, fullgraph=True)
-        sizes = [size for size, _ in cfg.sizes(cfg.diffusion_windows)] if cfg.diffusion else []
-        make_mask = functools.partial(window_mask, causal=cfg.diffusion_causal, device=run.device, blocks=run.blocks)
-        self.masks = {size: make_mask(cfg.train_seq_len, size) for size in sizes}
+        sizes, how = cfg.sizes(cfg.diffusion_windows) if cfg.diffusion else [], (run.device, run.blocks)
+        self.masks = {size: window_mask(cfg.train_seq_len, size, cfg.diffusion_causal, *how) for size, _ in sizes}
 
     def __call__(self, rows: Tensor, part: int, size: int, now: Moment) -> tuple[Tensor, Tensor]:
         """Take part `part` of a batch, rows (B, T + 1), with windows of `size`; return the loss and what to log."""

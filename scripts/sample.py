@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import sentencepiece as spm
     import torch
 
-    from train_gpt import GPT, Config, Sampling
+    from train_gpt import GPT, Config, Decoding
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # train_gpt.py lies beside this folder
 
@@ -183,11 +183,11 @@ def complete(at: Loaded, prompt: list[int], suffix: list[int], count: int, args:
     mode = "infill" if suffix else args.mode or "ar"
     window = {"ar": 0, "block": args.window}.get(mode, count)
     ids = torch.tensor([[*prefix, *[0] * count, *suffix]], device=at.device)
-    sampling: Sampling = tg.Sampling(args.temperature, args.seed)
+    how: Decoding = tg.Decoding(window, args.steps, temperature=args.temperature, seed=args.seed)
     cuda, began = at.device.type == "cuda", time.perf_counter()
     with torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext():
         stop = len(prefix) + count
-        out = tg.decode(at.model, ids, len(prefix), stop, window=window, steps=args.steps, sampling=sampling)
+        out = tg.decode(at.model, ids, len(prefix), stop, how)
         result: list[int] = out.ids[0].tolist()  # waits for the device
     seconds = time.perf_counter() - began
     hole = result[len(prefix) : stop]

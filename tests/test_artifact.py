@@ -44,8 +44,8 @@ def fault_of(path: Path) -> str:
     with pytest.raises(tg.UserError) as caught:
         tg.load_artifact(path, CPU)
     message = str(caught.value)
-    assert message.startswith(f"artifact {path} is missing, damaged or not one of ours")
-    assert "export it with this train_gpt.py" in message
+    assert message.startswith(f"artifact {path} is missing, damaged or not ours")
+    assert "copy or export it again" in message
     return message
 
 

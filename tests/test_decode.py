@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import train_gpt as tg
 
 V = 64
 MODES = ["mask", "uniform", "hybrid", "gaussian"]
-HOT = tg.Sampling(temperature=1.0, seed=3)
+HOT: dict[str, Any] = dict(temperature=1.0, seed=3)
 
 
 class Spy(tg.GPT):
@@ -21,9 +22,9 @@ class Spy(tg.GPT):
 
     calls: list[tuple[Any, ...]]
 
-    def clean(self, ids: Tensor, past: Any = None) -> Any:
+    def clean(self, ids: Tensor, past: Any = None, at: Any = None) -> Any:
         self.calls.append(("clean", ids.shape[1]))
-        return super().clean(ids, past)
+        return super().clean(ids, past, at)
 
     def window(self, window: tg.Window, past: Any) -> Tensor:
         logits = super().window(window, past)
@@ -61,8 +62,8 @@ def test_given_text_stays_and_what_is_to_be_found_is_not_read(window: int, mode:
     model = model_of(diffusion_corruption_mode=mode)
     ids = random_rows(3, 16, V)
     kept = ids.clone()
-    how: dict[str, Any] = dict(window=window, steps=3, sampling=HOT)
-    found = tg.decode(model, ids, 4, 12, **how).ids
+    how = tg.Decoding(window, steps=3, **HOT)
+    found = tg.decode(model, ids, 4, 12, how).ids
     assert ids.equal(kept)  # the caller's rows are theirs
     assert found[:, :4].equal(ids[:, :4])
     assert found[:, 12:].equal(ids[:, 12:])
@@ -70,7 +71,7 @@ def test_given_text_stays_and_what_is_to_be_found_is_not_read(window: int, mode:
     assert not found[:, 4:12].equal(ids[:, 4:12])
     other = ids.clone()
     other[:, 4:12] = (ids[:, 4:12] + 7) % V
-    assert tg.decode(model, other, 4, 12, **how).ids.equal(found)
+    assert tg.decode(model, other, 4, 12, how).ids.equal(found)
 
 
 @pytest.mark.parametrize("start", [1, 2, 6])
@@ -78,22 +79,17 @@ def test_given_text_stays_and_what_is_to_be_found_is_not_read(window: int, mode:
 @pytest.mark.parametrize(("window", "steps"), [(0, 1), (8, 1), (8, 3), (8, 99), (4, 2), (3, 3), (1, 1)])
 def test_the_number_of_passes_is_exact(start: int, span: int, window: int, steps: int) -> None:
     model, ids = model_of(), random_rows(2, start + span, V)
-    found = tg.decode(model, ids, start, start + span, window=window, steps=steps)
-    if window == 0:
-        expected = span - 1  # the prompt's own pass gives the first token
-        prompt_passes = 1
-    else:
-        sizes = [min(window, span - i) for i in range(0, span, window)]
-        expected = sum(min(steps, size) for size in sizes) + len(sizes) - 1  # a finished window enters the cache
-        prompt_passes = int(start > 1)  # a window carries the last token of the prompt itself
-    assert len(model.calls) == expected + prompt_passes
+    found = tg.decode(model, ids, start, start + span, tg.Decoding(window, steps))
+    sizes = [min(window, span - i) for i in range(0, span, window)] if window else []
+    expected = sum(min(steps, size) for size in sizes) + len(sizes) - 1 if window else span  # the last is not read
+    assert len(model.calls) == expected + 1  # the prompt
     assert found.num_forwards == expected
 
 
 def test_an_empty_span_costs_nothing() -> None:
     model, ids = model_of(), random_rows(2, 6, V)
     for window in (0, 4):
-        found = tg.decode(model, ids, 6, 6, window=window)
+        found = tg.decode(model, ids, 6, 6, tg.Decoding(window))
         assert found.ids.equal(ids)
         assert found.num_forwards == 0
 
@@ -101,7 +97,7 @@ def test_an_empty_span_costs_nothing() -> None:
 @pytest.mark.parametrize(("span", "steps"), [(6, 6), (6, 4), (7, 2), (5, 1), (8, 3)])
 def test_the_most_confident_tokens_are_committed_first_and_for_good(span: int, steps: int) -> None:
     model, ids = model_of(), random_rows(3, 4 + span + 3, V)
-    found = tg.decode(model, ids, 4, 4 + span, window=span, steps=steps).ids[:, 4 : 4 + span]
+    found = tg.decode(model, ids, 4, 4 + span, tg.Decoding(span, steps)).ids[:, 4 : 4 + span]
     passes = windows_of(model)
     open_now = torch.ones(3, span, dtype=torch.bool)
     for i, (window, logits) in enumerate(passes):
@@ -125,41 +121,115 @@ def test_the_most_confident_tokens_are_committed_first_and_for_good(span: int, s
 
 def test_one_token_a_pass() -> None:
     model, ids = model_of(), random_rows(2, 12, V)
-    tg.decode(model, ids, 4, 12, window=8, steps=8)
+    tg.decode(model, ids, 4, 12, tg.Decoding(8, 8))
     assert [window.noisy.corrupted[0].sum().item() for window, _ in windows_of(model)] == [8, 7, 6, 5, 4, 3, 2, 1]
 
 
-@pytest.mark.parametrize("sampling", [None, HOT])
+@pytest.mark.parametrize("sampling", [{}, HOT])
 @pytest.mark.parametrize("mode", ["mask", "uniform"])
 @pytest.mark.parametrize("window", [0, 4, 8])
-def test_a_rows_result_does_not_depend_on_its_batch(window: int, mode: str, sampling: tg.Sampling | None) -> None:
+def test_a_rows_result_does_not_depend_on_its_batch(window: int, mode: str, sampling: dict[str, Any]) -> None:
     model, ids = model_of(diffusion_corruption_mode=mode), random_rows(4, 16, V)
-    how: dict[str, Any] = dict(window=window, steps=3, sampling=sampling)
-    together = tg.decode(model, ids, 4, 12, **how).ids
-    assert tg.decode(model, ids[:1], 4, 12, **how).ids.equal(together[:1])
-    assert tg.decode(model, ids[:3], 4, 12, **how).ids.equal(together[:3])
+    how = tg.Decoding(window, steps=3, **sampling)
+    together = tg.decode(model, ids, 4, 12, how).ids
+    assert tg.decode(model, ids[:1], 4, 12, how).ids.equal(together[:1])
+    assert tg.decode(model, ids[:3], 4, 12, how).ids.equal(together[:3])
 
 
 def test_rows_and_seeds_draw_apart() -> None:
     model, ids = model_of(), random_rows(1, 5, V).expand(20, -1)
     for window in (0, 8):
-        how: dict[str, Any] = dict(window=window, steps=2)
-        assert len(tg.generate(model, ids, 8, **how).ids.unique(dim=0)) == 1
-        hot = tg.generate(model, ids, 8, **how, sampling=HOT).ids
+        assert len(tg.generate(model, ids, 8, tg.Decoding(window, 2)).ids.unique(dim=0)) == 1
+        how = tg.Decoding(window, 2, **HOT)
+        hot = tg.generate(model, ids, 8, how).ids
         assert len(hot.unique(dim=0)) == 20
-        assert tg.generate(model, ids, 8, **how, sampling=HOT).ids.equal(hot)
-        assert not tg.generate(model, ids, 8, **how, sampling=HOT._replace(seed=4)).ids.equal(hot)
+        assert tg.generate(model, ids, 8, how).ids.equal(hot)
+        assert not tg.generate(model, ids, 8, how._replace(seed=4)).ids.equal(hot)
+
+
+FILTERS: list[dict[str, Any]] = [{}, HOT, HOT | {"top_k": 3}, HOT | {"top_p": 0.6}, HOT | {"top_k": 9, "top_p": 0.9}]
+
+
+@pytest.mark.parametrize("sampling", FILTERS)
+@pytest.mark.parametrize(("window", "steps"), [(1, 1), (4, 1), (4, 2), (7, 1), (30, 3)])
+def test_speculative_decoding_is_what_ar_would_have_said(window: int, steps: int, sampling: dict[str, Any]) -> None:
+    model, ids = model_of(), random_rows(40, 5, V)
+    expected = tg.generate(model, ids, 11, tg.AR._replace(**sampling))
+    model.calls.clear()
+    found = tg.generate(model, ids, 11, tg.Decoding(window, steps, verify=True, **sampling))
+    assert found.ids.equal(expected.ids)
+    assert len(expected.ids[:, 5:].unique(dim=0)) > 30  # rows differ, so they stop agreeing at different places
+    assert found.num_forwards == len(model.calls) - 1
+
+
+def test_a_right_draft_saves_passes() -> None:
+    model, ids = model_of(), random_rows(3, 5, V)
+    expected = tg.generate(model, ids, 12).ids
+
+    def window(window: tg.Window, past: Any) -> Tensor:  # a drafter that knows the answer, in row 0 up to token 8 only
+        places = window.positions[:, 1:]
+        truth = torch.nn.functional.pad(expected, (0, 8)).gather(1, places)
+        truth[0] += (places[0] > 8).long()
+        return torch.nn.functional.one_hot(truth % V, V).float()[:, None] * 50
+
+    model.window = window  # type: ignore[method-assign]
+    found = tg.generate(model, ids, 12, tg.MODES["speculative"])
+    assert found.ids.equal(expected)
+    assert found.num_forwards == 2 * (1 + 7)  # row 0: four drafts and one more token, then one token a cycle
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 1.1])
+def test_a_threshold_commits_what_is_sure_and_at_least_one(threshold: float) -> None:
+    model, ids = model_of(), random_rows(3, 12, V)
+    tg.decode(model, ids, 4, 12, tg.Decoding(8, 8, threshold=threshold))
+    passes = windows_of(model)
+    holes = [window.noisy.corrupted[:, 0] for window, _ in passes] + [torch.zeros(3, 8, dtype=torch.bool)]
+    for i, (_, logits) in enumerate(passes):
+        sure = holes[i] & (logits[:, 0].softmax(-1).amax(-1) >= threshold)
+        committed = holes[i] & ~holes[i + 1]
+        assert (committed | ~sure).all()
+        assert (committed.sum(1) >= holes[i].any(1).long()).all()
+    assert threshold == 0.1 or len(passes) == {0.0: 1, 1.1: 8}[threshold]
+    assert threshold != 0.1 or 1 < len(passes) < 8
+
+
+def test_what_the_clean_stream_finds_unlikely_is_masked_again() -> None:
+    model, ids = model_of(), random_rows(3, 16, V)
+    tg.decode(model, ids, 4, 16, tg.Decoding(6, steps=1, redo=0.05))
+    (first, logits), (second, _), *rest = windows_of(model)
+    draft, again = logits[:, 0].argmax(-1), second.noisy.corrupted[:, 0]
+    assert first.noisy.corrupted.all()
+    assert len(rest) == 2
+    nats = tg.score(model, torch.cat((ids[:, :4], draft), dim=1))[:, 3:]
+    assert again.equal(nats > -math.log(0.05))
+    assert 0 < again.sum() < again.numel()
+    assert second.noisy.xt[:, 0][~again].equal(draft[~again])
+
+
+def test_filters_keep_the_most_probable() -> None:
+    logits, keys = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0]), tg.derive(torch.arange(4000))[None]
+    p = logits.softmax(-1)
+
+    def drawn(**how: Any) -> Tensor:
+        tokens, _ = tg.pick(logits.expand(1, 4000, 5), tg.Decoding(temperature=1.0, **how), keys)
+        return torch.bincount(tokens[0], minlength=5) / 4000
+
+    assert (drawn()[:4] > 0).all()
+    for how, left in ((dict(top_k=2), 2), (dict(top_p=0.7), 2), (dict(top_p=0.3), 1), (dict(top_k=3, top_p=0.7), 2)):
+        found = drawn(**how)
+        assert not found[left:].any()
+        torch.testing.assert_close(found[:left], p[:left] / p[:left].sum(), rtol=0, atol=0.03)
 
 
 def test_an_infill_follows_its_suffix() -> None:
     model, prefix, suffix = model_of(), random_rows(8, 5, V), random_rows(8, 4, V, seed=1)
-    found = tg.infill(model, prefix, suffix, 6, steps=6).ids
+    found = tg.infill(model, prefix, suffix, 6, tg.Decoding(steps=6)).ids
     assert found.shape == (8, 15)
     assert found[:, :5].equal(prefix)
     assert found[:, 11:].equal(suffix)
     (first, _), *_ = windows_of(model)
     assert first.noisy.xt.shape == (8, 1, 10)  # one window that shows the suffix
-    other = tg.infill(model, prefix, (suffix + 1) % V, 6, steps=6).ids
+    other = tg.infill(model, prefix, (suffix + 1) % V, 6, tg.Decoding(steps=6)).ids
     assert not other[:, 5:11].equal(found[:, 5:11])
     nothing = tg.infill(model, prefix, suffix, 0)
     assert nothing.ids.equal(torch.cat((prefix, suffix), dim=1))
@@ -168,7 +238,7 @@ def test_an_infill_follows_its_suffix() -> None:
 def test_what_fills_a_hole_is_what_was_trained() -> None:
     for mode, masked in (("mask", True), ("hybrid", True), ("uniform", False)):
         model = model_of(diffusion_corruption_mode=mode)
-        tg.generate(model, random_rows(2, 5, V), 8, window=8, steps=2)
+        tg.generate(model, random_rows(2, 5, V), 8, tg.Decoding(8, 2))
         for window, _ in windows_of(model):
             put = window.noisy.xt[window.noisy.corrupted]
             assert (put == V).all() if masked else (put < V).all()
@@ -178,7 +248,7 @@ def test_what_fills_a_hole_is_what_was_trained() -> None:
 def test_the_last_prediction_is_fed_back_where_that_was_trained() -> None:
     for self_condition in ("none", "soft", "commit"):
         model = model_of(self_condition=self_condition)
-        tg.generate(model, random_rows(2, 5, V), 8, window=8, steps=3)
+        tg.generate(model, random_rows(2, 5, V), 8, tg.Decoding(8, 3))
         (first, logits), (second, _), _ = windows_of(model)
         assert first.previous is None
         if self_condition == "soft":
@@ -200,7 +270,7 @@ def test_an_expected_embedding_is_the_mean_under_the_prediction() -> None:
 def test_sampling_follows_the_distribution(temperature: float) -> None:
     logits, count = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0]), 40_000
     keys = tg.derive(torch.arange(count), 8).view(100, 400)
-    tokens, log_p = tg.pick(logits.expand(100, 400, 5), tg.Sampling(temperature), keys)
+    tokens, log_p = tg.pick(logits.expand(100, 400, 5), tg.Decoding(temperature=temperature), keys)
     expected = (logits.double() / temperature).softmax(-1) * count
     found = torch.bincount(tokens.flatten(), minlength=5)
     assert found[4] == 0
@@ -214,10 +284,10 @@ def test_sampling_follows_the_distribution(temperature: float) -> None:
 
 def test_temperature_zero_takes_the_likeliest() -> None:
     logits = torch.randn(4, 7, V)
-    tokens, log_p = tg.pick(logits, tg.Sampling(), torch.zeros(4, 7, dtype=torch.int64))
+    tokens, log_p = tg.pick(logits, tg.Decoding(), torch.zeros(4, 7, dtype=torch.int64))
     assert tokens.equal(logits.argmax(-1))
     torch.testing.assert_close(log_p, logits.double().log_softmax(-1).amax(-1))
-    cold, _ = tg.pick(logits, tg.Sampling(temperature=1e-3), tg.derive(torch.arange(28)).view(4, 7))
+    cold, _ = tg.pick(logits, tg.Decoding(temperature=1e-3), tg.derive(torch.arange(28)).view(4, 7))
     assert cold.equal(tokens)
 
 
@@ -225,7 +295,7 @@ def test_temperature_zero_takes_the_likeliest() -> None:
 @pytest.mark.parametrize("window", [0, 4])
 def test_a_span_outside_the_rows_is_named(start: int, stop: int, window: int) -> None:
     with pytest.raises(tg.UserError, match=rf"span {start}\.\.{stop} must lie in 1\.\.8"):
-        tg.decode(model_of(), random_rows(2, 8, V), start, stop, window=window)
+        tg.decode(model_of(), random_rows(2, 8, V), start, stop, tg.Decoding(window))
 
 
 def test_an_empty_prompt_is_named() -> None:
@@ -236,7 +306,7 @@ def test_an_empty_prompt_is_named() -> None:
 def test_a_model_without_a_denoiser_says_so() -> None:
     model, prompt = model_of("ar"), random_rows(1, 4, V)
     with pytest.raises(tg.UserError, match=r"no trained denoiser \(DIFFUSION_LOSS_WEIGHT=0\)"):
-        tg.generate(model, prompt, 4, window=4)
+        tg.generate(model, prompt, 4, tg.Decoding(4))
     with pytest.raises(tg.UserError, match="no trained denoiser"):
         tg.infill(model, prompt, prompt, 4)
     assert tg.generate(model, prompt, 4).ids.shape == (1, 8)

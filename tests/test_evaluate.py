@@ -271,8 +271,8 @@ def test_parallel_decoding_is_judged_by_decoded_tokens_alone(
     readings = itertools.cycle([0, 0, 0, 1, 1, 4, 4, 6])  # a warm-up that must not count, then 1, 3 and 2 seconds
     monkeypatch.setattr(run, "clock", lambda: next(readings))
 
-    def decode(model: tg.GPT, ids: Tensor, start: int, stop: int, **how: Any) -> tg.Decoded:
-        calls.append((tuple(ids.shape), start, stop, how["window"], how["steps"]))
+    def decode(model: tg.GPT, ids: Tensor, start: int, stop: int, how: tg.Decoding) -> tg.Decoded:
+        calls.append((tuple(ids.shape), start, stop, how.window, how.steps))
         wrong = ids.clone()
         wrong[0, start] += 1  # one token of the first example
         wrong[:, :start] += 1  # and what does not count
@@ -298,7 +298,7 @@ def test_parallel_decoding_is_judged_by_decoded_tokens_alone(
     for (shape, start, stop, window, steps), (task, span, n, mode) in zip(calls[::4], named, strict=True):
         assert shape == (4, 4 + span + (4 if task == "infill" else 0))
         assert (start, stop) == (4, 4 + span)
-        assert (window, steps) == ((span, n) if mode == "refine" else (0, 0))
+        assert (window, steps) == ((1 << 30, n) if mode == "refine" else (0, 8))
 
 
 def test_a_model_without_a_denoiser_is_decoded_left_to_right_only(data: dict[str, Any]) -> None:

@@ -142,10 +142,10 @@ def test_an_infill_reads_the_suffix_and_a_continuation_does_not(shift: bool) -> 
 
 def test_only_the_last_of_several_windows_reads_the_suffix() -> None:
     model, ids = model_of(), random_rows(64, 20, V)
-    decode = dict(window=4, steps=2, sampling=tg.Sampling(temperature=1.0))
-    found = tg.decode(model, ids, 5, 13, **decode).ids
+    how = tg.Decoding(window=4, steps=2, temperature=1.0)
+    found = tg.decode(model, ids, 5, 13, how).ids
     other = ids.clone()
     other[:, 13:] = (ids[:, 13:] + 1) % V
-    again = tg.decode(model, other, 5, 13, **decode).ids
+    again = tg.decode(model, other, 5, 13, how).ids
     assert again[:, :9].equal(found[:, :9])
     assert not again[:, 9:13].equal(found[:, 9:13])
