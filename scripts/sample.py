@@ -23,11 +23,10 @@ if TYPE_CHECKING:
     import sentencepiece as spm
     import torch
 
-    from train_gpt import GPT, Config, Decoding
+    from train_gpt import GPT, Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # train_gpt.py lies beside this folder
 
-MODES = ("ar", "block", "refine")
 DEFAULT_TOKENS, DEMO_TOKENS = 64, 24
 DEMO_SCAN = 2_000_000  # validation tokens searched for a function
 SPACE_MARK = "\u2581"  # a space, inside a piece
@@ -42,6 +41,8 @@ def fail(message: str) -> NoReturn:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
+    from train_gpt import MODES
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--artifact", type=Path, default=Path("final_model.int8.ptz"), help="default %(default)s")
     parser.add_argument("--tokenizer", type=Path, metavar="MODEL", help="default: the one the artifact names")
@@ -51,10 +52,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     given.add_argument("--demo", type=Path, metavar="DATA_PATH", help="take a Python function of this validation data")
     parser.add_argument("--suffix", metavar="TEXT", help="text after the hole: fill --tokens between prompt and this")
     parser.add_argument("--tokens", type=int, help=f"tokens to decode (default {DEFAULT_TOKENS}; demo {DEMO_TOKENS})")
-    parser.add_argument("--mode", choices=MODES, help="left to right (default), in windows, or all at once")
-    parser.add_argument("--steps", type=int, default=4, help="passes a window, in modes block and refine (%(default)s)")
-    parser.add_argument("--window", type=int, default=16, help="tokens a window, in mode block (default %(default)s)")
+    parser.add_argument("--mode", choices=MODES, help="default ar; with a suffix refine")
+    parser.add_argument("--steps", type=int, help="denoising passes a window (default: the mode's)")
+    parser.add_argument("--window", type=int, help="tokens a window (default: the mode's)")
+    parser.add_argument("--threshold", type=float, help="commit tokens at least this probable sooner")
+    parser.add_argument("--redo", type=float, help="mask again what the clean stream finds less probable than this")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest; 0: all (default)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="sample among the likeliest with this mass (default 1)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="fixes the draw (default %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)
@@ -63,12 +70,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         ("steps", 1, sys.maxsize),
         ("window", 1, sys.maxsize),
         ("temperature", 0, 1e6),
+        ("threshold", 0, 1),
+        ("redo", 0, 1),
+        ("top_k", 0, sys.maxsize),
+        ("top_p", 1e-9, 1),
         ("seed", 0, 2**31 - 1),
     ):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')}={value} must lie in {low}..{high}")
-    if args.suffix is not None and args.mode in ("ar", "block"):
+    if args.suffix is not None and args.mode in ("ar", "speculative"):
         parser.error(f"--mode {args.mode} cannot read the text of --suffix; use --mode refine or leave --mode out")
     if args.suffix is not None and args.demo is not None:
         parser.error("--demo brings its own suffix; leave --suffix out")
@@ -180,10 +191,10 @@ def complete(at: Loaded, prompt: list[int], suffix: list[int], count: int, args:
             f"prompt of {len(prefix)} tokens (BOS included) + --tokens={count} + suffix of {len(suffix)} exceed the "
             f"{limit} this model was trained to read (TRAIN_SEQ_LEN); shorten one of them"
         )
-    mode = "infill" if suffix else args.mode or "ar"
-    window = {"ar": 0, "block": args.window}.get(mode, count)
+    mode = args.mode or ("refine" if suffix else "ar")
+    names = ("steps", "window", "threshold", "redo", "temperature", "top_k", "top_p", "seed")
+    how = tg.MODES[mode]._replace(**{name: getattr(args, name) for name in names if getattr(args, name) is not None})
     ids = torch.tensor([[*prefix, *[0] * count, *suffix]], device=at.device)
-    how: Decoding = tg.Decoding(window, args.steps, temperature=args.temperature, seed=args.seed)
     cuda, began = at.device.type == "cuda", time.perf_counter()
     with torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext():
         stop = len(prefix) + count
