@@ -115,7 +115,7 @@ class Config:
     embed_lr: float = opt(0.6, "Adam rate of an untied embedding", low=0)
     head_lr: float = opt(0.008, "Adam rate of an untied output matrix", low=0)
     scalar_lr: float = opt(0.04, "Adam rate of gains, scales and mixes", low=0)
-    adapter_lr: float = opt(0.01, "Adam rate of adapters, time and self-conditioning projections", low=0)
+    adapter_lr: float = opt(0.003, "Adam rate of adapters, time and self-conditioning projections", low=0)
     muon_momentum: float = opt(0.95, "Nesterov momentum", low=0, high=1)
     muon_backend_steps: int = opt(5, "Newton-Schulz iterations", low=1)
     muon_momentum_warmup_start: float = opt(0.85, "momentum at step 0", low=0, high=1)
