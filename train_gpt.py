@@ -6,7 +6,6 @@
 
 A clean stream reads text causally and predicts the next token: exact likelihood, autoregressive decoding. Windows of S
 tokens, some corrupted, read the clean keys before them and themselves both ways: denoising, infill, parallel decoding.
-
 Shapes: B batch rows, T tokens a row, V vocabulary, D width, H query heads, G key/value heads, C channels a head,
 W windows a row, S tokens a window, N = W * (S + 1) tokens of the noisy stream, K Monte Carlo samples.
 Names: x0 clean tokens, xt corrupted ones, t noise level in (0, 1] with 1 fully corrupted.
@@ -23,7 +22,6 @@ import io
 import json
 import math
 import os
-import platform
 import random
 import re
 import resource
@@ -34,7 +32,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_type_hints
 
@@ -47,15 +44,14 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
 
+
 # 1  SETTINGS AND RECIPES -- one frozen table; default < RECIPE row < PRESET row < environment =========================
-
-
 class UserError(Exception):
     """A fault that the user can repair; printed without a traceback."""
 
 
 def opt(default: Any, text: str, unit: str = "", *, choices: str = "", **limits: Any) -> Any:
-    """Declare a setting: default, help, unit, and what it may be: choices, or limits low and high."""
+    """Declare a setting: default, help, unit, and what it may be: choices, or from the limit low, to high if given."""
     meta = {"help": text, "unit": unit, "choices": tuple(choices.split()), "low": None, "high": None, "free": False}
     return field(default=default, metadata=meta | limits)
 
@@ -65,8 +61,7 @@ free = functools.partial(opt, free=True)  # a setting that moves no training ste
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run; environment name = upper case of the field, booleans are 0 or 1. Raises UserError on
-    construction, listing every fault at once (name, value, rule, remedy)."""
+    """All settings; environment name: field in upper case, booleans 0 or 1. UserError names all faults and remedies."""
 
     recipe: str = free("direct", "row of RECIPES the other defaults come from")
     preset: str = free("auto", "row of PRESETS (hardware size); auto looks at this machine")
@@ -81,8 +76,7 @@ class Config:
     data_path: str = free("./data/datasets/fineweb10B_sp1024", "folder of *_train_*.bin and *_val_*.bin", "path")
     tokenizer_path: str = free("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model", "path")
     vocab_size: int = opt(1024, "tokens V; must equal the tokenizer's", "tokens", low=2, high=65535)
-    # model: the parameter-golf baseline
-    num_layers: int = opt(9, "transformer blocks", "layers", low=1)
+    num_layers: int = opt(9, "transformer blocks", "layers", low=1)  # up to the softcap: the parameter-golf baseline
     model_dim: int = opt(512, "width D", "channels", low=2)
     num_heads: int = opt(8, "query heads H", "heads", low=1)
     num_kv_heads: int = opt(4, "key/value heads G", "heads", low=1)
@@ -90,9 +84,9 @@ class Config:
     tie_embeddings: bool = opt(True, "the embedding is the output matrix too")
     tied_embed_init_std: float = opt(0.005, "standard deviation of initial tied embeddings; untied: 1", low=0)
     rope_base: float = opt(10000.0, "rotary base", low=1)
+    rope_scale: float = opt(1.0, "positions are divided by it: reads longer text (arXiv:2306.15595)", low=1)
     qk_gain_init: float = opt(1.5, "initial gain on normalised queries", low=0)
     logit_softcap: float = opt(30.0, "logits are softcap * tanh(logits / softcap)", low=1)
-    # model: what only suspect tokens go through
     adapter_rank: int = opt(16, "rank of the token-gated adapters on every matrix; 0: none", low=0)
     time_embed_dim: int = opt(32, "features of the noise level t; 0: no time input", "features", low=0)
     self_condition: str = opt("none", "previous prediction fed back as an input", choices="none soft commit")
@@ -109,8 +103,7 @@ class Config:
     train_log_every: int = free(200, "steps between train lines; 0: none", "steps", low=0)
     val_loss_every: int = free(1000, "steps between validations; 0: only at the end", "steps", low=0)
     val_batch_size: int = free(524_288, "evaluation batch over all ranks", "tokens", low=1)
-    # optimizers
-    matrix_lr: float = opt(0.04, "Muon rate of matrices", low=0)
+    matrix_lr: float = opt(0.04, "Muon rate of matrices", low=0)  # from here on: optimizers and loss
     tied_embed_lr: float = opt(0.05, "Adam rate of the tied embedding", low=0)
     embed_lr: float = opt(0.6, "Adam rate of an untied embedding", low=0)
     head_lr: float = opt(0.008, "Adam rate of an untied output matrix", low=0)
@@ -135,7 +128,6 @@ class Config:
     diffusion_passes: int = opt(1, "unrolled denoising passes that carry loss", "passes", low=1)
     diffusion_backbone_grad: float = opt(1.0, "windows' gradient scale into shared weights", low=0, high=1)
     diffusion_cache_grad: float = opt(1.0, "windows' gradient scale into clean keys and values", low=0, high=1)
-    # windows and corruption
     diffusion_windows: str = opt("8:1,16:1,32:1,64:1", "window sizes S with their shares; T: a whole row")
     diffusion_row_frac: float = opt(0.25, "share of rows that carry the noisy stream", low=1e-6, high=1)
     diffusion_causal: bool = opt(False, "attention inside a window is causal")
@@ -165,15 +157,14 @@ class Config:
     eval_seed: int = free(0, "fixes the noise of evaluation", low=0)
 
     def __post_init__(self) -> None:
-        faults, shown = [], {}
+        faults, shown = [], {name.upper(): f"{name.upper()}={value!r}" for name, value in vars(self).items()}
         for f in dataclasses.fields(self):
             name, value, meta = f.name.upper(), getattr(self, f.name), f.metadata
-            shown[name] = f"{name}={value!r}"
             if meta["choices"] and value not in meta["choices"]:
-                faults.append(f"{name}={value!r} must be one of: {', '.join(meta['choices'])}")
-            low, high = meta["low"], meta["high"]
-            if (low is not None and value < low) or (high is not None and value > high):
-                faults.append(f"{name}={value} must be in [{low}, {'inf' if high is None else high}] ({meta['help']})")
+                faults.append(f"{shown[name]} must be one of: {', '.join(meta['choices'])}")
+            low, high = meta["low"], math.inf if meta["high"] is None else meta["high"]
+            if low is not None and not low <= value <= high:
+                faults.append(f"{name}={value} must be in [{low}, {high}] ({meta['help']})")
         for holds, message in RULES:
             try:
                 broken = not holds(self)
@@ -203,30 +194,29 @@ class Config:
         """Return settings, the source of each, warnings about near-miss names; UserError lists all faults at once."""
         known, hints = {f.name.upper(): f.name for f in dataclasses.fields(cls)}, get_type_hints(cls)
         values, source, faults = dict[str, Any](), dict.fromkeys(known.values(), "default"), list[str]()
-        cuda = torch.cuda.is_available() and env.get("DEVICE") != "cpu"
-        machine = "cpu" if not cuda else "1xgpu" if env.get("WORLD_SIZE", "1") == "1" else "8xh100"
+        gpu = "1xgpu" if env.get("WORLD_SIZE", "1") == "1" else "8xh100"
+        machine = gpu if torch.cuda.is_available() and env.get("DEVICE") != "cpu" else "cpu"
         legacy = {"mercury": "retrograde", "none": "ar"}.get(env.get("DIFFUSION_TRAIN_MODE", ""), "direct")
-        chosen = {"RECIPE": env.get("RECIPE", legacy), "PRESET": env.get("PRESET", "auto").replace("auto", machine)}
-        for key, rows in (("RECIPE", RECIPES), ("PRESET", PRESETS)):
-            if chosen[key] not in rows:
-                close = ", ".join(difflib.get_close_matches(chosen[key], rows, 3, cutoff=0.4)) or "none"
-                faults.append(f"{key}={chosen[key]!r} is not in {key}S; closest: {close}; known: {', '.join(rows)}")
-            for name, value in rows.get(chosen[key], {}).items():
-                values[name], source[name] = value, f"{key.lower()} {chosen[key]}"
+        recipe, preset = env.get("RECIPE", legacy), env.get("PRESET", "auto").replace("auto", machine)
+        for key, chosen, rows in (("RECIPE", recipe, RECIPES), ("PRESET", preset, PRESETS)):
+            if chosen not in rows:
+                close = ", ".join(difflib.get_close_matches(chosen, rows, 3, cutoff=0.4)) or "none"
+                faults.append(f"{key}={chosen!r} is not in {key}S; closest: {close}; known: {', '.join(rows)}")
+            values |= rows.get(chosen, {})
+            source |= dict.fromkeys(rows.get(chosen, {}), f"{key.lower()} {chosen}")
         for key in sorted(env.keys() & known.keys()):
             try:
                 values[known[key]], source[known[key]] = parse_value(hints[known[key]], env[key]), "env"
             except ValueError as error:
                 faults.append(f"{key}={env[key]!r} {error}")
         try:
-            cfg = cls(**values | {"preset": chosen["PRESET"], "recipe": chosen["RECIPE"]})
+            cfg = cls(**values | {"preset": preset, "recipe": recipe})
         except UserError as error:
             faults.append(str(error))
         if faults:
             raise UserError("\n".join(faults))
-        strangers = sorted(env.keys() - known.keys() - {"DIFFUSION_TRAIN_MODE"})
-        near = [(key, difflib.get_close_matches(key, known, 1, cutoff=0.85)) for key in strangers]
-        return cfg, source, [f"{key} is not a setting; did you mean {close[0]}?" for key, close in near if close]
+        near = {key: difflib.get_close_matches(key, known, 1, cutoff=0.85) for key in sorted(env.keys() - known.keys())}
+        return cfg, source, [f"{key} is not a setting; did you mean {near[key][0]}?" for key in near if near[key]]
 
     def regions(self) -> list[tuple[str, float]]:
         p = self.mercury_continuation_prob
@@ -248,10 +238,9 @@ class Config:
 def parse_value(kind: type, text: str) -> Any:
     """Read a setting of type str, int, float or bool; ValueError says what it must be."""
     with contextlib.suppress(ValueError, KeyError):
-        if kind is bool:
-            return {"0": False, "1": True}[text]
-        if kind is not float or math.isfinite(float(text)):
-            return kind(text)
+        value = {"0": False, "1": True}[text] if kind is bool else kind(text)
+        if kind is not float or math.isfinite(value):
+            return value
     raise ValueError({bool: "must be 0 or 1", int: "must be a whole number"}.get(kind, "must be a finite number"))
 
 
@@ -267,12 +256,10 @@ def parse_shares(text: str) -> list[tuple[str, float]]:
 
 REGIONS = ("iid", "spans", "continuation", "infill", "blocks")
 
-# Rules that join settings: what must hold, and what is said when it does not, with the value after every name.
 # fmt: off
-RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
-    (lambda c: c.model_dim % (2 * c.num_heads) == 0,
-     "MODEL_DIM must be a multiple of 2 x NUM_HEADS (rotary pairs); change one of them"),
-    (lambda c: c.num_heads % c.num_kv_heads == 0, "NUM_HEADS must be a multiple of NUM_KV_HEADS; change one of them"),
+RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (  # what must hold; what is said if not, values added
+    (lambda c: c.model_dim % (2 * c.num_heads) == 0, "MODEL_DIM must be a multiple of 2 x NUM_HEADS; change either"),
+    (lambda c: c.num_heads % c.num_kv_heads == 0, "NUM_HEADS must be a multiple of NUM_KV_HEADS; change either"),
     (lambda c: c.train_batch_tokens % (c.micro_batches * c.train_seq_len) == 0,
      "TRAIN_BATCH_TOKENS must be a multiple of MICRO_BATCHES x TRAIN_SEQ_LEN; change one of them"),
     (lambda c: not c.diffusion or (c.sizes(c.diffusion_windows) != [] and c.tiles(c.diffusion_windows)),
@@ -289,31 +276,26 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
     (lambda c: not c.parallel_eval_examples or c.parallel_eval_prefix_len + c.parallel_eval_suffix_len
      + max((int(n) for n, _ in parse_shares(c.parallel_eval_span_len)), default=0) <= c.train_seq_len,
      "PARALLEL_EVAL_PREFIX_LEN, PARALLEL_EVAL_SPAN_LEN and PARALLEL_EVAL_SUFFIX_LEN must fit TRAIN_SEQ_LEN; cut one"),
-    (lambda c: all(ch.isalnum() or ch in "._-" for ch in c.run_id),
-     "RUN_ID names files; use letters, digits, '.', '_' and '-'"),
+    (lambda c: bool(re.fullmatch(r"[\w.-]*", c.run_id)), "RUN_ID names files; use letters, digits, '.', '_' and '-'"),
 )
 
-# A recipe lists only what differs from the defaults, which are `direct`.
-RECIPES: dict[str, dict[str, Any]] = {
+RECIPES: dict[str, dict[str, Any]] = {  # only what differs from the defaults, which are `direct`
     "direct": dict(),
     "ar": dict(diffusion_loss_weight=0.0, adapter_rank=0, time_embed_dim=0),  # the naive baseline of the challenge
-    # "Mercury in Retrograde", defects included; own-position targets fit the 12.97 bpb of its pure-denoising rows.
-    "retrograde": dict(
+    "retrograde": dict(  # "Mercury in Retrograde" and its defects; own-position targets fit its 12.97 bpb of denoising
         mercury_clean_loss_weight=0.1, diffusion_loss_weight=1.0, diffusion_loss="mean", diffusion_start_step=100,
         diffusion_start_frac=0.0, diffusion_windows="T", diffusion_row_frac=1.0, diffusion_causal=True,
         diffusion_shift=False, diffusion_corruption_mode="hybrid", mercury_task_mode="mixed", diffusion_rate="fixed",
         diffusion_min_mask_ratio=0.25, diffusion_max_mask_ratio=0.35, diffusion_ramp="iterations",
         diffusion_full_prob=0.0, adapter_rank=0, time_embed_dim=0,
         self_condition="commit", mercury_self_condition_prob=1.0, mercury_self_condition_fraction=0.75),
-    # PR 1194: 30 % next-token + 70 % masked diffusion. Its cosine schedule has the same ELBO as the uniform t here.
-    "mdlm_30_70": dict(
+    "mdlm_30_70": dict(  # PR 1194: next-token + masked diffusion; its cosine schedule has the ELBO of the uniform t
         mercury_clean_loss_weight=0.3, diffusion_loss_weight=0.7, diffusion_loss_clip=100.0, diffusion_windows="T",
         diffusion_start_frac=0.0, diffusion_row_frac=1.0, diffusion_shift=False, diffusion_regions="iid",
         diffusion_full_prob=0.0, adapter_rank=0, time_embed_dim=0),
 }
 
-# A preset says how large: model size, batch and time, never the objective.
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, Any]] = {  # how large: model, batch and time, never the objective
     "8xh100": dict(),
     "1xgpu": dict(train_batch_tokens=131_072, micro_batches=4, val_batch_size=131_072),
     "cpu": dict(
@@ -323,11 +305,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # fmt: on
 
-
 # 2  RUN CONTEXT AND LOG -- device, precision, kernels and ranks, chosen once; one call writes both logs ===============
-
-# Lines other programs parse keep the challenge's and the predecessor's form; other events print as `name key:value`.
-LINES = {
+LINES = {  # what other programs parse, in the challenge's and the predecessor's form; the rest is `name key:value`
     "train": "step:{step}/{iterations} train_loss:{train_loss:.4f} train_time:{train_ms:.0f}ms step_avg:{step_ms:.2f}ms"
     " denoise_loss:{denoise_loss:.4f} tok_per_sec:{tok_per_sec:.0f}",
     "val": "step:{step}/{iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{train_ms:.0f}ms",
@@ -354,12 +333,11 @@ class Log:
             raise UserError(f"OUT_DIR={cfg.out_dir!r} cannot be written ({error.strerror}); name another") from error
 
     def write(self, text: str, suffix: str = ".txt", echo: bool = True) -> None:
-        with contextlib.suppress(OSError):  # a full disk must not end the run
-            if self.active:
-                with open(self.path.with_suffix(suffix), "a", encoding="utf-8") as file:
-                    file.write(text + "\n")
-        if self.active and echo:
-            tqdm.write(text)
+        if self.active:
+            with contextlib.suppress(OSError), open(self.path.with_suffix(suffix), "a", encoding="utf-8") as file:
+                file.write(text + "\n")  # a full disk must not end the run
+            if echo:
+                tqdm.write(text)
 
     def event(self, name: str, /, **values: Any) -> None:
         """Render one event for people, as LINES says, and for programs; NaN becomes null in JSON."""
@@ -380,7 +358,6 @@ class Run:
     control: dist.ProcessGroup | None = None  # gloo: host decisions travel without a device sync
     compile: bool = False
     blocks: bool = False  # windows attend by FlexAttention with a block mask; otherwise SDPA with a dense one
-    quiet: bool | None = None  # None: progress bars on a terminal only
 
     @classmethod
     @contextlib.contextmanager
@@ -397,7 +374,7 @@ class Run:
         log = Log(cfg, rank, continued=cfg.resume == "auto" and cfg.path("checkpoints", ".pt").exists())
         compiled = cfg.compile == "1" or (cfg.compile == "auto" and cuda)
         blocks = compiled and cuda and cfg.attention == "auto" and cfg.head_dim % 16 == 0  # what flex kernels take
-        run = cls(cfg, rank, world, device, log, compile=compiled, blocks=blocks, quiet=True if rank else None)
+        run = cls(cfg, rank, world, device, log, compile=compiled, blocks=blocks)
         previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
         try:
             if cuda:
@@ -416,9 +393,8 @@ class Run:
         except RuntimeError as error:
             if world == 1 or not any(word in str(error) for word in ("onnect", "roken pipe", "NCCL", "peer")):
                 raise
-            raise UserError(
-                f"rank {rank} lost another rank, which probably died ({str(error)[:200]!r}); {again}"
-            ) from error
+            why = f"lost another rank, which probably died ({str(error)[:200]!r})"
+            raise UserError(f"rank {rank} {why}; {again}") from error
         finally:
             signal.signal(signal.SIGTERM, previous)
             if world > 1 and dist.is_initialized():
@@ -440,27 +416,25 @@ class Run:
 
     def from_rank0(self, value: float) -> float:
         """Give every rank rank 0's number, so that all decide the same on time; also a barrier."""
-        if self.control is None:
-            return value
         box = torch.tensor([value], dtype=torch.float64)
-        dist.broadcast(box, 0, group=self.control)
+        if self.control is not None:
+            dist.broadcast(box, 0, group=self.control)
         return box.item()
 
     def header(self, source: Mapping[str, str], warnings: Sequence[str]) -> None:
         """Open the log with the program itself, the machine, versions, kernels and settings."""
-        code, cuda = Path(__file__).read_text(encoding="utf-8"), self.device.type == "cuda"
-        commit, machine, git = "none", platform.machine(), ["git", "-C", str(Path(__file__).parent), "describe"]
-        with contextlib.suppress(OSError):
-            found = subprocess.run([*git, "--always", "--dirty"], capture_output=True, text=True, check=False)
-            commit = found.stdout.strip() or commit
+        here, commit, machine, cuda = Path(__file__), "none", os.uname().machine, self.device.type == "cuda"
+        code, git = here.read_text(encoding="utf-8"), ["git", "describe", "--always", "--dirty"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            commit = subprocess.check_output(git, cwd=here.parent, stderr=subprocess.DEVNULL, text=True).strip()
         with contextlib.suppress(OSError, IndexError):
             machine = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t :")
         machine = torch.cuda.get_device_name(self.device) if cuda else f"{machine}, {os.cpu_count()} cores"
         self.log.write(code + "=" * 100, echo=False)
-        facts: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit}
+        facts: dict[str, Any] = {"time": time.strftime("%FT%TZ", time.gmtime()), "commit": commit}
         facts |= {"machine": machine, "device": str(self.device), "world_size": self.world_size, "flex": self.blocks}
         facts |= {"threads": torch.get_num_threads(), "precision": "bf16" if cuda else "fp32", "compile": self.compile}
-        facts |= {"python": platform.python_version(), "torch": torch.__version__, "command": " ".join(sys.argv)}
+        facts |= {"python": sys.version.split()[0], "torch": torch.__version__, "command": " ".join(sys.argv)}
         self.log.event("header", **facts, sha256=hashlib.sha256(code.encode()).hexdigest())
         self.log.event("config", table=self.cfg.table(source), values=dataclasses.asdict(self.cfg), source=dict(source))
         for warning in warnings:
@@ -485,18 +459,14 @@ def atomic_write(path: Path, data: bytes, what: str) -> None:
 
 
 # 3  DATA AND BYTES -- shards, the order of training tokens, and exactly how many bytes a token stands for =============
-
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256  # the challenge's: int32 header, then uint16 tokens
 SCAN_TOKENS = 1 << 28  # ids of up to this many tokens are checked before training; all of them are on reading
-PREPARE = "python scripts/prepare_data.py"
-Array = np.ndarray[Any, np.dtype[Any]]
-CPU = torch.device("cpu")
+PREPARE, CPU = "python scripts/prepare_data.py", torch.device("cpu")
 
 
 class TokenLoader:
-    """Read one endless stream of tokens over all shards of a split, in file order; its state is `position`. A row of a
-    step has a fixed place in it, so a batch does not depend on the number of ranks. UserError: no or damaged shards,
-    ids outside the vocabulary, too few tokens."""
+    """One endless stream of tokens over all shards of a split, in file order; its state is `position`. Every row has a
+    fixed place in it, for any number of ranks. UserError: no or damaged shards, foreign token ids, too few tokens."""
 
     def __init__(self, cfg: Config, split: str) -> None:
         self.vocab_size, self.position = cfg.vocab_size, 0
@@ -513,7 +483,7 @@ class TokenLoader:
             self.check(self.shards[i], i)
 
     @staticmethod
-    def open_shard(path: Path) -> Array:
+    def open_shard(path: Path) -> np.typing.NDArray[Any]:
         """Map a shard's tokens, (tokens,) uint16, after checking its header and size."""
         header, size = np.fromfile(path, dtype="<i4", count=SHARD_HEADER), path.stat().st_size
         if header.size < SHARD_HEADER or header[0] != SHARD_MAGIC:
@@ -525,18 +495,17 @@ class TokenLoader:
             raise UserError(f"{path} announces {count:,} tokens but holds {held:,}: truncated; copy or build it again")
         return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER * 4, shape=(count,))
 
-    def check(self, tokens: Array, shard: int) -> None:
+    def check(self, tokens: np.typing.NDArray[Any], shard: int) -> None:
         if tokens.size and (worst := int(tokens.max())) >= self.vocab_size:
             raise UserError(f"{self.paths[shard]} holds token {worst}; VOCAB_SIZE={self.vocab_size} must be above it")
 
     def rows(self, start: int, num_rows: int, seq_len: int, device: torch.device = CPU) -> Tensor:
         """Rows of T + 1 tokens that overlap by one, (num_rows, T + 1) int64: inputs are [:, :-1], targets [:, 1:]."""
-        parts, count = list[Array](), num_rows * seq_len + 1
+        parts, count = list[Any](), num_rows * seq_len + 1
         while count:
             start %= self.total
             i = int(np.searchsorted(self.ends, start, side="right"))
-            offset = start - (int(self.ends[i]) - len(self.shards[i]))
-            parts.append(self.shards[i][offset : offset + count])
+            parts.append(self.shards[i][start - int(self.ends[i]) :][:count])  # the place, counted from its end
             self.check(parts[-1], i)
             start, count = start + len(parts[-1]), count - len(parts[-1])
         flat = torch.from_numpy(np.concatenate(parts).astype(np.int64))
@@ -563,11 +532,10 @@ class ByteCounter:
         silent = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(size)]
         pieces = ["?" if sp.is_byte(i) else sp.id_to_piece(i).replace("\u2581", " ") for i in range(size)]
         text = ["" if mute else piece for mute, piece in zip(silent, pieces, strict=True)]
-        # Does the tokenizer drop a space that opens a text? The challenge's does; one that keeps indentation does not.
         drops = not any(sp.decode([i]).startswith(" ") for i in range(size) if text[i][:1] == " " != text[i][1:2])
         self.base_bytes = torch.tensor([len(t.removeprefix(" ").encode()) for t in text])
         self.opens = torch.tensor([t.startswith(" ") for t in text])
-        self.boundary = torch.tensor([s and drops for s in silent])
+        self.boundary = torch.tensor([s and drops for s in silent])  # none where the tokenizer keeps indentation
 
     def count(self, prev: Tensor, target: Tensor) -> Tensor:
         """Bytes of each target token given the token before it: any equal shapes, int64, all on the CPU."""
@@ -580,7 +548,6 @@ def bits_per_byte(sum_nats: float, sum_bytes: float) -> float:
 
 
 # 4  NOISE, MASKS, LOSSES -- pure functions of tensors; nothing here knows about devices or ranks ======================
-
 Mask = Tensor | BlockMask  # (queries, keys) bool, or the blocks of it that FlexAttention visits
 MIX1, MIX2, GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB  # as signed int64
 
@@ -597,8 +564,7 @@ def derive(keys: Tensor, *parts: int | Tensor) -> Tensor:
 
 def uniform(keys: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Draw uniforms in [0, 1) from int64 keys, (...) to (..., count): the same for any batch, world and device."""
-    h = derive(keys[..., None], torch.arange(count, device=keys.device))
-    bits = 53 if dtype == torch.float64 else 24
+    h, bits = derive(keys[..., None], torch.arange(count, device=keys.device)), 53 if dtype == torch.float64 else 24
     return ((h >> (64 - bits)) & ((1 << bits) - 1)).to(dtype) * 2.0**-bits
 
 
@@ -614,8 +580,7 @@ class Corruption(NamedTuple):
 
 def noise_level(cfg: Config, keys: Tensor, window_index: Tensor, ramp: float) -> Tensor:
     """Choose t of each window, (B, W) float32 in (0, 1]; a share DIFFUSION_FULL_PROB is at 1. The uniform rate steps by
-    the golden ratio with `window_index` (B, W), the place in the global batch plus a random start, so any run of
-    windows covers [min, max] evenly. `ramp`: how far a progressive rate has come."""
+    the golden ratio with `window_index` (B, W), so any run of windows covers [min, max]. `ramp`: place of a fixed t."""
     low, high = cfg.diffusion_min_mask_ratio, cfg.diffusion_max_mask_ratio
     u = (window_index.double() * 0.6180339887498949).frac().float()  # in [0, 1), so t stays above `low`
     if cfg.diffusion_rate == "fixed":
@@ -626,25 +591,21 @@ def noise_level(cfg: Config, keys: Tensor, window_index: Tensor, ramp: float) ->
 
 def region_mask(name: str, t: Tensor, keys: Tensor, size: int, cfg: Config) -> Tensor:
     """Mark the tokens to corrupt in each window, (B, W, S) bool, for one of REGIONS at noise level t (B, W)."""
-    i, span = torch.arange(size, device=t.device), min(cfg.diffusion_span_len, size)
+    i, span = torch.arange(size, device=t.device), min(cfg.diffusion_span_len, 1 if name == "iid" else size)
     length = (t * size).round().clamp(1, size).long()[..., None]
-    if name == "continuation":  # one run up to the end
-        return i >= size - length
-    if name == "infill":  # one run, with text after it
-        start = (uniform(keys, 1) * (size - length)).long()
+    if name in ("continuation", "infill"):  # one run, up to the end or with text after it
+        start = (uniform(keys, 1) * (size - length)).long() if name == "infill" else size - length
         return (i >= start) & (i < start + length)
-    if name == "blocks":  # aligned runs, each with probability t
-        return (uniform(keys, -(-size // span)) < t[..., None]).repeat_interleave(span, dim=-1)[..., :size]
     if name == "spans":  # runs at random places, as many as make up t
         starts = (uniform(keys, cfg.diffusion_spans_per_seq) * (size - span + 1)).long()[..., None]
         wanted = torch.arange(cfg.diffusion_spans_per_seq, device=t.device) * span < length
         return ((i >= starts) & (i < starts + span) & wanted[..., None]).any(dim=-2)
-    return uniform(keys, size) < t[..., None]  # iid
+    marked = uniform(keys, -(-size // span)) < t[..., None]  # iid: tokens, blocks: aligned runs, with probability t
+    return marked.repeat_interleave(span, dim=-1)[..., :size]
 
 
 def corrupt(x0: Tensor, t: Tensor, keys: Tensor, cfg: Config) -> Corruption:
-    """Corrupt windows of clean tokens (B, W, S) at noise levels t (B, W), with randomness from keys (B, W). Absorbing
-    and uniform noise: arXiv:2107.03006; both mixed: arXiv:2503.04482; Gaussian: arXiv:2205.14217."""
+    """Corrupt windows of clean tokens (B, W, S) at noise levels t (B, W), with randomness from keys (B, W)."""
     full, corrupted, low = (t >= 1)[..., None], torch.ones_like(x0, dtype=torch.bool), 0.0
     region = uniform(derive(keys, 2), 1)  # (B, W, 1): a region's share of [0, 1) chooses it
     for name, share in cfg.regions():
@@ -657,32 +618,37 @@ def corrupt(x0: Tensor, t: Tensor, keys: Tensor, cfg: Config) -> Corruption:
 def apply_noise(x0: Tensor, corrupted: Tensor, t: Tensor, keys: Tensor, cfg: Config, mask_share: float) -> Corruption:
     """Replace the marked tokens by [MASK] (a share `mask_share`) or random tokens; mode gaussian blurs embeddings."""
     mode, size = cfg.diffusion_corruption_mode, x0.shape[-1]
-    if mode == "gaussian":  # Box and Muller 1958
+    if mode == "gaussian":  # arXiv:2205.14217, drawn after Box and Muller 1958
         t = torch.ones_like(t) if mask_share else t  # what should be masked becomes pure noise: no trace of the token
         u = uniform(derive(keys, 1), 2 * size * cfg.model_dim).view(*x0.shape, cfg.model_dim, 2)
         noise = (-2 * torch.log1p(-u[..., 0])).sqrt() * torch.cos(2 * math.pi * u[..., 1])
         return Corruption(x0, corrupted, corrupted, t, noise)
     random_token = (uniform(derive(keys, 2), size) * cfg.vocab_size).long()
-    masked = uniform(derive(keys, 3), size) < mask_share
+    masked = uniform(derive(keys, 3), size) < mask_share  # all or none: arXiv:2107.03006, a share: arXiv:2503.04482
     xt = torch.where(corrupted, torch.where(masked, cfg.vocab_size, random_token), x0)
     # Where any token may be a wrong one, nothing may tell the model which: all of the window is suspect.
     return Corruption(xt, corrupted, corrupted if mode == "mask" else torch.ones_like(corrupted), t)
 
 
-def window_mask(seq_len: int, size: int, causal: bool, device: torch.device, blocks: bool = False) -> Mask:
-    """Which keys of [clean ; noisy] may each noisy query read? (N, T + N) bool for windows that tile a row. Window w
-    covers tokens w S + 1 .. w S + S, preceded by the clean token w S. It reads clean keys before that one, and itself:
-    in both directions, or only backwards if `causal`. `blocks`: as a BlockMask for FlexAttention."""
+def may_read(first: Callable[[Tensor], Tensor], size: int, before: int, causal: bool) -> Callable[..., Tensor]:
+    """The rule of attention, (batch, head, query, key) to bool, in windows of `size` tokens, each after a clean token,
+    that follow `before` keys: w reads keys before its clean token, at `first(w)`, and itself, only back if `causal`."""
 
-    def may_read(batch: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
-        window, noisy = query // (size + 1), key - seq_len
+    def rule(batch: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
+        window, noisy = query // (size + 1), key - before
         own = (noisy >= 0) & (noisy // (size + 1) == window)
-        return (key < window * size) | (own & (noisy <= query) if causal else own)
+        return (key < first(window)) | (own & (noisy <= query) if causal else own)
 
-    num = seq_len // size * (size + 1)
+    return rule
+
+
+def window_mask(seq_len: int, size: int, causal: bool, device: torch.device, blocks: bool = False) -> Mask:
+    """Which keys of [clean ; noisy] may each noisy query read? (N, T + N) bool for windows that tile a row: window w
+    covers tokens w S + 1 .. w S + S, after the clean token w S. `blocks`: as a BlockMask for FlexAttention."""
+    num, rule = seq_len // size * (size + 1), may_read(lambda w: w * size, size, seq_len, causal)
     if blocks:
-        return create_block_mask(may_read, None, None, num, seq_len + num, device=str(device))
-    return may_read(0, 0, torch.arange(num, device=device)[:, None], torch.arange(seq_len + num, device=device))
+        return create_block_mask(rule, None, None, num, seq_len + num, device=str(device))
+    return rule(0, 0, torch.arange(num, device=device)[:, None], torch.arange(seq_len + num, device=device))
 
 
 def tile(rows: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -706,16 +672,14 @@ def score_entropy(logits: Tensor, x0: Tensor, *_: Tensor) -> Tensor:
 
 def clean_divergence(logits: Tensor, x0: Tensor, clean_logits: Tensor) -> Tensor:
     """KL divergence of a window from what the clean stream says of the same tokens, nats: (..., V) to (...)."""
-    target = clean_logits.log_softmax(-1)
-    return (target.exp() * (target - logits.log_softmax(-1))).sum(-1)
+    return F.kl_div(logits.log_softmax(-1), clean_logits.log_softmax(-1), reduction="none", log_target=True).sum(-1)
 
 
-# Nats of a corrupted token; their weight by noise level; True: weighted mean of these tokens, False: weighted sum over
-# all tokens. 1/t makes that sum the negative ELBO (arXiv:2406.07524, arXiv:2406.04329) unless the clip binds.
+# Nats of a corrupted token; weight by t (1/t unclipped: negative ELBO); mean by weight, or (False) over all tokens.
 LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor, float], Tensor], bool]] = {
     "mean": (token_nll, lambda t, _: torch.ones_like(t), True),
     "middle": (token_nll, lambda t, _: (6 * t * (1 - t)).clamp_min(1e-3), True),  # middle noise levels count most
-    "elbo": (token_nll, lambda t, clip: (1 / t).clamp_max(clip), False),
+    "elbo": (token_nll, lambda t, clip: (1 / t).clamp_max(clip), False),  # arXiv:2406.07524, arXiv:2406.04329
     "score_entropy": (score_entropy, lambda t, clip: (1 / t).clamp_max(clip), False),
     "consistency": (clean_divergence, lambda t, _: torch.ones_like(t), True),
 }
@@ -730,7 +694,6 @@ def losses(logits: Tensor, clean_logits: Tensor, x0: Tensor, noisy: Corruption, 
 
 
 # 5  MODEL -- one trunk; the clean stream and the noisy windows are two ways through it ================================
-
 KV = tuple[Tensor, Tensor]  # rotated keys and values of a layer, each (B, G, tokens, C)
 
 
@@ -738,10 +701,9 @@ class Stream(NamedTuple):
     """How tokens pass the trunk. The clean stream is causal; a window has a mask, a gate and a gradient scale."""
 
     rotary: Tensor  # from `rotary`
-    causal: bool = True
     mask: Mask | None = None
-    gate: Tensor | None = None  # (B, N, 1), 1 where a token is suspect
-    time: Tensor | None = None  # (B, N, F) features of the noise level, 0 where a token is not suspect
+    gate: Tensor | None = None  # (B, N, 1), 1 where a token is suspect; None: the clean stream
+    time: Tensor | None = None  # (B, N, F) features of the noise level, 0 where a token is not suspect; None if F is 0
     scale: float = 1.0  # of gradients into shared weights
     slots: Tensor | None = None  # (B, tokens): where keys and values go in buffers; None: they follow `past`
 
@@ -758,14 +720,8 @@ def rms_norm(x: Tensor) -> Tensor:
 def rotary(positions: Tensor, cfg: Config) -> Tensor:
     """Cosines and sines of rotary position embedding (arXiv:2104.09864): (..., N) to (2, ..., 1, N, C / 2)."""
     pairs = torch.arange(0, cfg.head_dim, 2, device=positions.device).float()
-    angle = positions.float()[..., None, :, None] * cfg.rope_base ** -(pairs / cfg.head_dim)
+    angle = positions.float()[..., None, :, None] / cfg.rope_scale * cfg.rope_base ** -(pairs / cfg.head_dim)
     return torch.stack((angle.cos(), angle.sin()))
-
-
-def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Turn channel pairs of (B, heads, tokens, C) by the angles of their positions."""
-    (cos, sin), (x1, x2) = cos_sin, x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
 class Linear(nn.Module):
@@ -773,7 +729,7 @@ class Linear(nn.Module):
 
     def __init__(self, d_in: int, d_out: int, rank: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.weight = nn.Parameter(torch.zeros(d_out, d_in))
         self.lora_a = nn.Parameter(torch.empty(rank, d_in)) if rank else None
         self.lora_b = nn.Parameter(torch.zeros(d_out, rank)) if rank else None
 
@@ -789,20 +745,17 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: Config, rank: int) -> None:
         super().__init__()
-        self.cfg, kv_dim = cfg, cfg.num_kv_heads * cfg.head_dim
-        self.c_q = Linear(cfg.model_dim, cfg.model_dim, rank)
-        self.c_k = Linear(cfg.model_dim, kv_dim, rank)
-        self.c_v = Linear(cfg.model_dim, kv_dim, rank)
-        self.proj = Linear(cfg.model_dim, cfg.model_dim, rank)
+        self.cfg, dim, kv_dim = cfg, cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
+        self.c_q, self.c_k, self.c_v, self.proj = (Linear(dim, out, rank) for out in (dim, kv_dim, kv_dim, dim))
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
 
     def forward(self, x: Tensor, stream: Stream, past: KV | None) -> tuple[Tensor, KV]:
         heads = (*x.shape[:2], -1, self.cfg.head_dim)
         q, k, v = (m(x, stream).view(heads).transpose(1, 2) for m in (self.c_q, self.c_k, self.c_v))
-        gain = scale_gradient(self.q_gain, stream.scale)[:, None, None]
-        q = (rotate(rms_norm(q), stream.rotary) * gain).to(v.dtype)  # (B, H, T, C); norms are fp32
-        k = rotate(rms_norm(k), stream.rotary).to(v.dtype)  # (B, G, T, C)
-        own, causal = (k, v), stream.causal and stream.mask is None
+        (cos, sin), pairs = stream.rotary, (rms_norm(x).chunk(2, dim=-1) for x in (q, k))  # norms are fp32
+        q, k = (torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1) for x1, x2 in pairs)  # (B, H or G, T, C)
+        q, k = (q * scale_gradient(self.q_gain, stream.scale)[:, None, None]).to(v.dtype), k.to(v.dtype)
+        own, causal = (k, v), stream.gate is None and stream.mask is None
         if past is not None and stream.slots is not None:
             index = stream.slots[:, None, :, None].expand_as(k)
             k, v = past[0].scatter_(2, index, k), past[1].scatter_(2, index, v)
@@ -823,21 +776,17 @@ class Block(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        dim, rank = cfg.model_dim, cfg.adapter_rank if cfg.diffusion else 0
+        dim, rank, features = cfg.model_dim, cfg.adapter_rank * cfg.diffusion, cfg.time_embed_dim * cfg.diffusion
         self.attn = Attention(cfg, rank)
-        self.fc = Linear(dim, cfg.mlp_mult * dim, rank)
-        self.proj = Linear(cfg.mlp_mult * dim, dim, rank)
+        self.fc, self.proj = Linear(dim, cfg.mlp_mult * dim, rank), Linear(cfg.mlp_mult * dim, dim, rank)
         self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
-        timed = cfg.diffusion and cfg.time_embed_dim > 0
-        self.time_proj = nn.Parameter(torch.zeros(4 * dim, cfg.time_embed_dim)) if timed else None
+        self.time_proj = nn.Parameter(torch.zeros(4 * dim, features)) if features else None
 
     def forward(self, x: Tensor, emb0: Tensor, stream: Stream, past: KV | None) -> tuple[Tensor, KV]:
         own, embedded = scale_gradient(self.resid_mix, stream.scale)
         x = own * x + embedded * emb0
-        mods = None
-        if self.time_proj is not None and stream.time is not None:
-            mods = F.linear(stream.time, self.time_proj).chunk(4, dim=-1)
+        mods = None if stream.time is None else F.linear(stream.time, cast(Tensor, self.time_proj)).chunk(4, dim=-1)
         h = rms_norm(x)
         y, kv = self.attn(h if mods is None else h * (1 + mods[0]) + mods[1], stream, past)
         x = x + scale_gradient(self.attn_scale, stream.scale) * y
@@ -868,20 +817,17 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(self.num_down, dim))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
         self.mask_emb = nn.Parameter(torch.empty(dim)) if cfg.diffusion else None
-        soft = cfg.diffusion and cfg.self_condition == "soft"
-        self.self_cond = nn.Parameter(torch.zeros(dim, dim)) if soft else None
-        # What a recipe adds draws from a generator of its own, so all recipes start from the same shared weights.
+        self.self_cond = nn.Parameter(torch.zeros(dim, dim)) if cfg.diffusion and cfg.self_condition == "soft" else None
         shared, extra = (torch.Generator().manual_seed(cfg.seed + offset) for offset in (0, 1 << 32))
         for name, p in self.named_parameters():
-            source = extra if name == "mask_emb" or "lora" in name else shared
+            source = extra if name == "mask_emb" or "lora" in name else shared  # so that recipes share their start
             if name in ("tok_emb", "mask_emb"):
                 nn.init.normal_(p, 0, cfg.tied_embed_init_std if cfg.tie_embeddings else 1.0, generator=source)
-            elif name.endswith("proj.weight"):
-                nn.init.zeros_(p)
-            elif name.endswith((".weight", "lora_a")):
+            elif name.endswith((".weight", "lora_a")) and not name.endswith("proj.weight"):  # the rest starts as it is
                 nn.init.uniform_(p, -(p.shape[1] ** -0.5), p.shape[1] ** -0.5, generator=source)
 
     def trunk(self, emb0: Tensor, stream: Stream, past: Sequence[KV] | None) -> tuple[Tensor, list[KV]]:
+        """Logits (B, N, V) float32 of embedded tokens (B, N, D), and their keys and values."""
         x, skips, kvs = emb0, [], []  # type: ignore[var-annotated]
         for i, block in enumerate(self.blocks):
             if i >= self.num_down and skips:
@@ -890,11 +836,9 @@ class GPT(nn.Module):
             kvs.append(kv)
             if i < self.num_down:
                 skips.append(x)
-        return rms_norm(x), kvs
-
-    def head(self, x: Tensor, scale: float) -> Tensor:
-        logits = F.linear(x, scale_gradient(self.tok_emb if self.lm_head is None else self.lm_head, scale)).float()
-        return self.cfg.logit_softcap * torch.tanh(logits / self.cfg.logit_softcap)
+        head = scale_gradient(self.tok_emb if self.lm_head is None else self.lm_head, stream.scale)
+        logits = F.linear(rms_norm(x), head).float()
+        return self.cfg.logit_softcap * torch.tanh(logits / self.cfg.logit_softcap), kvs
 
     def clean(self, ids: Tensor, past: list[KV] | None = None, at: Tensor | None = None) -> tuple[Tensor, list[KV]]:
         """Read tokens (B, T) causally: from the start, or at positions `at` (B, T) after what the buffers `past` hold.
@@ -902,13 +846,16 @@ class GPT(nn.Module):
         positions, mask = torch.arange(ids.shape[1], device=ids.device) if at is None else at, None
         if past is not None:  # a slot is a position; what an earlier draft left behind stands later and is not read
             mask = (torch.arange(past[0][0].shape[2], device=ids.device) <= positions[..., None])[:, None]
-        stream = Stream(rotary(positions, self.cfg), True, mask, slots=at)
-        x, kvs = self.trunk(rms_norm(F.embedding(ids, self.tok_emb)), stream, past)
-        return self.head(x, 1.0), kvs
+        stream = Stream(rotary(positions, self.cfg), mask, slots=at)
+        return self.trunk(rms_norm(F.embedding(ids, self.tok_emb)), stream, past)
 
     def window(self, window: Window, past: Sequence[KV] | None) -> Tensor:
         """Denoise windows that may read the clean keys and values `past`; logits (B, W, S, V) for their tokens."""
-        assert self.mask_emb is not None, "window() needs a model built with diffusion on"
+        return self.read(window, past).narrow(2, int(not self.cfg.diffusion_shift), window.noisy.xt.shape[2])
+
+    def read(self, window: Window, past: Sequence[KV] | None) -> Tensor:
+        """Logits (B, W, S + 1, V) at every token of windows, the clean one before included."""
+        assert self.mask_emb is not None, "read() needs a model built with diffusion on"
         cfg, noisy, scale, s = self.cfg, window.noisy, self.cfg.diffusion_backbone_grad, self.cfg.diffusion_cache_grad
         table = torch.cat((scale_gradient(self.tok_emb, scale), self.mask_emb[None]))
         emb = rms_norm(F.embedding(torch.cat((window.before, noisy.xt), dim=-1), table))  # (B, W, S + 1, D)
@@ -919,13 +866,11 @@ class GPT(nn.Module):
         gate = F.pad(noisy.suspect, (1, 0))[..., None].to(emb.dtype)  # the clean token before is never suspect
         if self.self_cond is not None and window.previous is not None:
             emb = emb + F.pad(F.linear(window.previous, self.self_cond), (0, 0, 1, 0)) * gate
-        half_turns = noisy.t[..., None, None] * torch.arange(cfg.time_embed_dim, device=emb.device)
-        time = (torch.cos(math.pi / 2 * half_turns) * gate).flatten(1, 2)  # the first feature is constant
-        turns = rotary(window.positions, cfg)
-        stream = Stream(turns, False, window.mask, gate.flatten(1, 2), time, scale, window.slots)
+        half_turns = noisy.t[..., None, None] * torch.arange(cfg.time_embed_dim, device=emb.device)  # the first is 0
+        time = (torch.cos(math.pi / 2 * half_turns) * gate).flatten(1, 2) if cfg.time_embed_dim else None
+        stream = Stream(rotary(window.positions, cfg), window.mask, gate.flatten(1, 2), time, scale, window.slots)
         past = past and [(scale_gradient(k, s), scale_gradient(v, s)) for k, v in past]
-        x = self.trunk(emb.flatten(1, 2), stream, past)[0].view_as(emb)
-        return self.head(x[:, :, :-1] if cfg.diffusion_shift else x[:, :, 1:], scale)
+        return self.trunk(emb.flatten(1, 2), stream, past)[0].view(*emb.shape[:3], -1)
 
     def expected_embedding(self, logits: Tensor) -> Tensor:
         """Mean normalised embedding under a prediction, (..., V) to (..., D): soft self-conditioning's input."""
@@ -933,7 +878,6 @@ class GPT(nn.Module):
 
 
 # 6  OPTIMIZERS AND SCHEDULES -- who trains each parameter, how fast, and when =========================================
-
 # A parameter goes to the first row that takes it: name, test, learning rate. Matrices train by Muon, the rest by Adam.
 GROUPS: tuple[tuple[str, Callable[[str, Tensor], bool], Callable[[Config], float]], ...] = (
     ("embed", lambda n, p: n in ("tok_emb", "mask_emb"), lambda c: c.tied_embed_lr if c.tie_embeddings else c.embed_lr),
@@ -956,13 +900,11 @@ def assign_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def orthogonalize(g: Tensor, steps: int) -> Tensor:
-    """Move singular values of (n, rows, cols) towards 1 by quintic Newton-Schulz; bf16 on CUDA, fp32 on CPU. Source,
-    coefficients too: Jordan et al. 2024, kellerjordan.github.io/posts/muon."""
-    a, b, c = 3.4445, -4.7750, 2.0315
+    """Move singular values of (n, rows, cols) towards 1 by quintic Newton-Schulz; bf16 on CUDA, fp32 on CPU."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan et al. 2024, kellerjordan.github.io/posts/muon
     x: Tensor = g.bfloat16() if g.is_cuda else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    flipped = x.shape[-2] > x.shape[-1]
-    x = x.mT if flipped else x
+    x = x.mT if (flipped := x.shape[-2] > x.shape[-1]) else x
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -972,16 +914,15 @@ def orthogonalize(g: Tensor, steps: int) -> Tensor:
 @torch.no_grad()
 def muon_step(params: Sequence[Tensor], buffers: Sequence[Tensor], lr: float, momentum: float, cfg: Config) -> None:
     """Nesterov momentum kept in `buffers`, then an orthogonal update; matrices of one shape go together."""
-    for rows, cols in dict.fromkeys(p.shape for p in params):
-        members = [i for i, p in enumerate(params) if p.shape == (rows, cols)]
-        group, grads = [params[i] for i in members], [cast(Tensor, params[i].grad) for i in members]
-        velocity = [buffers[i] for i in members]
+    for shape in dict.fromkeys(p.shape for p in params):
+        members = [(p, cast(Tensor, p.grad), v) for p, v in zip(params, buffers, strict=True) if p.shape == shape]
+        group, grads, velocity = (list(column) for column in zip(*members, strict=True))
         torch._foreach_mul_(velocity, momentum)
         torch._foreach_add_(velocity, grads)
         nesterov = torch.stack(torch._foreach_add(grads, velocity, alpha=momentum))  # (n, rows, cols)
         torch._foreach_mul_(group, 1 - lr * cfg.muon_weight_decay)
-        updates = list(orthogonalize(nesterov, cfg.muon_backend_steps).unbind())
-        torch._foreach_add_(group, updates, alpha=-lr * max(1.0, rows / cols) ** 0.5)
+        updates = orthogonalize(nesterov, cfg.muon_backend_steps).unbind()
+        torch._foreach_add_(group, updates, alpha=-lr * max(1.0, shape[0] / shape[1]) ** 0.5)
 
 
 class Moment(NamedTuple):
@@ -1003,8 +944,6 @@ class Moment(NamedTuple):
 
 
 # 7  EVALUATION AND DECODING -- exact score, diffusion bound, one decode loop ==========================================
-
-
 @torch.no_grad()
 def score(model: GPT, ids: Tensor) -> Tensor:
     """Nats of every token but the first given all before it: exact, (B, T) int64 to (B, T - 1) float32."""
@@ -1013,13 +952,11 @@ def score(model: GPT, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def window_bounds(model: GPT, rows: Tensor, keys: Tensor, size: int, samples: int, mask: Mask) -> Tensor:
-    """Sample upper bounds of the windows' negative log-likelihood, nats: (K, B, W) float64 for rows (B, T + 1). A
-    random order of a window's S tokens gives the chain rule: for m = S .. 1 still masked, the nats of the next one.
-    With m drawn uniformly, S / m * (sum of masked nats) is unbiased for an upper bound (Jensen, over orders); it covers
-    every t = m / S up to 1 and is exact at S = 1. m is stratified over samples. Keys (B, W); windows chain left to
-    right. Source: arXiv:1310.1757, arXiv:2110.02037."""
-    x0, before, positions = tile(rows, size)
-    _, past = model.clean(rows[:, :-1])
+    """Sample upper bounds of the windows' negative log-likelihood, nats: (K, B, W) float64 for rows (B, T + 1), keys
+    (B, W). The chain rule in a random order of a window's S tokens: for m = S .. 1 still masked, the nats of the next.
+    With m uniform, stratified over samples, S / m * (sum of masked nats) is unbiased for an upper bound (Jensen, over
+    orders) from all t = m / S, exact at S = 1. Windows chain left to right. arXiv:1310.1757, arXiv:2110.02037."""
+    (x0, before, positions), past = tile(rows, size), model.clean(rows[:, :-1])[1]
     start, estimates = uniform(derive(keys, 1), 1)[..., 0], []
     for k in range(samples):
         m = (((start + k / samples) % 1.0) * size).long().clamp(max=size - 1) + 1  # (B, W)
@@ -1036,19 +973,17 @@ def evaluate_bpb(model: GPT, run: Run, loader: TokenLoader, byte_counter: ByteCo
     token), bpb, its standard error over K samples (0 where exact: sizes 0, 1), samples K, tokens, bytes."""
     cfg, T, total = run.cfg, run.cfg.train_seq_len, (loader.total - 1) // run.cfg.train_seq_len
     num_rows = min(cfg.nelbo_sequences or total, total) if size else total
-    mine = [i * total // num_rows for i in range(num_rows)][run.rank :: run.world_size]
+    mine = torch.arange(num_rows)[run.rank :: run.world_size] * total // num_rows
     at_once, samples = max(cfg.val_batch_size // (T * run.world_size), 1), cfg.nelbo_samples if size > 1 else 1
     mask = window_mask(T, size, cfg.diffusion_causal, run.device) if size else None
     sums = torch.zeros(4, dtype=torch.float64, device=run.device)
-    for index in tqdm(torch.split(torch.tensor(mine), at_once) if mine else (), "eval", leave=False, disable=run.quiet):
+    for index in tqdm(torch.split(mine, at_once)[: len(mine)], "eval", leave=False, disable=run.rank > 0 or None):
         rows = torch.cat([loader.rows(j * T, 1, T) for j in index.tolist()])
         num_bytes, rows = byte_counter.count(rows[:, :-1], rows[:, 1:]).sum().to(sums), rows.to(run.device)
+        keys = derive(index[:, None], cfg.eval_seed, torch.arange(T // (size or T))).to(run.device)
         with run.autocast():
-            if mask is None:
-                nats = score(model, rows).double().sum(-1)[None]  # (K, B)
-            else:
-                keys = derive(index[:, None], cfg.eval_seed, torch.arange(T // size)).to(run.device)
-                nats = window_bounds(model, rows, keys, size, samples, mask).sum(-1)
+            nats = score(model, rows)[None] if mask is None else window_bounds(model, rows, keys, size, samples, mask)
+        nats = nats.double().sum(-1)  # (K, B)
         variance = nats.var(dim=0).sum() / samples if samples > 1 else sums.new_zeros(())
         sums += torch.stack([nats.mean(0).sum(), variance, sums.new_tensor(len(rows) * T), num_bytes])
     mean, spread, tokens, num = run.sum(sums).tolist()
@@ -1062,12 +997,17 @@ class Decoding(NamedTuple):
     window: int = 1 << 30  # tokens proposed together; 0: none, one token a cycle from the clean stream
     steps: int = 8  # most denoising passes a window
     threshold: float = math.inf  # tokens at least this probable are committed sooner
-    redo: float = 0.0  # proposals less probable to the clean stream are masked again, once
+    draft: str = ""  # windows only repair what `redo` names, of a span that `ar` has written, or that was `given`
+    redo: float = 0.0  # tokens less probable than this to the clean stream are masked and filled in again, once
     verify: bool = False  # keep only what the clean stream itself would choose: exactly AR's output
+    lookup: int = 0  # verify: also propose what followed these last tokens (their number) where they stood before
+    longest: int = 16  # verify: most tokens proposed at once
     temperature: float = 0.0  # 0: greedy
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     seed: int = 0
+    end: int = -1  # a row stops at this token and repeats it to its end; -1: none
+    watch: Callable[..., None] | None = None  # gets of a pass: places, tokens, log-probabilities, still open: (B, n)
 
 
 AR = Decoding(window=0)
@@ -1077,93 +1017,162 @@ MODES = {
     "block": Decoding(window=8, steps=4),
     "threshold": Decoding(window=8, threshold=0.9),
     "remask": Decoding(window=8, steps=4, redo=0.02),
-    "speculative": Decoding(window=4, steps=1, verify=True),
+    "draft_refine": Decoding(draft="ar", redo=0.02),
+    "speculative": Decoding(window=4, verify=True, lookup=2),
 }
 
 
 def pick(logits: Tensor, how: Decoding, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Choose tokens (B, n) from logits (B, n, V) with randomness from keys (B, n); also their log-probabilities."""
-    log_p, V = logits.double().log_softmax(-1), logits.shape[-1]
     if how.temperature <= 0:
-        best = log_p.max(dim=-1)
-        return best.indices, best.values
+        best = logits.max(dim=-1)
+        return best.indices, (best.values - logits.logsumexp(-1)).double()
+    log_p, V = logits.double().log_softmax(-1), logits.shape[-1]
     scores = log_p / how.temperature
     if how.top_k or how.top_p < 1:
         ranked, order = scores.sort(dim=-1, descending=True)
         before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)  # a token stays if those before it leave room
         out = (before >= how.top_p) | (torch.arange(V, device=logits.device) >= (how.top_k or V))
         scores = scores.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -math.inf)
-    u = uniform(keys, V, torch.float64)
-    gumbel = -torch.log(-torch.log(u.clamp(1e-300, 1 - 1e-16)))  # float64: Gumbel noise in fp32 cuts the tail off
-    tokens = (scores + gumbel).argmax(-1)
+    u = uniform(keys, V, torch.float64).clamp(1e-300, 1 - 1e-16)  # Gumbel noise in fp32 would cut the tail off
+    tokens = (scores - torch.log(-torch.log(u))).argmax(-1)
     return tokens, log_p.gather(-1, tokens[..., None])[..., 0]
 
 
 class Decoded(NamedTuple):
     ids: Tensor  # (B, L)
-    num_forwards: int  # passes after the prompt was read
+    forwards: Tensor  # (B, 1) passes until each row was done, not counting the one over the prompt
+
+
+class Decoder(NamedTuple):
+    """What stays the same while rows are decoded, and the two ways to take a pass."""
+
+    model: GPT
+    how: Decoding
+    past: list[KV]  # static: a token's place is its position, and the last places are scratch of windows
+    keys: Tensor  # (B, 1) randomness of each row
+
+    def denoise(
+        self, clean: Tensor, at: Tensor, ids: Tensor, hole: Tensor, first: Tensor, salt: int, previous: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Take one pass over clean tokens (B, n) at positions `at`, which enter the cache, and over windows ids (B, W,
+        S + 1), each after its clean token at position `first` (B, W), with holes (B, W, S) bool to be found. Returns
+        logits of the tokens after the clean ones, (B, n, V), and of the windows' own, (B, W, S, V)."""
+        cfg, size, num, length = self.model.cfg, hole.shape[2], clean.shape[1], self.past[0][0].shape[2]
+        index, slot = (torch.arange(n, device=ids.device) for n in (hole.shape[1] * (size + 1), length))
+        rule = may_read(lambda w: first[:, w], size, length - len(index), cfg.diffusion_causal)
+        mask = torch.cat((slot <= at[..., None], rule(0, 0, index[:, None], slot)), dim=1)[:, None]
+        positions = torch.cat((at, first.repeat_interleave(size + 1, dim=1) + index % (size + 1)), dim=1)
+        places = torch.cat((at, (length - len(index) + index).expand(len(ids), -1)), dim=1)
+        tokens, inside = torch.cat((clean, ids.flatten(1)), dim=1)[:, None], F.pad(index % (size + 1) > 0, (num, 0))[1:]
+        hole = F.pad(F.pad(hole, (1, 0)).flatten(1), (num, 0))[:, None, 1:]
+        t, blank = (hole.sum(-1) / inside.sum()).clamp_min(1e-6), float(cfg.diffusion_corruption_mode != "uniform")
+        noisy = apply_noise(tokens[..., 1:], hole, t, derive(self.keys, first[:, :1], salt), cfg, blank)
+        noisy = noisy._replace(suspect=noisy.suspect & inside)  # never clean tokens, nor the ones before windows
+        logits = self.model.read(Window(tokens[..., :1], noisy, positions, mask, previous, places), self.past)[:, 0]
+        return logits[:, :num], logits[:, num:].view(*ids.shape, -1).narrow(2, int(not cfg.diffusion_shift), size)
+
+    def refine(self, ids: Tensor, hole: Tensor, shown: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+        """Fill the holes of one window a row, the most confident first, in at most `how.steps` passes: ids (B, 1 + S),
+        clean token, at `first` (B, 1), and window; hole (B, S) bool; shown (B, n), text after. Returns the tokens and
+        the passes that each row took (B, 1)."""
+        how, size, none, previous = self.how, hole.shape[1], ids[:, :0], None
+        x, hole = torch.cat((ids, shown), dim=1), F.pad(hole, (0, shown.shape[1]))
+        total, passes, used = hole.sum(1, keepdim=True), torch.zeros_like(first), 0
+        places = first + torch.arange(1, x.shape[1], device=ids.device)
+        while bool(hole.any()):
+            passes = passes + hole.any(1, keepdim=True)
+            logits = self.denoise(none, none, x[:, None], hole[:, None], first, used, previous)[1]
+            token, log_p = pick(logits[:, 0], how, derive(self.keys, places))
+            x[:, 1:], used = torch.where(hole, token, x[:, 1:]), used + 1
+            rank = log_p.masked_fill(~hole, math.inf).argsort(dim=-1).argsort(dim=-1)
+            hole = hole & (rank < total - -(-total * used // total.clamp(1, how.steps))) & (log_p.exp() < how.threshold)
+            previous = self.model.expected_embedding(logits) if self.model.cfg.self_condition == "soft" else None
+            if how.watch:
+                how.watch(places, x[:, 1:], log_p, hole)
+        return x[:, 1 : size + 1], passes
+
+    def check(self, x: Tensor, at: Tensor, ahead: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Read the last token that stands and proposals after it, at positions `at` (B, 1 + n), with the clean stream.
+        The same pass drafts `ahead` tokens for each number of proposals that may stand (TiDAR, arXiv:2511.08923).
+        Returns x (B, L) with the clean stream's choice, how many proposals equal it (B, 1), and drafts for after it."""
+        ids, ends = x.gather(1, at), at[:, : min(ahead, at.shape[1] - 1) + 1]
+        if ahead:  # a window after each end, a token longer: its first will be the clean stream's own choice
+            windows = F.pad(x.gather(1, ends)[..., None], (0, ahead + 1))
+            hole = torch.ones_like(windows[..., 1:], dtype=torch.bool)
+            logits, guess = self.denoise(ids, at, windows, hole, ends, 0, None)
+        else:
+            logits = self.model.clean(ids, self.past, at)[0]
+            guess = logits[:, None, :1]
+        target, log_p = pick(logits, self.how, derive(self.keys, at + 1))
+        agreed = (target[:, :-1] == ids[:, 1:]).cumprod(1).sum(1, keepdim=True)
+        if self.how.watch:
+            self.how.watch(at + 1, target, log_p, at > at[:, :1] + agreed)
+        guess = guess[torch.arange(len(x)), agreed[:, 0].clamp(max=guess.shape[1] - 1), 1:]
+        places = at[:, :1] + agreed + 2 + torch.arange(ahead, device=x.device)
+        return x.scatter(1, at + 1, target), agreed, pick(guess, self.how, derive(self.keys, places))[0]
+
+
+def look_up(x: Tensor, done: Tensor, n: int, count: int) -> tuple[Tensor, Tensor]:
+    """Find where each row's last n tokens stood before, most recently: what followed (B, count), over and over at the
+    end; whether there is such a place (B, 1). Source: Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding."""
+    last = x.gather(1, (done - n).clamp(min=0) + torch.arange(n, device=x.device))
+    after = torch.arange(n, x.shape[1] + 1, device=x.device)  # the place after each run of n tokens
+    same = (x.unfold(1, n, 1) == last[:, None]).all(-1) & (after < done) & (n > 0)
+    source = (same * after).amax(1, keepdim=True)
+    return x.gather(1, source + torch.arange(count, device=x.device) % (done - source).clamp(min=1)), source > 0
 
 
 @torch.no_grad()
 def decode(model: GPT, ids: Tensor, start: int, stop: int, how: Decoding = AR) -> Decoded:
-    """Fill tokens [start, stop) of every row of ids (B, L): the one decode loop. A cycle proposes a window of tokens
-    (`refine`) and reads it once with the clean stream, which keeps its keys and values. With `verify` a row keeps what
-    the clean stream would have chosen, and its next token: AR's output for any sampling, since noise depends on row and
-    position only. Otherwise it keeps all, and the last window reads the visible text after `stop`. UserError: span
-    outside the rows, or no denoiser."""
+    """Fill tokens [start, stop) of rows (B, L): the one decode loop. A cycle proposes a window of tokens and reads it
+    once with the clean stream, which keeps its keys and values. With `verify` a row keeps what the clean stream would
+    have chosen and its next token: AR's output for any sampling, as noise depends on row and position only. Else it
+    keeps all, and the last window reads the text after `stop`. UserError: span outside the rows, or no denoiser."""
     if not 1 <= start <= stop <= ids.shape[1]:
         raise UserError(f"span {start}..{stop} must lie in 1..{ids.shape[1]}: a token (BOS will do) comes before it")
     if how.window > 0 and model.mask_emb is None:
-        raise UserError("this model has no trained denoiser (DIFFUSION_LOSS_WEIGHT=0); decode it with mode ar")
-    window, verify, suffix = min(how.window, stop - start), how.verify or how.window == 0, ids[:, stop:]
-    x, rows = F.pad(ids[:, :stop], (0, window + 1)), torch.arange(len(ids), device=ids.device)[:, None]
-    room = (0, 0, 0, stop - start + 2 * window + 2 + suffix.shape[1])  # tokens to come, and scratch for a window
-    past = [(F.pad(k, room), F.pad(v, room)) for k, v in model.clean(ids[:, :start])[1]]
-    keys, done, num_forwards = derive(rows, how.seed), torch.full_like(rows, start), 0  # tokens that stand, a row
-    while (fewest := int(done.min())) < stop:
-        size = window if verify else min(window, stop - fewest)
-        at = done - 1 + torch.arange(size + 1, device=ids.device)  # the last token that stands, then proposals
-        hole = torch.ones_like(at[:, 1:], dtype=torch.bool)
-        shown = suffix[:, : 0 if verify or fewest + size < stop else None]
-        for _ in range(1 + (how.redo > 0)):
-            if size:
-                found, used = refine(model, x.gather(1, at), hole, shown, past, at[:, :1], keys, how)
-                x, num_forwards = x.scatter(1, at[:, 1:], found), num_forwards + used
-            if verify or how.redo > 0 or fewest + size < stop:  # nobody reads the last window of all
-                logits, num_forwards = model.clean(x.gather(1, at), past, at)[0], num_forwards + 1
-                hole = token_nll(logits[:, :-1], x.gather(1, at[:, 1:])) > -math.log(how.redo or 1.0)
+        rule = "decode it with mode ar, which reads no text after the span"
+        raise UserError(f"this model has no trained denoiser (DIFFUSION_LOSS_WEIGHT=0); {rule}")
+    window, verify, used = min(how.window, stop - start), how.verify or how.window == 0, torch.zeros_like(ids[:, :1])
+    if how.draft == "ar":
+        ids, used = decode(model, ids, start, stop, how._replace(window=0, draft=""))
+    longest = max(window, how.longest if verify and how.lookup else 0)
+    x, suffix, column = F.pad(ids[:, :stop], (0, longest + 1)), ids[:, stop:], torch.arange(stop + longest + 1).to(ids)
+    room = len(column) - start + ((window + 1) * (window + 2) if verify else window + 1 + suffix.shape[1])
+    past = [(F.pad(k, (0, 0, 0, room)), F.pad(v, (0, 0, 0, room))) for k, v in model.clean(ids[:, :start])[1]]
+    run = Decoder(model, how, past, derive(torch.arange(len(ids)).to(ids)[:, None], how.seed))
+    done, drafts = torch.full_like(used, start), x[:, :0]  # tokens that stand, a row; the last pass's proposals
+    trust, reach = 2.0, 4  # tokens a window and a lookup may propose: about twice what was right of late
+    while len(ids) and (fewest := int(done.min())) < stop:
+        busy, passes, size = done < stop, torch.ones_like(done), min(window, stop - fewest)
         if verify:
-            target = pick(logits, how, derive(keys, at + 1))[0]
-            agreed = (target[:, :-1] == x.gather(1, at[:, 1:])).cumprod(1).sum(1, keepdim=True)
-            x = x.scatter(1, at + 1, target)
-        done = (done + (agreed + 1 if verify else size)).clamp(max=stop)
-    return Decoded(torch.cat((x[:, :stop], suffix), dim=1), num_forwards)
-
-
-def refine(
-    model: GPT, ids: Tensor, hole: Tensor, shown: Tensor, past: list[KV], first: Tensor, keys: Tensor, how: Decoding
-) -> tuple[Tensor, int]:
-    """Fill the holes of one window a row, the most confident tokens first, in at most `how.steps` passes. ids (B, 1 +
-    S): the clean token before, at position `first` (B, 1), then the window; hole (B, S) bool; shown (B, n): visible
-    text right after; keys (B, 1): each row's randomness. Returns tokens (B, S) and the number of passes."""
-    cfg, size, length = model.cfg, hole.shape[1], past[0][0].shape[2]
-    x, hole = torch.cat((ids[:, 1:], shown), dim=1), F.pad(hole, (0, shown.shape[1]))
-    offset, slot = (torch.arange(n, device=ids.device) for n in (x.shape[1] + 1, length))
-    scratch = (length - len(offset) + offset).expand(len(ids), -1)  # the last places of the cache
-    own = (slot >= scratch[0, 0]) & ((slot <= scratch[0, :, None]) | (not cfg.diffusion_causal))
-    mask = (own | (slot < first)[:, None])[:, None]  # (B, 1, 1 + S + n, length)
-    mask_share = 0.0 if cfg.diffusion_corruption_mode == "uniform" else 1.0
-    total, previous, steps, used = hole.sum(1, keepdim=True), None, min(how.steps, size), 0
-    while used < steps and (how.threshold == math.inf or used == 0 or bool(hole.any())):
-        t = hole.float().mean(-1, keepdim=True).clamp_min(1e-6)
-        noisy = apply_noise(x[:, None], hole[:, None], t, derive(keys, first, used), cfg, mask_share)
-        logits = model.window(Window(ids[:, None, :1], noisy, first + offset, mask, previous, scratch), past)
-        token, log_p = pick(logits[:, 0], how, derive(keys, first + offset[1:]))
-        x, used = torch.where(hole, token, x), used + 1
-        rank = log_p.masked_fill(~hole, math.inf).argsort(dim=-1).argsort(dim=-1)
-        hole = hole & (rank < total - -(-total * used // steps)) & (log_p.exp() < how.threshold)
-        previous = model.expected_embedding(logits) if cfg.self_condition == "soft" else None
-    return x[:, :size], used
+            found, hit = look_up(x, done, how.lookup, longest)
+            ours, width = busy & ~hit, drafts.shape[1]  # rows whose proposals are a window's
+            if bool((hit & busy).any()):
+                drafts = torch.where(hit, found, F.pad(drafts, (0, longest - width)))[:, : max(reach, width)]
+            at = done - 1 + column[: drafts.shape[1] + 1]
+            ahead = min(round(trust) or int(x.is_cuda), window) if bool(ours.any()) else 0
+            x, agreed, drafts = run.check(x.scatter(1, at[:, 1:], drafts), at, ahead)
+            if width and bool(ours.any()):
+                trust = 0.75 * trust + 0.5 * agreed[ours].double().mean().item()
+            done, reach = done + agreed + 1, min(int(2 * agreed[busy].double().mean()) + 1, longest)
+        else:
+            at, shown = done - 1 + column[: size + 1], suffix[:, : 0 if fewest + size < stop else None]
+            hole, passes = torch.full_like(at[:, 1:], not how.draft, dtype=torch.bool), torch.zeros_like(done)
+            for last in (False, True) if how.redo else (True,):
+                if last or not how.draft:
+                    found, count = run.refine(x.gather(1, at), hole, shown, at[:, :1])
+                    x, passes = x.scatter(1, at[:, 1:], found), passes + count
+                if not last or fewest + size < stop:  # nobody reads the last window of all
+                    logits, passes = model.clean(x.gather(1, at), past, at)[0], passes + 1
+                    hole = token_nll(logits[:, :-1], x.gather(1, at[:, 1:])) > -math.log(how.redo or 1.0)
+            done = done + size
+        if how.end >= 0:
+            over = ((x == how.end) & (column >= start) & (column < done)).cumsum(1) > 0
+            x, done = torch.where(over, how.end, x), torch.where(over.any(1, keepdim=True), stop, done)
+        done, used = done.clamp(max=stop), used + busy * passes
+    return Decoded(torch.cat((x[:, :stop], suffix), dim=1), used)
 
 
 def generate(model: GPT, prompt: Tensor, count: int, how: Decoding = AR) -> Decoded:
@@ -1173,19 +1182,23 @@ def generate(model: GPT, prompt: Tensor, count: int, how: Decoding = AR) -> Deco
 
 def infill(model: GPT, prefix: Tensor, suffix: Tensor, count: int, how: Decoding = MODES["refine"]) -> Decoded:
     """Fill `count` tokens between prefixes (B, P) and suffixes (B, Q), reading both."""
-    ids, start = torch.cat((F.pad(prefix, (0, count)), suffix), dim=1), prefix.shape[1]
-    return decode(model, ids, start, start + count, how)
+    ids = torch.cat((F.pad(prefix, (0, count)), suffix), dim=1)
+    return decode(model, ids, prefix.shape[1], prefix.shape[1] + count, how)
 
 
-def evaluate_parallel(model: GPT, run: Run, loader: TokenLoader) -> None:
+def edit(model: GPT, ids: Tensor, start: int, stop: int, how: Decoding = MODES["draft_refine"]) -> Decoded:
+    """Revise tokens [start, stop) of rows (B, L): those less probable than `redo` are filled in from both sides."""
+    return decode(model, ids, start, stop, how._replace(draft="given"))
+
+
+def evaluate_parallel(model: GPT, run: Run, val: TokenLoader) -> None:
     """Decode spans of validation text by the predecessor's protocol (greedy; 16 examples, prefix 128, span 64, suffix
     64) in N passes, and left to right with a cache. Speeds: median of 3 after a warm-up, device synchronised."""
     cfg, start, count = run.cfg, run.cfg.parallel_eval_prefix_len, run.cfg.parallel_eval_examples
     passes = [int(n) for n, _ in parse_shares(cfg.parallel_eval_steps)] if model.mask_emb is not None else []
     for span in [int(n) for n, _ in parse_shares(cfg.parallel_eval_span_len)]:
         stop, need = start + span, start + span + cfg.parallel_eval_suffix_len
-        examples = [loader.rows(i * (loader.total - need) // count, 1, need - 1) for i in range(count)]
-        rows = torch.cat(examples).to(run.device)
+        rows = torch.cat([val.rows(i * (val.total - need) // count, 1, need - 1, run.device) for i in range(count)])
         jobs = [(task, n) for task in ("continuation", "infill") for n in passes if n <= span]
         for task, steps in [("continuation", 0), *jobs]:
             ids, seconds = rows if task == "infill" else rows[:, :stop], []
@@ -1195,14 +1208,13 @@ def evaluate_parallel(model: GPT, run: Run, loader: TokenLoader) -> None:
                     out = decode(model, ids, start, stop, Decoding(steps=steps) if steps else AR)
                 seconds.append(run.clock() - began)
             right = (out.ids[:, start:stop] == rows[:, start:stop]).float()
-            values = {"token_acc": right.mean().item(), "exact_seq": right.amin(-1).mean().item(), "span": span}
-            values |= {"tokens": right.numel(), "tok_per_sec": right.numel() / sorted(seconds[1:])[1]}
-            mode, values["forwards"] = "refine" if steps else "ar_cached", out.num_forwards
-            run.log.event("parallel_eval", task=task, steps=steps or span, mode=mode, **values)
+            about = {"task": task, "steps": steps or span, "span": span, "mode": "refine" if steps else "ar_cached"}
+            found = {"token_acc": right.mean().item(), "exact_seq": right.amin(-1).mean().item()}
+            speed = {"tok_per_sec": right.numel() / sorted(seconds[1:])[1], "forwards": int(out.forwards.max())}
+            run.log.event("parallel_eval", **about, **found, **speed, tokens=right.numel())
 
 
 # 8  ARTIFACT -- int8 rows and fp16 rest, zlib, its own settings inside; size = code + model ===========================
-
 SIZE_LIMIT = 16_000_000  # bytes of code + model the challenge allows
 ARTIFACT_FORMAT = "text-diffusion-int8-zlib-1"
 EXPORT_LEVELS = (127, 111, 95, 79, 63)  # finest first; fewer levels compress to fewer bytes
@@ -1228,16 +1240,15 @@ def pack(weights: Mapping[str, Tensor], cfg: Config, tokenizer_sha256: str, leve
 
 def save_artifact(path: Path, weights: Mapping[str, Tensor], cfg: Config, tokenizer_sha256: str, log: Log) -> None:
     """Write the artifact with the finest levels that fit the limit, atomically; UserError: none fits, or disk full."""
-    code_bytes, levels, data = Path(__file__).stat().st_size, 0, b""
+    code = Path(__file__).stat().st_size
     for levels in (cfg.export_levels,) if cfg.export_levels else EXPORT_LEVELS:
         data = pack(weights, cfg, tokenizer_sha256, levels)
-        if (total := code_bytes + len(data)) <= SIZE_LIMIT:
+        if (total := code + len(data)) <= SIZE_LIMIT:
             break
     atomic_write(path, data, "artifact")
-    sizes = {"total_bytes": total, "code_bytes": code_bytes, "model_bytes": len(data), "limit_bytes": SIZE_LIMIT}
-    log.event("size", **sizes, levels=levels)
+    log.event("size", levels=levels, total_bytes=total, code_bytes=code, model_bytes=len(data), limit_bytes=SIZE_LIMIT)
     if total > SIZE_LIMIT:
-        parts = f"code {code_bytes:,} + model {len(data):,} bytes (int8 levels {levels})"
+        parts = f"code {code:,} + model {len(data):,} bytes (int8 levels {levels})"
         remedy = "shrink NUM_LAYERS or MODEL_DIM, or RESUME=auto with fewer EXPORT_LEVELS (the checkpoint is kept)"
         raise UserError(f"submission of {total:,} bytes exceeds {SIZE_LIMIT:,}: {parts}; {remedy}")
 
@@ -1256,15 +1267,11 @@ def load_artifact(path: Path, device: torch.device) -> tuple[GPT, str]:
         model.load_state_dict(weights, strict=True)
         return model.to(device).eval(), str(payload["tokenizer_sha256"])
     except Exception as error:  # zlib, zipfile, pickle and torch each fail in their own ways on foreign bytes
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UserError(
-            f"artifact {path} is missing, damaged or not ours ({reason}); copy or export it again"
-        ) from error
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(f"artifact {path} is missing, damaged or not ours ({why}); copy or export it again") from error
 
 
 # 9  TRAINING -- one loop for every recipe; all that changes is in TrainState ==========================================
-
-
 class TrainState:
     """All that a step changes; what a checkpoint holds."""
 
@@ -1273,8 +1280,8 @@ class TrainState:
         self.model = GPT(cfg).to(run.device)
         groups, rates = assign_groups(self.model), {name: rate(cfg) for name, _, rate in GROUPS}
         adam = [dict(params=p, lr=0.0, base_lr=rates[name]) for name, p in groups.items() if p and name != "matrix"]
-        fused, betas = run.device.type == "cuda", (cfg.beta1, cfg.beta2)
-        self.adam = torch.optim.Adam(adam, betas=betas, eps=cfg.adam_eps, fused=fused)
+        fused = self.model.tok_emb.is_cuda
+        self.adam = torch.optim.Adam(adam, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=fused)
         self.matrices, self.momenta = groups["matrix"], [torch.zeros_like(p) for p in groups["matrix"]]
         self.ema = [p.detach().clone() for p in self.model.parameters()] if cfg.ema_decay else []
         counts = {name: sum(p.numel() for p in params) for name, params in groups.items()}
@@ -1299,6 +1306,11 @@ class TrainState:
 
     def weights(self) -> dict[str, Tensor]:
         return dict(zip(dict(self.model.named_parameters()), self.ema or self.model.parameters(), strict=True))
+
+    def log(self, event: str, values: dict[str, float]) -> None:
+        tokens, ms = self.cfg.train_batch_tokens * self.step, max(self.seconds, 1e-9) * 1e3
+        pace = {"train_ms": ms, "step_ms": ms / max(self.step, 1), "tok_per_sec": tokens / ms * 1e3}
+        self.run.log.event(event, step=self.step, iterations=self.cfg.iterations, **values, **pace)
 
     def save(self) -> None:
         """Write the checkpoint atomically (rank 0); a failure is logged and the run goes on with the older one."""
@@ -1353,29 +1365,23 @@ class Objective:
             return ar_loss, torch.stack((ar_loss.detach(), torch.zeros_like(ar_loss)))
         count = max(round(len(rows) * cfg.diffusion_row_frac), 1)
         x0, before, positions = tile(rows[:count], size)
-        row_index = part * len(rows) + torch.arange(count, device=rows.device)
+        row = part * len(rows) + torch.arange(count, device=rows.device)[:, None]  # (B, 1), place in the global batch
         windows = torch.arange(x0.shape[1], device=rows.device)
-        keys = derive(row_index[:, None], cfg.seed, now.step, windows)
-        first = random.Random(f"t {cfg.seed} {now.step}").randrange(1 << 30)
-        window_index = first + row_index[:, None] * x0.shape[1] + windows
+        keys = derive(row, cfg.seed, now.step, windows)
+        window_index = random.Random(f"t {cfg.seed} {now.step}").randrange(1 << 30) + row * len(windows) + windows
         ramp = now.progress if cfg.diffusion_ramp == "run" else now.step / cfg.iterations
         noisy = corrupt(x0, noise_level(cfg, keys, window_index, ramp), keys, cfg)
         clean_logits, past = logits[:count].detach().view(*x0.shape, -1), [(k[:count], v[:count]) for k, v in kvs]
-        loss = self.denoise(Window(before, noisy, positions, self.masks[size]), x0, past, clean_logits, keys)
-        total = cfg.mercury_clean_loss_weight * ar_loss + cfg.diffusion_loss_weight * loss
-        return total, torch.stack((ar_loss, loss)).detach()
-
-    def denoise(self, window: Window, x0: Tensor, past: list[KV], clean_logits: Tensor, keys: Tensor) -> Tensor:
-        """Mean loss of the unrolled denoising passes, after one without gradient if they are self-conditioned."""
-        cfg, total = self.cfg, torch.zeros((), device=x0.device)
-        for i in range(0 if cfg.self_condition == "none" else -1, cfg.diffusion_passes):
+        window, loss = Window(before, noisy, positions, self.masks[size]), torch.zeros_like(ar_loss)
+        for i in range(0 if cfg.self_condition == "none" else -1, cfg.diffusion_passes):  # -1: without gradient
             with torch.set_grad_enabled(i >= 0):
                 logits = self.window(window, past)
             if i >= 0:
-                total = total + losses(logits, clean_logits, x0, window.noisy, cfg) / cfg.diffusion_passes
+                loss = loss + losses(logits, clean_logits, x0, noisy, cfg) / cfg.diffusion_passes
             if i + 1 < cfg.diffusion_passes:
                 window = self.feed_back(window, logits.detach(), derive(keys, 8 + i))
-        return total
+        total = cfg.mercury_clean_loss_weight * ar_loss + cfg.diffusion_loss_weight * loss
+        return total, torch.stack((ar_loss, loss)).detach()
 
     def feed_back(self, window: Window, logits: Tensor, keys: Tensor) -> Window:
         """Give a pass's prediction to the next: expected embeddings (soft), or tokens for corrupted ones (commit)."""
@@ -1402,9 +1408,7 @@ def train_step(state: TrainState, objective: Objective, now: Moment) -> Tensor:
         sums += terms / cfg.micro_batches
     if run.world_size > 1:  # one transfer for all gradients
         grads = [p.grad for p in state.model.parameters() if p.grad is not None]
-        summed = run.sum(torch.cat([g.flatten() for g in grads]))
-        for g, total in zip(grads, torch.split(summed, [g.numel() for g in grads]), strict=True):
-            g.copy_(total.view_as(g))
+        nn.utils.vector_to_parameters(run.sum(nn.utils.parameters_to_vector(grads)), grads)
     state.loader.position += cfg.train_batch_tokens
     state.update(now)
     return sums
@@ -1433,13 +1437,7 @@ def train(state: TrainState, val: TokenLoader, byte_counter: ByteCounter) -> Non
         loss.backward()  # type: ignore[no-untyped-call]
     state.model.zero_grad(set_to_none=True)
     began, saved_at, sums = run.clock() - state.seconds, state.seconds, torch.zeros(2, device=run.device)
-
-    def log(event: str, values: dict[str, float]) -> None:
-        ms = max(state.seconds, 1e-9) * 1e3
-        pace = {"step_ms": ms / max(state.step, 1), "tok_per_sec": cfg.train_batch_tokens * state.step / ms * 1e3}
-        run.log.event(event, step=state.step, iterations=cfg.iterations, train_ms=ms, **values, **pace)
-
-    for _ in tqdm(range(state.step, cfg.iterations), "train", disable=run.quiet):
+    for _ in tqdm(range(state.step, cfg.iterations), "train", disable=run.rank > 0 or None):  # None: on a terminal only
         state.seconds = run.from_rank0(time.perf_counter() - began)
         if 0 < cfg.max_wallclock_seconds <= state.seconds:
             break
@@ -1452,19 +1450,17 @@ def train(state: TrainState, val: TokenLoader, byte_counter: ByteCounter) -> Non
         if report or run.device.type == "cpu":  # where reading a loss is free, a NaN is named by its very step
             values, state.seconds = check_finite(state, sums), time.perf_counter() - began
             if report:
-                log("train", values)
+                state.log("train", values)
         if cfg.val_loss_every and state.step % cfg.val_loss_every == 0 and state.step < cfg.iterations:
             state.seconds = run.from_rank0(run.clock() - began)
-            log("val", evaluate_bpb(state.model, run, val, byte_counter))
+            state.log("val", evaluate_bpb(state.model, run, val, byte_counter))
             began = run.clock() - state.seconds
     check_finite(state, sums)
     state.save()
-    log("val", evaluate_bpb(state.model, run, val, byte_counter))
+    state.log("val", evaluate_bpb(state.model, run, val, byte_counter))
 
 
 # 10  MAIN -- settings, data, train, export, reload, evaluate ==========================================================
-
-
 def main() -> int:
     try:
         cfg, source, warnings = Config.from_env(os.environ)

@@ -259,9 +259,10 @@ class FirstPass:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def window(self, *args: Any) -> Tensor:
-        logits = self.model.window(*args)
-        self.logits = logits if self.logits is None else self.logits
+    def read(self, *args: Any) -> Tensor:
+        logits = self.model.read(*args)
+        if self.logits is None:
+            self.logits = logits[:, :, :-1] if self.model.cfg.diffusion_shift else logits[:, :, 1:]
         return logits
 
 
@@ -276,8 +277,8 @@ def refill(batch: Batch, ids: Tensor, hole: Tensor, suffix: Tensor, steps: int) 
 
     watched, first = FirstPass(batch.model), torch.full_like(batch.keys, batch.start - 1)
     window = torch.cat((batch.before, ids), dim=1)
-    stand_in, how = cast("GPT", watched), tg.Decoding(steps=steps)
-    found, _ = tg.refine(stand_in, window, hole, suffix, batch.past, first, batch.keys, how)
+    run = tg.Decoder(cast("GPT", watched), tg.Decoding(steps=steps), batch.past, batch.keys)
+    found, _ = run.refine(window, hole, suffix, first)
     assert watched.logits is not None
     return found, watched.logits[:, 0, : ids.shape[1]]
 

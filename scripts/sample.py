@@ -1,7 +1,10 @@
-"""Continue text, or fill a hole in it, with a trained artifact; print it before and after.
+"""Continue, fill in or revise text with an exported model: decode in any mode, show before and after, and every pass.
 
     python scripts/sample.py --prompt 'def area(radius):' --tokens 40
-    python scripts/sample.py --prompt 'def area(radius):' --suffix 'return result' --tokens 16 --steps 8
+    python scripts/sample.py --prompt 'def area(radius):' --suffix 'return result' --tokens 16 --steps 8 --watch
+    python scripts/sample.py --prompt 'def area(radius):' --mode block --html pass_by_pass.html
+    python scripts/sample.py --edit --redo 0.002 <draft.py      tokens that the model finds unlikely are filled in again
+    python scripts/sample.py --prompt 'import os' --mode auto --latency 0.1
     python scripts/sample.py --demo data/stdlib           one function filled in and one continued, beside the original
 
 Without --prompt or --prompt-file, the prompt is read from standard input. The last line is one JSON object.
@@ -12,24 +15,47 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
+import os
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
 if TYPE_CHECKING:
     import sentencepiece as spm
     import torch
 
-    from train_gpt import GPT, Config
+    from train_gpt import GPT, Config, Decoding
+
+from sample_page import SPACE_MARK, Cell, Film, join, page, spell
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # train_gpt.py lies beside this folder
 
 DEFAULT_TOKENS, DEMO_TOKENS = 64, 24
 DEMO_SCAN = 2_000_000  # validation tokens searched for a function
-SPACE_MARK = "\u2581"  # a space, inside a piece
+BLOCK, LINE_END = "\u2591", "\u21b5\n"  # a token that is still masked; a decoded line end, to be seen
+CONTEXT = 240  # characters of prompt and suffix that --watch shows
+
+LIMITS = {  # options that are numbers, and what they may be
+    "tokens": (1, sys.maxsize),
+    "steps": (1, sys.maxsize),
+    "window": (1, sys.maxsize),
+    "temperature": (0, 1e6),
+    "threshold": (0, 1),
+    "redo": (0, 1),
+    "top_k": (0, sys.maxsize),
+    "top_p": (1e-9, 1),
+    "seed": (0, 2**31 - 1),
+    "delay": (0, 60),
+    "latency": (0, 1e6),
+    "nats": (0, 1e6),
+}
+SAMPLING, DENOISING = ("temperature", "top_k", "top_p", "seed"), ("steps", "window", "threshold", "redo")
 
 
 def fail(message: str) -> NoReturn:
@@ -39,56 +65,81 @@ def fail(message: str) -> NoReturn:
     raise UserError(message)
 
 
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error here, and not all options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists all options)\n")
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
     from train_gpt import MODES
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--artifact", type=Path, default=Path("final_model.int8.ptz"), help="default %(default)s")
-    parser.add_argument("--tokenizer", type=Path, metavar="MODEL", help="default: the one the artifact names")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, redo = parser.add_argument, MODES["draft_refine"].redo
+    add("--artifact", type=Path, default=Path("final_model.int8.ptz"), help="default %(default)s")
+    add("--tokenizer", type=Path, metavar="MODEL", help="default: the one the artifact names")
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--prompt", metavar="TEXT", help="text to begin with; may be empty")
     given.add_argument("--prompt-file", type=Path, metavar="PATH", help="file with the prompt")
     given.add_argument("--demo", type=Path, metavar="DATA_PATH", help="take a Python function of this validation data")
-    parser.add_argument("--suffix", metavar="TEXT", help="text after the hole: fill --tokens between prompt and this")
-    parser.add_argument("--tokens", type=int, help=f"tokens to decode (default {DEFAULT_TOKENS}; demo {DEMO_TOKENS})")
-    parser.add_argument("--mode", choices=MODES, help="default ar; with a suffix refine")
-    parser.add_argument("--steps", type=int, help="denoising passes a window (default: the mode's)")
-    parser.add_argument("--window", type=int, help="tokens a window (default: the mode's)")
-    parser.add_argument("--threshold", type=float, help="commit tokens at least this probable sooner")
-    parser.add_argument("--redo", type=float, help="mask again what the clean stream finds less probable than this")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest; 0: all (default)")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, help="sample among the likeliest with this mass (default 1)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="fixes the draw (default %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--suffix", metavar="TEXT", help="text after the hole: fill --tokens between prompt and this")
+    add("--edit", action="store_true", help=f"revise the prompt: fill in tokens less probable than --redo ({redo})")
+    add("--tokens", type=int, help=f"tokens to decode (default: up to {DEFAULT_TOKENS}; demo {DEMO_TOKENS})")
+    add("--mode", choices=("auto", *MODES), help="default ar; with a suffix refine; auto: see --latency and --nats")
+    add("--latency", type=float, metavar="SECONDS", help="the likeliest mode that takes no longer")
+    add("--nats", type=float, help="the fastest mode whose text has at most this many nats a token")
+    add("--guard", action="store_true", help="check the result; decode left to right instead where it is poor")
+    add("--steps", type=int, help="denoising passes a window (default: the mode's)")
+    add("--window", type=int, help="tokens a window (default: the mode's)")
+    add("--threshold", type=float, help="commit tokens at least this probable sooner")
+    add("--redo", type=float, help="mask again what the clean stream finds less probable than this")
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    add("--top-k", type=int, default=0, help="sample among the k likeliest; 0: all (default)")
+    add("--top-p", type=float, default=1.0, help="sample among the likeliest with this mass (default 1)")
+    add("--seed", type=int, default=0, help="fixes the draw (default %(default)s)")
+    add("--watch", action="store_true", help="show every pass on standard error, coloured by confidence")
+    add("--delay", type=float, default=0.15, help="seconds a pass stays on the terminal (default %(default)s)")
+    add("--html", type=Path, metavar="PATH", help="write a page that plays the passes in a browser")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)
-    for name, low, high in (
-        ("tokens", 1, sys.maxsize),
-        ("steps", 1, sys.maxsize),
-        ("window", 1, sys.maxsize),
-        ("temperature", 0, 1e6),
-        ("threshold", 0, 1),
-        ("redo", 0, 1),
-        ("top_k", 0, sys.maxsize),
-        ("top_p", 1e-9, 1),
-        ("seed", 0, 2**31 - 1),
-    ):
+    for name, (low, high) in LIMITS.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
-            parser.error(f"--{name.replace('_', '-')}={value} must lie in {low}..{high}")
-    if args.suffix is not None and args.mode in ("ar", "speculative"):
-        parser.error(f"--mode {args.mode} cannot read the text of --suffix; use --mode refine or leave --mode out")
-    if args.suffix is not None and args.demo is not None:
-        parser.error("--demo brings its own suffix; leave --suffix out")
+            rule = f"{low} or more" if high == sys.maxsize else f"between {low:g} and {high:g}"
+            parser.error(f"--{name.replace('_', '-')}={value} must be {rule}; leave it out for the default")
+    for fault, message in faults(args):
+        if fault:
+            parser.error(message)
     return args
 
 
-# ==============================================================================
-# 1  MODEL AND TEXT
-# ==============================================================================
+def faults(args: argparse.Namespace) -> Iterator[tuple[object, str]]:
+    """Yield what must not hold of options together, and what to say where it does."""
+    goal, mode = args.latency is not None or args.nats is not None, args.mode
+    alone = mode or ("auto" if goal else "refine" if args.suffix else "ar")
+    idle = [f"--{name}" for name in DENOISING if getattr(args, name) is not None and not args.edit and not args.demo]
+    blind = f"--mode {mode} cannot read the text of --suffix; use --mode refine or leave --mode out"
+    yield args.suffix and mode in ("ar", "speculative"), blind
+    yield args.demo and args.suffix is not None, "--demo brings its own suffix; leave --suffix out"
+    yield args.demo and args.edit, "--edit revises a prompt and --demo has none; leave one of them out"
+    yield args.edit and args.tokens, f"--edit keeps the number of tokens; leave --tokens={args.tokens} out"
+    yield args.edit and (mode or goal or args.guard), "--edit goes without --mode, --latency, --nats and --guard"
+    yield args.edit and args.redo == 0, "--edit with --redo=0 would change nothing; give a probability above 0"
+    yield idle and alone == "ar", f"{', '.join(idle)}: mode ar has no windows; add --mode refine or leave it out"
+    yield idle and alone == "auto", f"{', '.join(idle)}: mode auto chooses that; name another mode or leave it out"
+    yield goal and mode not in (None, "auto"), f"--mode {mode} has no goal; leave it out, or --latency and --nats"
+    yield alone == "auto" and (args.latency is None) == (args.nats is None), "auto takes one of --latency and --nats"
+    folder = args.html.parent if args.html else Path()
+    yield not folder.is_dir(), f"--html={args.html}: there is no folder {folder}; make it, or name another"
+
+
+# 1  MODEL AND TEXT ====================================================================================================
 
 
 class Loaded(NamedTuple):
@@ -137,6 +188,12 @@ def encode(tokenizer: spm.SentencePieceProcessor, text: str, continues: bool = F
     except UnicodeEncodeError as error:
         fail(f"the text is not valid UTF-8 (character {error.start}); convert it")
     ids: list[int] = tokenizer.encode(text)
+    unknown = tokenizer.unk_id()
+    if unknown in ids:
+        strange = "".join(sorted(c for c in set(text) if unknown in tokenizer.encode(c)))
+        warn(f"the tokenizer has no token for {strange!r}; the model reads an unknown token there")
+    elif tokenizer.decode(ids).strip() != text.strip():
+        warn("the tokenizer folds white space or characters of the text; the result shows what the model reads")
     space = tokenizer.piece_to_id(SPACE_MARK)
     kept = tokenizer.id_to_piece(ids[:1] or [0])[0].startswith(SPACE_MARK)
     return [space, *ids] if continues and text.startswith(" ") and not kept and not tokenizer.is_unknown(space) else ids
@@ -154,73 +211,195 @@ def read_prompt(args: argparse.Namespace) -> str:
         fail(f"the prompt in {args.prompt_file or 'standard input'} cannot be read ({error}); name a UTF-8 text file")
 
 
-# ==============================================================================
-# 2  DECODING -- with what stands around the result
-# ==============================================================================
+# 2  SCREEN -- passes on a terminal ====================================================================================
+
+
+def lay_out(parts: Iterable[tuple[str, str]], columns: int) -> list[str]:
+    """Break styled text into rows of at most `columns` cells of a terminal. A style is an SGR code, or empty."""
+    rows, width = [""], 0
+    for text, style in parts:
+        for c in text.replace("\t", "    "):
+            kind = unicodedata.category(c)
+            wide = 2 if unicodedata.east_asian_width(c) in "WF" else int(kind not in ("Mn", "Me", "Cf"))
+            if c == "\n" or width + wide > columns:
+                rows, width = [*rows, ""], 0
+            if c != "\n":
+                safe = "\ufffd" if kind == "Cc" else c  # a model may not steer the terminal
+                rows[-1], width = rows[-1] + (f"\x1b[{style}m{safe}\x1b[0m" if style else safe), width + wide
+    return rows
+
+
+def colour(p: float) -> str:
+    """SGR code of a confidence, black on red where it is low, on green where it is high."""
+    red, green = min(1.0, 2 - 2 * p), min(1.0, 2 * p)
+    if os.environ.get("COLORTERM") in ("truecolor", "24bit"):
+        return f"30;48;2;{round(225 * red)};{round(195 * green)};40"
+    return f"30;48;5;{16 + 36 * round(5 * red) + 6 * round(4 * green)}"
+
+
+class Screen:
+    """Draws frames: in place and in colours on a terminal; elsewhere, or with NO_COLOR, one after another."""
+
+    def __init__(self, tokenizer: Any, before: str, after: str, delay: float, stream: TextIO) -> None:
+        self.tokenizer, self.before, self.after = tokenizer, before[-CONTEXT:], after[:CONTEXT]
+        self.stream, self.delay, self.rows = stream, delay if stream.isatty() else 0.0, 0
+        self.plain = not stream.isatty() or bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+
+    def __call__(self, name: str, cells: Sequence[Cell]) -> None:
+        units = join(self.tokenizer, cells)
+        body = [(BLOCK, "90") if unit.open else (unit.text.replace("\n", LINE_END), colour(unit.p)) for unit in units]
+        parts = [(self.before, "2"), *body, (self.after, "2")]
+        columns, lines = shutil.get_terminal_size()
+        if self.plain:
+            columns, lines, parts = sys.maxsize, sys.maxsize, [(text, "") for text, _ in parts]
+        rows = [f"--- {name}: {sum(cell.open for cell in cells)} of {len(cells)} tokens open"]
+        rows += lay_out(parts, columns - 1)[-max(lines - 3, 1) :]
+        back = f"\x1b[{self.rows}F\x1b[J" if self.rows else ""
+        self.stream.write(back + "\n".join(rows) + "\n")
+        self.stream.flush()
+        self.rows = 0 if self.plain else len(rows)
+        time.sleep(self.delay)
+
+
+# 3  DECODING -- with what stands around the result ====================================================================
+
+
+class Job(NamedTuple):
+    """What to decode: `num` tokens between others (BOS left out). `draft`: they stand there, to be revised."""
+
+    title: str
+    prompt: list[int]
+    num: int
+    suffix: list[int]
+    draft: list[int] | None = None
 
 
 class Completion(NamedTuple):
-    """Decoded text and what it cost; `text` holds prompt, completion and suffix."""
+    """What was decoded and what it cost, for the last line; and its passes, for the page."""
 
-    mode: str
-    text: str
-    completion: str
-    num_forwards: int
-    seconds: float
+    facts: dict[str, Any]
+    reel: dict[str, Any]
 
 
-def complete(at: Loaded, prompt: list[int], suffix: list[int], count: int, args: argparse.Namespace) -> Completion:
-    """Decode `count` tokens after a prompt, and before a suffix if there is one.
+def check_length(at: Loaded, job: Job) -> None:
+    """Raise UserError where prompt, span and suffix are longer than what the model was trained to read."""
+    over = 1 + len(job.prompt) + job.num + len(job.suffix) - at.cfg.train_seq_len
+    if over <= 0:
+        return
+    remedies, span = [f"use --tokens={job.num - over} or fewer"] * (over < job.num), f"--tokens={job.num}"
+    if job.draft:
+        remedies, span = [f"revise a part, {over} tokens shorter"], f"--edit of {job.num}"
+    elif over <= len(job.prompt) + len(job.suffix):
+        remedies.append(f"shorten prompt or suffix by {over} tokens")
+    fail(
+        f"prompt of {len(job.prompt) + 1} tokens (BOS included) + {span} + suffix of {len(job.suffix)} exceed the "
+        f"{at.cfg.train_seq_len} this model was trained to read (TRAIN_SEQ_LEN); {' or '.join(remedies)}"
+    )
 
-    Args:
-        at: the model.
-        prompt: tokens, without BOS.
-        suffix: tokens; none for a continuation.
-        count: tokens to decode. A continuation ends earlier where the model begins another document.
-        args: mode, steps, window and sampling.
-    Raises:
-        UserError: more tokens than the model was trained to read, or it has no denoiser and needs one.
-    """
+
+def settle(at: Loaded, job: Job, ids: torch.Tensor, args: argparse.Namespace) -> tuple[str, Decoding, dict[str, Any]]:
+    """Choose the mode and its settings; return also what `--mode auto` expects of it."""
+    import train_gpt as tg
+
+    start, goal, more = len(job.prompt) + 1, (args.latency, args.nats), dict[str, Any]()
+    mode = args.mode or ("auto" if goal != (None, None) else "refine" if job.suffix else "ar")
+    mode = "draft_refine" if job.draft else mode
+    names = SAMPLING if mode in ("ar", "auto") else SAMPLING + DENOISING
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if not job.suffix and not job.draft:
+        given["end"] = at.tokenizer.bos_id()  # text that continues ends where the model begins another document
+    if mode == "auto":
+        from policy import choose
+
+        like = tg.AR._replace(**given)
+        try:
+            found = choose(at.model, ids, start, start + job.num, seconds=args.latency, nats=args.nats, like=like)
+        except tg.UserError as error:
+            fail(f"{f'--nats={args.nats}' if args.latency is None else f'--latency={args.latency}'}: {error}; raise it")
+        mode, how, more["auto"] = found.mode, found.how, {"seconds": found.seconds, "nats": found.nats}
+        print(f"--- auto: {mode}, {found.seconds:.3g} s, {found.nats:.3f} nats a token, of {len(found.table)} tried")
+    else:
+        how = tg.MODES[mode]._replace(**given)
+    if how.window > 0 and at.model.mask_emb is None:
+        fail(
+            f"{'--edit' if job.draft else f'--mode={mode}'} needs a denoiser, and this model was trained without one "
+            "(DIFFUSION_LOSS_WEIGHT=0); continue text with --mode ar, or name another --artifact"
+        )
+    return mode, how, more
+
+
+def make_film(at: Loaded, job: Job, ids: torch.Tensor, redo: float, args: argparse.Namespace) -> Film:
+    """Begin to keep passes; a draft first as it stands, then with its holes."""
+    import train_gpt as tg
+
+    before, after = (spell(at.tokenizer, part) for part in (job.prompt, job.suffix))
+    screen = Screen(at.tokenizer, before, after, args.delay, sys.stderr) if args.watch else None
+    film, start = Film(len(job.prompt) + 1, [Cell(-1, 0.0, True, 0)] * job.num, screen), len(job.prompt)
+    if job.draft:
+        film.put("before", job.draft, tg.score(at.model, ids)[0, start : start + job.num].tolist())
+        film.cells = [cell._replace(open=cell.p < redo) for cell in film.cells]
+    film.add("masked")
+    return film
+
+
+def complete(at: Loaded, job: Job, args: argparse.Namespace) -> Completion:
+    """Decode or revise the span of a job. UserError: it is too long, or needs a denoiser and the model has none."""
     import torch
 
     import train_gpt as tg
 
-    prefix, limit = [at.tokenizer.bos_id(), *prompt], at.cfg.train_seq_len
-    if len(prefix) + count + len(suffix) > limit:
-        fail(
-            f"prompt of {len(prefix)} tokens (BOS included) + --tokens={count} + suffix of {len(suffix)} exceed the "
-            f"{limit} this model was trained to read (TRAIN_SEQ_LEN); shorten one of them"
-        )
-    mode = args.mode or ("refine" if suffix else "ar")
-    names = ("steps", "window", "threshold", "redo", "temperature", "top_k", "top_p", "seed")
-    how = tg.MODES[mode]._replace(**{name: getattr(args, name) for name in names if getattr(args, name) is not None})
-    ids = torch.tensor([[*prefix, *[0] * count, *suffix]], device=at.device)
-    cuda, began = at.device.type == "cuda", time.perf_counter()
-    with torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext():
-        stop = len(prefix) + count
-        out = tg.decode(at.model, ids, len(prefix), stop, how)
+    check_length(at, job)
+    tokenizer, prefix, start = at.tokenizer, [at.tokenizer.bos_id(), *job.prompt], 1 + len(job.prompt)
+    ids = torch.tensor([[*prefix, *(job.draft or [0] * job.num), *job.suffix]], device=at.device)
+    span = (at.model, ids, start, start + job.num)
+    with torch.autocast("cuda", torch.bfloat16) if at.device.type == "cuda" else contextlib.nullcontext():
+        mode, how, more = settle(at, job, ids, args)
+        film, began = make_film(at, job, ids, how.redo, args), time.perf_counter()
+        how = how._replace(watch=film if args.watch or args.html else None)
+        if args.guard:
+            from policy import guard
+
+            out, fell_back, _ = guard(*span, how)
+            more["fell_back"] = bool(fell_back[0])
+        else:
+            out = tg.edit(*span, how) if job.draft else tg.decode(*span, how)
         result: list[int] = out.ids[0].tolist()  # waits for the device
-    seconds = time.perf_counter() - began
-    hole = result[len(prefix) : stop]
-    if not suffix and prefix[0] in hole:
-        hole = hole[: hole.index(prefix[0])]
-    before, upto = at.tokenizer.decode(prefix), at.tokenizer.decode(prefix + hole)
-    completion = upto.removeprefix(before) if upto.startswith(before) else at.tokenizer.decode(hole)
-    return Completion(mode, at.tokenizer.decode(prefix + hole + suffix), completion, out.num_forwards, seconds)
+        seconds = time.perf_counter() - began - film.seconds
+        hole = result[start : start + job.num]
+        if more.get("fell_back"):
+            film.put("left to right instead", hole, tg.score(at.model, out.ids)[0, start - 1 :].tolist())
+    hole = hole[: hole.index(how.end)] if how.end in hole else hole
+    before, upto, text = (tokenizer.decode(part) for part in (prefix, prefix + hole, prefix + hole + job.suffix))
+    completion = upto.removeprefix(before) if upto.startswith(before) else tokenizer.decode(hole)
+    facts = {"mode": mode, "text": text, "completion": completion, "forwards": int(out.forwards[0, 0])}
+    facts |= {"seconds": seconds, **more, **(revision(tokenizer, job.draft, hole, film) if job.draft else {})}
+    note = f"{mode}, {facts['forwards']} forward passes, {seconds:.2f} s"
+    around = {"before": spell(tokenizer, job.prompt), "after": spell(tokenizer, job.suffix)}
+    return Completion(facts, film.reel(tokenizer, len(hole) + 1, title=job.title, note=note, **around))
+
+
+def revision(tokenizer: Any, draft: list[int], tokens: list[int], film: Film) -> dict[str, Any]:
+    """Say how many tokens of a draft were masked and changed, and mark where: [-before-]{+after+}."""
+    pairs, marked = list(zip(draft, tokens, strict=True)), ""
+    for same, run in itertools.groupby(pairs, lambda pair: pair[0] == pair[1]):
+        old, new = (spell(tokenizer, side) for side in zip(*run, strict=True))
+        marked += old if same else f"[-{old}-]{{+{new}+}}"
+    masked = sum(cell.open for cell in film.frames[1][1])
+    return {"masked": masked, "changed": sum(old != new for old, new in pairs), "changes": marked}
 
 
 def show(title: str, text: str) -> None:
     print(f"--- {title}\n{text}")
 
 
-def show_completion(done: Completion, before: str, hole: str, after: str) -> None:
+def show_completion(facts: dict[str, Any], before: str, hole: str, after: str) -> None:
     show("before", f"{before}{hole}{after}")
-    show(f"after ({done.mode}, {done.num_forwards} forward passes, {done.seconds:.2f} s)", done.text)
+    guarded = {None: "", False: ", kept by the guard", True: ", replaced by the guard: left to right"}
+    cost = f"{facts['forwards']} forward passes, {facts['seconds']:.2f} s{guarded[facts.get('fell_back')]}"
+    show(f"after ({facts['mode']}, {cost})", facts["text"])
 
 
-# ==============================================================================
-# 3  DEMO -- a function nobody trained on, with a hole and without its end
-# ==============================================================================
+# 4  DEMO -- a function nobody trained on, with a hole and without its end =============================================
 
 
 def functions(text: str) -> Iterator[str]:
@@ -274,39 +453,50 @@ def middle(at: Loaded, ids: list[int], hole: int) -> int:
     return min(starts, key=lambda i: abs(i - centre), default=centre)
 
 
-def demo(at: Loaded, args: argparse.Namespace) -> dict[str, Any]:
+def demo(at: Loaded, args: argparse.Namespace) -> tuple[dict[str, Any], list[Completion]]:
     """Fill a hole in one validation function, continue it from its first half, and show both beside the original."""
-    hole = args.tokens or min(DEMO_TOKENS, at.cfg.train_seq_len // 4)
+    hole, decode = args.tokens or min(DEMO_TOKENS, at.cfg.train_seq_len // 4), at.tokenizer.decode
     ids = find_function(at, args.demo, hole)
-    result: dict[str, Any] = {"mode": "demo", "infill": None}
-    decode = at.tokenizer.decode
-    if at.cfg.diffusion:
-        start = middle(at, ids, hole)
-        prompt, suffix = ids[:start], ids[start + hole :]
-        print(f"=== infill: {hole} tokens inside a function of the validation data")
-        done = complete(at, prompt, suffix, hole, args)
-        show_completion(done, decode(prompt), f"[... {hole} tokens ...]", decode(suffix))
-        show("original", decode(ids))
-        result["infill"] = done._asdict() | {"original": decode(ids[start : start + hole])}
-    else:
-        print("=== infill: left out, this model was trained without a denoiser (DIFFUSION_LOSS_WEIGHT=0)")
-    half = len(ids) // 2
+    start, half, result, done = middle(at, ids, hole), len(ids) // 2, dict[str, Any](), list[Completion]()
     count = min(2 * hole, len(ids) - half)
-    print(f"=== continuation: {count} tokens after the first half of the same function")
-    done = complete(at, ids[:half], [], count, args)
-    show_completion(done, decode(ids[:half]), f"[... {count} tokens ...]", "")
-    show("original", decode(ids[: half + count]))
-    result["continuation"] = done._asdict() | {"original": decode(ids[half : half + count])}
-    return result
+    jobs = [
+        (f"infill: {hole} tokens inside", Job("Infill", ids[:start], hole, ids[start + hole :])),
+        (f"continuation: {count} tokens after the first half of", Job("Continuation", ids[:half], count, [])),
+    ]
+    if not at.cfg.diffusion:
+        print("=== infill: left out, this model was trained without a denoiser (DIFFUSION_LOSS_WEIGHT=0)")
+    for title, job in jobs if at.cfg.diffusion else jobs[1:]:
+        print(f"=== {title} a function of the validation data")
+        done.append(complete(at, job, args))
+        stop = len(job.prompt) + job.num
+        show_completion(done[-1].facts, decode(job.prompt), f"[... {job.num} tokens ...]", decode(job.suffix))
+        show("original", decode(ids if job.suffix else ids[:stop]))
+        result[job.title.lower()] = done[-1].facts | {"original": decode(ids[len(job.prompt) : stop])}
+    return {"mode": "demo", "infill": None, **result}, done
 
 
-def sample(at: Loaded, args: argparse.Namespace) -> dict[str, Any]:
-    """Continue the prompt, or fill the hole before --suffix, and show both."""
-    text, count = read_prompt(args), args.tokens or DEFAULT_TOKENS
-    suffix = encode(at.tokenizer, args.suffix or "", continues=True)
-    done = complete(at, encode(at.tokenizer, text), suffix, count, args)
-    show_completion(done, text, f"[... {count} tokens ...]", args.suffix or "")
-    return done._asdict()
+def sample(at: Loaded, args: argparse.Namespace) -> tuple[dict[str, Any], list[Completion]]:
+    """Continue the prompt, fill the hole before --suffix, or revise the prompt, and show before and after."""
+    text = read_prompt(args)
+    prompt, suffix = encode(at.tokenizer, text), encode(at.tokenizer, args.suffix or "", continues=True)
+    count = args.tokens or max(min(DEFAULT_TOKENS, at.cfg.train_seq_len - 1 - len(prompt) - len(suffix)), 1)
+    job, hole = Job("Infill" if suffix else "Continuation", prompt, count, suffix), f"[... {count} tokens ...]"
+    if args.edit:
+        if not prompt:
+            fail("--edit has nothing to revise: the text is empty; give some with --prompt, or on standard input")
+        job, hole = Job("Revision", [], len(prompt), suffix, prompt), ""
+    done = complete(at, job, args)
+    show_completion(done.facts, text, hole, args.suffix or "")
+    if args.edit:
+        show(f"changes: {done.facts['changed']} of {done.facts['masked']} masked tokens", done.facts["changes"])
+    return done.facts, [done]
+
+
+def write_page(path: Path, done: list[Completion]) -> None:
+    try:
+        path.write_text(page([each.reel for each in done]), encoding="utf-8")
+    except OSError as error:
+        fail(f"--html={path} cannot be written ({error.strerror}); name another file")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -316,7 +506,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         loaded = load(args.artifact, args.tokenizer, pick_device(args.device))
-        result = sample(loaded, args) if args.demo is None else demo(loaded, args)
+        result, done = (sample if args.demo is None else demo)(loaded, args)
+        if args.html:
+            write_page(args.html, done)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

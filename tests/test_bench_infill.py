@@ -61,6 +61,9 @@ class Stub:
     def window(self, window: tg.Window, past: Any) -> Tensor:
         return self.guess(window.before[:, 0], window.noisy.xt[:, 0])[:, None]
 
+    def read(self, window: tg.Window, past: Any) -> Tensor:  # the last token of a window predicts what nobody asks for
+        return torch.nn.functional.pad(self.window(window, past), (0, 0, 0, 1))
+
 
 def continued(before: Tensor, count: int) -> Tensor:
     """What follows a token of counting text."""

@@ -277,7 +277,7 @@ def test_parallel_decoding_is_judged_by_decoded_tokens_alone(
         wrong[0, start] += 1  # one token of the first example
         wrong[:, :start] += 1  # and what does not count
         wrong[:, stop:] += 1
-        return tg.Decoded(wrong, 7)
+        return tg.Decoded(wrong, torch.full((len(wrong), 1), 7))
 
     monkeypatch.setattr(tg, "decode", decode)
     tg.evaluate_parallel(tg.GPT(cfg), run, loader)

@@ -1,0 +1,383 @@
+"""scripts/sample.py and its page: what is decoded, shown and refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sample
+import sentencepiece as spm
+import torch
+from conftest import BOS, CPU, HARD_TEXTS, IDENTITY, Recorder, Tokenizers, randomise, tiny, train_tokenizer
+from sample_page import Cell, Film, character, join, page, spell
+
+import train_gpt as tg
+
+PROMPT = "def f(x):\n    "
+Called = tuple[int, str, str]  # exit status, standard output, standard error
+
+
+def export(data: dict[str, Any], path: Path, recipe: str = "direct") -> Path:
+    cfg = tiny(recipe, **data, train_seq_len=64, train_batch_tokens=256)
+    tg.save_artifact(path, randomise(tg.GPT(cfg)).state_dict(), cfg, tg.ByteCounter(cfg).sha256, Recorder())
+    return path
+
+
+@pytest.fixture(scope="module")
+def artifact(data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(data, tmp_path_factory.mktemp("artifact") / "model.ptz")
+
+
+@pytest.fixture
+def call(artifact: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Called]:
+    """Run the command; `artifact` may be another."""
+
+    def run(*argv: str, artifact: Path = artifact) -> Called:
+        try:
+            status = sample.main(["--artifact", str(artifact), "--device", "cpu", *argv])
+        except SystemExit as error:  # of a wrong command line
+            status = int(error.code or 0)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def facts(called: Called) -> dict[str, Any]:
+    assert called[0] == 0, called[2]
+    found: dict[str, Any] = json.loads(called[1].splitlines()[-1])
+    return found
+
+
+@pytest.fixture
+def at(artifact: Path) -> sample.Loaded:
+    return sample.load(artifact, None, CPU)
+
+
+# ---- decoding ----
+
+
+@pytest.mark.parametrize("mode", tg.MODES)
+def test_the_command_decodes_as_the_program_does(call: Callable[..., Called], at: sample.Loaded, mode: str) -> None:
+    found = facts(call("--prompt", PROMPT, "--tokens", "12", "--mode", mode, "--temperature", "1", "--seed", "5"))
+    ids = [BOS, *at.tokenizer.encode(PROMPT)]
+    how = tg.MODES[mode]._replace(temperature=1.0, seed=5, end=BOS)
+    expected = tg.generate(at.model, torch.tensor([ids]), 12, how)
+    assert found["text"] == PROMPT + found["completion"] == at.tokenizer.decode(expected.ids[0].tolist())
+    assert (found["mode"], found["forwards"]) == (mode, int(expected.forwards))
+
+
+def test_a_suffix_is_read_and_kept(call: Callable[..., Called]) -> None:
+    texts = [facts(call("--prompt", PROMPT, "--suffix", end, "--tokens", "9")) for end in (" return x", "\n)]:\n")]
+    assert texts[0]["text"] == PROMPT + texts[0]["completion"] + " return x"
+    assert texts[0]["completion"] != texts[1]["completion"]
+    assert facts(call("--prompt", "", "--suffix", "x", "--tokens", "4"))["text"].endswith("x")  # a hole at the start
+    assert facts(call("--prompt", "x", "--suffix", "", "--tokens", "4", "--mode", "ar"))["mode"] == "ar"  # at the end
+
+
+def test_a_continuation_stops_where_the_document_ends(
+    call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    full, chosen, real = facts(call("--prompt", PROMPT, "--tokens", "12")), [0], tg.pick
+
+    def pick(logits: torch.Tensor, *rest: Any) -> Any:
+        chosen[0] += logits.shape[1]
+        tokens, log_p = real(logits, *rest)
+        return (tokens if chosen[0] <= 3 else torch.full_like(tokens, BOS)), log_p
+
+    monkeypatch.setattr(tg, "pick", pick)
+    found = facts(call("--prompt", PROMPT, "--tokens", "12", "--html", str(tmp_path / "a.html")))
+    assert found["forwards"] == 4
+    assert full["completion"].startswith(found["completion"])
+    (reel,) = reels(tmp_path / "a.html")
+    assert len(reel["frames"][-1][1]) == 4  # three tokens and the end; not what would have followed
+    assert reel["units"][reel["frames"][-1][1][-1]][1] == "<s>"
+
+
+def test_a_revision_fills_in_what_is_improbable(call: Callable[..., Called], at: sample.Loaded) -> None:
+    text, redo = "def f(x):\n    return  x\n", 0.0005
+    found = facts(call("--prompt", text, "--edit", "--redo", str(redo)))
+    ids = torch.tensor([[BOS, *at.tokenizer.encode(text)]])
+    low = tg.score(at.model, ids)[0] > -math.log(redo)
+    edited = tg.edit(at.model, ids, 1, ids.shape[1], tg.MODES["draft_refine"]._replace(redo=redo)).ids
+    assert 0 < found["masked"] == int(low.sum()) < len(low)
+    assert found["changed"] == int((edited != ids).sum()) > 0
+    assert not ((edited != ids)[0, 1:] & ~low).any()  # what was probable stays
+    assert found["text"] == at.tokenizer.decode(edited[0].tolist())
+    marked = found["changes"]
+    assert re.sub(r"\[-(.*?)-\]\{\+(.*?)\+\}", r"\1", marked, flags=re.DOTALL) == text
+    assert re.sub(r"\[-(.*?)-\]\{\+(.*?)\+\}", r"\2", marked, flags=re.DOTALL) == found["text"]
+
+
+def test_auto_and_guard(call: Callable[..., Called], tmp_path: Path) -> None:
+    pytest.importorskip("policy")
+    argv = ("--prompt", PROMPT, "--tokens", "3")
+    found = facts(call(*argv, "--mode", "auto", "--latency", "60"))
+    assert found["mode"] in tg.MODES
+    assert 0 < found["auto"]["seconds"] < 60
+    status, _, err = call(*argv, "--nats", "1e-9")
+    assert status == 2
+    assert err.startswith("error: --nats=1e-09: ")
+    ar = facts(call(*argv))["completion"]
+    path = tmp_path / "a.html"
+    found = facts(call(*argv, "--mode", "refine", "--guard", "--html", str(path)))  # random windows are poor
+    assert (found["fell_back"], found["completion"]) == (True, ar)
+    (reel,) = reels(path)
+    assert reel["frames"][-1][0] == "left to right instead"
+    assert "".join(reel["units"][index][0] for index in reel["frames"][-1][1]) == ar
+    assert facts(call(*argv, "--guard"))["fell_back"] is False
+
+
+# ---- passes ----
+
+
+@pytest.mark.parametrize("mode", tg.MODES)
+def test_a_film_ends_with_what_was_decoded(at: sample.Loaded, mode: str) -> None:
+    film = Film(4, [Cell(-1, 0.0, True, 0)] * 12, None)
+    film.add("masked")
+    ids = torch.tensor([[BOS, 100, 101, 102, *[0] * 12, *([] if mode in ("ar", "speculative") else [100, 101])]])
+    out = tg.decode(at.model, ids, 4, 16, tg.MODES[mode]._replace(watch=film))
+    assert [cell.token for cell in film.cells] == out.ids[0, 4:16].tolist()
+    assert not any(cell.open for cell in film.cells)
+    assert {cell.at for cell in film.cells} <= set(range(1, film.passes + 1))
+    assert len(film.frames) == 1 + film.passes <= 1 + int(out.forwards)
+    for (_, before), (_, after) in zip(film.frames, film.frames[1:], strict=False):
+        same = [(a, b) for a, b in zip(before, after, strict=True) if not a.open and a.token == b.token and not b.open]
+        assert all(a == b for a, b in same)  # a token keeps the probability it was chosen with
+    if mode == "ar":
+        nats = tg.score(at.model, out.ids)[0, 3:]
+        assert [cell.p for cell in film.cells] == pytest.approx(nats.neg().exp().tolist(), rel=1e-3)
+        assert [cell.at for cell in film.cells] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("text", [text for text in HARD_TEXTS if "<s>" not in text])
+def test_tokens_are_spelled_as_they_were(at: sample.Loaded, text: str) -> None:
+    assert spell(at.tokenizer, at.tokenizer.encode(text)) == text
+
+
+def test_bytes_of_a_character_are_shown_as_one(at: sample.Loaded) -> None:
+    cells = [Cell(at.tokenizer.piece_to_id(f"<0x{byte:02X}>"), p, False, i) for i, (byte, p) in enumerate(
+        zip("日".encode() + b"\xf0\x9f" + b"A\xff", (0.5, 0.2, 0.9, 0.4, 0.3, 0.8, 0.7), strict=True))]  # fmt: skip
+    units = join(at.tokenizer, cells)
+    assert [(unit.text, unit.p, unit.at) for unit in units] == [
+        ("日", 0.2, 2), ("\ufffd", 0.3, 4), ("A", 0.8, 5), ("\ufffd", 0.7, 6)]  # fmt: skip
+    assert units[0].label == "<0xE6> <0x97> <0xA5>"
+    gap = join(at.tokenizer, [cells[0], Cell(-1, 0.0, True, 0), *cells[1:3]])
+    assert [(unit.text, unit.open) for unit in gap] == [("\ufffd", False), ("", True), *[("\ufffd", False)] * 2]
+    assert character("é".encode() + b"\xe6") == ("é", 2)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def after_escapes(written: str) -> str:
+    """What a terminal shows: the two movements that a screen uses, and no colours."""
+    rows = [""]
+    for part in re.split(r"(\x1b\[\d+F\x1b\[J|\n)", re.sub(r"\x1b\[[\d;]*m", "", written)):
+        if part == "\n":
+            rows.append("")
+        elif part.startswith("\x1b"):
+            rows = [*rows[: len(rows) - 1 - int(part[2:-4])], ""]
+        else:
+            rows[-1] += part
+    return "\n".join(rows)
+
+
+def test_a_terminal_is_redrawn_in_place(at: sample.Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("LINES", "50")
+    text = "a = (1,\n\t日本) # " + "x" * 30
+    done = [Cell(token, 0.9, False, 1) for token in at.tokenizer.encode(text)]
+    frames = [("masked", [cell._replace(open=True) for cell in done]), ("pass 1", done)]
+    stream = Terminal()
+    slept = list[float]()
+    monkeypatch.setattr("time.sleep", slept.append)
+    screen = sample.Screen(at.tokenizer, "\x1b[2Jb", "\nc", 0.5, stream)
+    for name, cells in frames:
+        screen(name, cells)
+    rows = after_escapes(stream.getvalue()).split("\n")
+    assert rows[0] == f"--- pass 1: 0 of {len(done)} tokens open"  # the first frame is gone
+    assert "".join(rows[1:]) == "\ufffd[2Jba = (1,↵    日本) # " + "x" * 30 + "c"  # a model cannot steer it
+    assert max(map(len, rows[1:])) <= 19
+    assert slept == [0.5, 0.5]
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = Terminal()
+    screen = sample.Screen(at.tokenizer, "", "", 0.0, plain)
+    for name, cells in frames:
+        screen(name, cells)
+    assert "\x1b" not in plain.getvalue()
+    assert plain.getvalue().count("---") == 2
+
+
+def test_colours_go_from_red_to_green(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLORTERM", "truecolor")
+    red, green = zip(*([int(c) for c in sample.colour(i / 10).split(";")[3:5]] for i in range(11)), strict=True)
+    assert list(red) == sorted(red, reverse=True)
+    assert list(green) == sorted(green)
+    assert (red[0], green[0], red[10]) == (225, 0, 0)
+    monkeypatch.delenv("COLORTERM")
+    assert [sample.colour(p).split(";")[-1] for p in (0.0, 0.5, 1.0)] == ["196", "220", "40"]
+
+
+def test_watching_changes_nothing_and_leaves_the_last_line(
+    call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv, slept, wait = (
+        ("--prompt", PROMPT, "--suffix", "x", "--tokens", "6", "--steps", "3"),
+        list[float](),
+        time.sleep,
+    )
+    monkeypatch.setattr("time.sleep", lambda seconds: (slept.append(seconds), wait(0.2)))
+    status, out, err = call(*argv, "--watch", "--delay", "9")
+    watched = facts((status, out, err))
+    assert sum(slept) == 0  # no terminal, so nothing waits
+    assert 0 < watched["seconds"] < 0.6  # four frames took longer, but that is not the model's time
+    assert watched | {"seconds": 0} == facts(call(*argv)) | {"seconds": 0}
+    names, left = ("masked", "pass 1", "pass 2", "pass 3"), (6, 4, 2, 0)
+    expected = [f"{name}: {n} of 6 tokens open" for name, n in zip(names, left, strict=True)]
+    assert re.findall(r"^--- (.*)$", err, re.MULTILINE) == expected
+    assert "\x1b" not in err
+    assert err.split("---")[1].count(sample.BLOCK) == 6
+
+
+# ---- the page ----
+
+
+class Parsed(HTMLParser):
+    """Tags with their attributes, and the text of scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.scripts = list[tuple[str, dict[str, str | None]]](), list[str]()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags[-1:] and self.tags[-1][0] == "script" and data.strip():
+            self.scripts.append(data)
+
+
+def reels(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(Parsed(path.read_text(encoding="utf-8")).scripts[0])
+    return found
+
+
+def test_the_page_holds_every_pass(call: Callable[..., Called], tmp_path: Path) -> None:
+    path, prompt = tmp_path / "a.html", 'x = "</script><b>&amp;\n\t日本"'
+    found = facts(call("--prompt", prompt, "--suffix", " <!--\n", "--tokens", "6", "--steps", "3", "--html", str(path)))
+    (reel,) = reels(path)
+    assert (reel["before"], reel["after"], reel["title"]) == (prompt, " <!--\n", "Infill")
+    assert [name for name, _ in reel["frames"]] == ["masked", "pass 1", "pass 2", "pass 3"]
+    last = [reel["units"][index] for index in reel["frames"][-1][1]]
+    assert "".join(text for text, *_ in last) == found["completion"]
+    assert all(0 <= p <= 1 and not still_open and 1 <= at <= 3 for _, _, p, still_open, at in last)
+
+
+def test_the_page_needs_nothing_else_and_names_its_controls() -> None:
+    text = page([{"title": "</script><script>alert(1)</script>"}])
+    parsed = Parsed(text)
+    assert [tag for tag, _ in parsed.tags].count("script") == 2  # data and program; text cannot add one
+    assert json.loads(parsed.scripts[0]) == [{"title": "</script><script>alert(1)</script>"}]
+    assert not re.search(r"https?:|//|@import|url\(|\b(src|href)=", text.replace("behind", "").split("<script>")[0])
+    assert not any({"src", "href"} & set(attributes) for _, attributes in parsed.tags)
+    for tag, attributes in parsed.tags:
+        if tag in ("button", "input", "select") and attributes["id"] != "play":  # the program names that one
+            assert attributes["aria-label"]
+    named = set(re.findall(r'\$\("(\w+)"\)', parsed.scripts[1]))
+    assert named <= {attributes.get("id") for _, attributes in parsed.tags}
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_the_demo_shows_two_films(call: Callable[..., Called], data: dict[str, Any], tmp_path: Path) -> None:
+    found = facts(call("--demo", data["data_path"], "--tokens", "4", "--html", str(tmp_path / "a.html")))
+    assert [reel["title"] for reel in reels(tmp_path / "a.html")] == ["Infill", "Continuation"]
+    assert found["infill"]["original"]
+    assert found["continuation"]["mode"] == "ar"
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("--tokens 0", "--tokens=0 must be 1 or more"),
+        ("--tokens 99999999999", r"--tokens=99999999999 \+ suffix of 0 exceed the 64 .* use --tokens=62 or fewer"),
+        ("--top-p 0", "--top-p=0.0 must be between"),
+        ("--temperature nan", "--temperature=nan must be between 0 and"),
+        ("--steps 3", "--steps: mode ar has no windows"),
+        ("--latency 1 --window 4", "--window: mode auto chooses that"),
+        ("--mode auto", "--latency and --nats"),
+        ("--latency 1 --nats 1", "--latency and --nats"),
+        ("--mode block --nats 1", "--mode block has no goal"),
+        ("--mode ar --suffix x", "--mode ar cannot read the text of --suffix"),
+        ("--edit --tokens 3", "leave --tokens=3 out"),
+        ("--edit --redo 0", "--edit with --redo=0"),
+        ("--edit --guard", "--guard"),
+        ("--html /nowhere/a.html", "--html=/nowhere/a.html: there is no folder"),
+        ("--html .", "--html=. cannot be written"),
+        ("--no-such-option", "--no-such-option"),
+    ],
+)
+def test_a_wrong_command_says_what_to_do(call: Callable[..., Called], argv: str, expected: str) -> None:
+    status, _, err = call("--prompt", "x", *argv.split())
+    assert status == 2
+    assert re.fullmatch(rf"error: .*{expected}.*\n", err), err
+
+
+def test_text_that_does_not_fit(call: Callable[..., Called]) -> None:
+    for argv, expected in (
+        (("--prompt", "x" * 400, "--tokens", "1"), "shorten prompt or suffix by"),
+        (("--prompt", "x" * 400, "--edit"), "revise a part"),
+        (("--prompt", "", "--edit"), "--edit has nothing to revise"),
+        (("--prompt", "\ud800", "--tokens", "1"), "not valid UTF-8"),
+    ):
+        status, _, err = call(*argv)
+        assert status == 2
+        assert re.fullmatch(rf"error: .*{expected}.*\n", err), err
+
+
+def test_a_model_without_a_denoiser_says_so(call: Callable[..., Called], data: dict[str, Any], tmp_path: Path) -> None:
+    plain = export(data, tmp_path / "ar.ptz", "ar")
+    assert facts(call("--prompt", "x", "--tokens", "3", artifact=plain))["mode"] == "ar"
+    for argv, name in (
+        (("--suffix", "y"), "--mode=refine"),
+        (("--edit",), "--edit"),
+        (("--mode", "block"), "--mode=block"),
+    ):
+        status, _, err = call("--prompt", "x", *argv, artifact=plain)
+        assert status == 2
+        assert err.startswith(f"error: {name} needs a denoiser")
+
+
+def test_what_the_tokenizer_cannot_read_is_said(
+    tokenizers: Tokenizers, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strict = train_tokenizer(tmp_path / "strict.model", texts, **IDENTITY, byte_fallback=False)
+    sample.encode(strict, "a ☃ b")
+    assert "no token for '☃'" in capsys.readouterr().err
+    folding, exact = (spm.SentencePieceProcessor(model_file=str(path)) for path in (tokenizers.nmt_nfkc, tokenizers[0]))
+    sample.encode(folding, "a  b\nc")
+    assert "folds" in capsys.readouterr().err
+    for tokenizer, text in ((folding, "a b c\n"), (folding, " return x"), (exact, "a ☃  b\n\tc")):
+        sample.encode(tokenizer, text, continues=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_another_tokenizer_is_refused(call: Callable[..., Called], tokenizers: Tokenizers) -> None:
+    status, _, err = call("--prompt", "x", "--tokenizer", str(tokenizers.nmt_nfkc))
+    assert status == 2
+    assert "is not the one" in err
