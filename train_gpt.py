@@ -364,7 +364,10 @@ class Run:
     def start(cls, cfg: Config) -> Iterator[Run]:
         """Pick device and kernels, join the process group and leave it on any exit; UserError: a rank was lost."""
         again = "the last checkpoint is kept: start the same command with RESUME=auto"
-        rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        given = {k: os.environ.get(k, d) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))}
+        if bad := [f"{name}={text!r}" for name, text in given.items() if not text.isdecimal()]:
+            raise UserError(f"{', '.join(bad)} must be a whole number; torchrun sets it, unset it otherwise")
+        rank, world, local = map(int, given.values())
         if world < 1 or cfg.micro_batches % world:
             raise UserError(f"WORLD_SIZE={world} must divide MICRO_BATCHES={cfg.micro_batches}; raise MICRO_BATCHES")
         found = torch.cuda.device_count() if cfg.device != "cpu" and torch.cuda.is_available() else 0
@@ -1134,7 +1137,8 @@ def decode(model: GPT, ids: Tensor, start: int, stop: int, how: Decoding = AR) -
     if how.window > 0 and model.mask_emb is None:
         rule = "decode it with mode ar, which reads no text after the span"
         raise UserError(f"this model has no trained denoiser (DIFFUSION_LOSS_WEIGHT=0); {rule}")
-    window, verify, used = min(how.window, stop - start), how.verify or how.window == 0, torch.zeros_like(ids[:, :1])
+    verify, used = how.verify or how.window == 0, torch.zeros_like(ids[:, :1])
+    window = min(how.window, stop - start, how.longest if verify else stop)
     if how.draft == "ar":
         ids, used = decode(model, ids, start, stop, how._replace(window=0, draft=""))
     longest = max(window, how.longest if verify and how.lookup else 0)

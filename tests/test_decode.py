@@ -325,6 +325,22 @@ def test_a_right_draft_saves_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.forwards[:, 0].tolist() == [1 + 1 + 8, 5, 5]
 
 
+def test_drafts_share_the_noise_of_what_checks_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, real = model_of(), random_rows(3, 5, V), tg.Decoder.denoise
+    expected = tg.generate(model, ids, 12, tg.AR._replace(**HOT)).ids
+    with torch.no_grad():
+        truth = torch.nn.functional.pad(model.clean(expected)[0], (0, 0, 1, 8))  # at a place, logits of its own token
+
+    def denoise(run: Any, clean: Any, at: Any, ids: Any, hole: Tensor, first: Tensor, *rest: Any) -> Any:
+        places = first[..., None] + 1 + torch.arange(hole.shape[2])
+        return real(run, clean, at, ids, hole, first, *rest)[0], truth[torch.arange(3)[:, None, None], places]
+
+    monkeypatch.setattr(tg.Decoder, "denoise", denoise)
+    found = tg.generate(model, ids, 12, tg.Decoding(4, verify=True, **HOT))
+    assert found.ids.equal(expected)
+    assert (found.forwards == 5).all()  # as of a drafter that knows: with other noise it would guess
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 1.1])
 def test_a_threshold_commits_what_is_sure_and_at_least_one(threshold: float) -> None:
     model, ids = model_of(), random_rows(3, 12, V)

@@ -61,6 +61,9 @@ def test_ranks_that_do_not_divide_the_batch_are_named(monkeypatch: pytest.Monkey
         pass
     assert not torch.distributed.is_initialized()
     assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(tg.UserError, match="WORLD_SIZE='two' must be a whole number"), tg.Run.start(cfg):
+        pass
 
 
 def worker(parent: int, rank: int) -> int:
