@@ -136,6 +136,22 @@ def test_a_rows_result_does_not_depend_on_its_batch(window: int, mode: str, samp
     assert tg.decode(model, ids[:3], 4, 12, how).ids.equal(together[:3])
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        tg.MODES["threshold"]._replace(threshold=0.1),
+        tg.MODES["remask"],
+        tg.MODES["draft_refine"]._replace(redo=0.05, temperature=1.0),
+    ],
+)
+def test_a_rows_passes_do_not_depend_on_its_batch(how: tg.Decoding) -> None:
+    model, ids = model_of(), random_rows(1, 20, V).expand(5, -1) if how.temperature else random_rows(5, 20, V)
+    together = tg.decode(model, ids, 4, 16, how).forwards
+    alone = torch.cat([tg.decode(model, ids[: i + 1], 4, 16, how).forwards[i:] for i in range(5)])
+    assert together.equal(alone)
+    assert len(together.unique()) > 1
+
+
 def test_rows_and_seeds_draw_apart() -> None:
     model, ids = model_of(), random_rows(1, 5, V).expand(20, -1)
     for window in (0, 8):
@@ -267,6 +283,9 @@ def test_an_edit_changes_what_is_improbable_and_nothing_else() -> None:
     assert found[:, 16:].equal(ids[:, 16:])
     other = torch.cat((ids[:, :16], (ids[:, 16:] + 1) % V), dim=1)
     assert not tg.edit(model, other, 4, 16, how).ids[:, :16].equal(found[:, :16])  # it reads the text after
+    nothing = tg.edit(model, ids, 4, 16, how._replace(redo=0.0))
+    assert nothing.ids.equal(ids)
+    assert not nothing.forwards.any()
 
 
 def test_a_draft_of_ar_is_repaired() -> None:
