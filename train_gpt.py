@@ -1147,13 +1147,13 @@ def decode(model: GPT, ids: Tensor, start: int, stop: int, how: Decoding = AR) -
     past = [(F.pad(k, (0, 0, 0, room)), F.pad(v, (0, 0, 0, room))) for k, v in model.clean(ids[:, :start])[1]]
     run = Decoder(model, how, past, derive(torch.arange(len(ids)).to(ids)[:, None], how.seed))
     done, drafts = torch.full_like(used, start), x[:, :0]  # tokens that stand, a row; the last pass's proposals
-    trust, reach = 2.0, 4  # tokens a window and a lookup may propose: about twice what was right of late
+    trust, reach = 0.6, 4  # tokens a window and a lookup may propose: about twice what was right of late
     while len(ids) and (fewest := int(done.min())) < stop:
         busy, passes, size = done < stop, torch.ones_like(done), min(window, stop - fewest)
         if verify:
-            found, hit = look_up(x, done, how.lookup, longest)
+            found, hit = look_up(x, done, how.lookup, longest) if how.lookup else (x, torch.zeros_like(busy))
             ours, width = busy & ~hit, drafts.shape[1]  # rows whose proposals are a window's
-            if bool((hit & busy).any()):
+            if how.lookup and bool((hit & busy).any()):
                 drafts = torch.where(hit, found, F.pad(drafts, (0, longest - width)))[:, : max(reach, width)]
             at = done - 1 + column[: drafts.shape[1] + 1]
             ahead = min(round(trust) or int(x.is_cuda), window) if bool(ours.any()) else 0
