@@ -716,6 +716,11 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1 else x.detach() if scale == 0 else x.detach() + scale * (x - x.detach())
 
 
+def take(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Rows of x (B, N, D) by index (B, n), (B, n, D); None: all."""
+    return x if rows is None else x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
+
+
 def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:])
 
@@ -807,6 +812,7 @@ class Window(NamedTuple):
     mask: Mask | None  # None: every token reads all of past and window
     previous: Tensor | None = None  # (B, W, S, D) expected embedding under the last pass; zero where there was none
     slots: Tensor | None = None  # (B, N) scratch places in the buffers of `past`
+    only: Tensor | None = None  # (B, n) read these of the N tokens; mask, positions and slots have just their rows
 
 
 class GPT(nn.Module):
@@ -854,10 +860,11 @@ class GPT(nn.Module):
 
     def window(self, window: Window, past: Sequence[KV] | None) -> Tensor:
         """Denoise windows that may read the clean keys and values `past`; logits (B, W, S, V) for their tokens."""
-        return self.read(window, past).narrow(2, int(not self.cfg.diffusion_shift), window.noisy.xt.shape[2])
+        num, size = window.noisy.xt.shape[1:]
+        return self.read(window, past).unflatten(1, (num, -1)).narrow(2, int(not self.cfg.diffusion_shift), size)
 
     def read(self, window: Window, past: Sequence[KV] | None) -> Tensor:
-        """Logits (B, W, S + 1, V) at every token of windows, the clean one before included."""
+        """Logits (B, N, V) at every token of windows, the clean one before included, or at those of `only`."""
         assert self.mask_emb is not None, "read() needs a model built with diffusion on"
         cfg, noisy, scale, s = self.cfg, window.noisy, self.cfg.diffusion_backbone_grad, self.cfg.diffusion_cache_grad
         table = torch.cat((scale_gradient(self.tok_emb, scale), self.mask_emb[None]))
@@ -870,10 +877,11 @@ class GPT(nn.Module):
         if self.self_cond is not None and window.previous is not None:
             emb = emb + F.pad(F.linear(window.previous, self.self_cond), (0, 0, 1, 0)) * gate
         half_turns = noisy.t[..., None, None] * torch.arange(cfg.time_embed_dim, device=emb.device)  # the first is 0
-        time = (torch.cos(math.pi / 2 * half_turns) * gate).flatten(1, 2) if cfg.time_embed_dim else None
-        stream = Stream(rotary(window.positions, cfg), window.mask, gate.flatten(1, 2), time, scale, window.slots)
+        time = torch.cos(math.pi / 2 * half_turns) * gate if cfg.time_embed_dim else None
+        emb, gate, time = (None if x is None else take(x.flatten(1, 2), window.only) for x in (emb, gate, time))
+        stream = Stream(rotary(window.positions, cfg), window.mask, gate, time, scale, window.slots)
         past = past and [(scale_gradient(k, s), scale_gradient(v, s)) for k, v in past]
-        return self.trunk(emb.flatten(1, 2), stream, past)[0].view(*emb.shape[:3], -1)
+        return self.trunk(emb, stream, past)[0]
 
     def expected_embedding(self, logits: Tensor) -> Tensor:
         """Mean normalised embedding under a prediction, (..., V) to (..., D): soft self-conditioning's input."""
@@ -1001,6 +1009,7 @@ class Decoding(NamedTuple):
     steps: int = 8  # most denoising passes a window
     threshold: float = math.inf  # tokens at least this probable are committed sooner
     draft: str = ""  # windows only repair what `redo` names, of a span that `ar` has written, or that was `given`
+    reuse: bool = False  # window tokens that have not changed keep their keys and values: faster, approximate
     redo: float = 0.0  # tokens less probable than this to the clean stream are masked and filled in again, once
     verify: bool = False  # keep only what the clean stream itself would choose: exactly AR's output
     lookup: int = 0  # verify: also propose what followed these last tokens (their number) where they stood before
@@ -1017,6 +1026,7 @@ AR = Decoding(window=0)
 MODES = {
     "ar": AR,
     "refine": Decoding(),
+    "refine_cached": Decoding(reuse=True),
     "block": Decoding(window=8, steps=4),
     "threshold": Decoding(window=8, threshold=0.9),
     "remask": Decoding(window=8, steps=4, redo=0.02),
@@ -1056,15 +1066,24 @@ class Decoder(NamedTuple):
     keys: Tensor  # (B, 1) randomness of each row
 
     def denoise(
-        self, clean: Tensor, at: Tensor, ids: Tensor, hole: Tensor, first: Tensor, salt: int, previous: Tensor | None
+        self,
+        clean: Tensor,
+        at: Tensor,
+        ids: Tensor,
+        hole: Tensor,
+        first: Tensor,
+        salt: int = 0,
+        previous: Tensor | None = None,
+        only: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Take one pass over clean tokens (B, n) at positions `at`, which enter the cache, and over windows ids (B, W,
         S + 1), each after its clean token at position `first` (B, W), with holes (B, W, S) bool to be found. Returns
-        logits of the tokens after the clean ones, (B, n, V), and of the windows' own, (B, W, S, V)."""
+        logits of the tokens after the clean ones, (B, n, V), and of the windows' own, (B, W, S, V). `only` reads some
+        of all these tokens, by index (B, m); the others keep the keys and values of an earlier pass, and get 0."""
         cfg, size, num, length = self.model.cfg, hole.shape[2], clean.shape[1], self.past[0][0].shape[2]
         index, slot = (torch.arange(n, device=ids.device) for n in (hole.shape[1] * (size + 1), length))
         rule = may_read(lambda w: first[:, w], size, length - len(index), cfg.diffusion_causal)
-        mask = torch.cat((slot <= at[..., None], rule(0, 0, index[:, None], slot)), dim=1)[:, None]
+        mask = torch.cat((slot <= at[..., None], rule(0, 0, index[:, None], slot)), dim=1)
         positions = torch.cat((at, first.repeat_interleave(size + 1, dim=1) + index % (size + 1)), dim=1)
         places = torch.cat((at, (length - len(index) + index).expand(len(ids), -1)), dim=1)
         tokens, inside = torch.cat((clean, ids.flatten(1)), dim=1)[:, None], F.pad(index % (size + 1) > 0, (num, 0))[1:]
@@ -1072,24 +1091,37 @@ class Decoder(NamedTuple):
         t, blank = (hole.sum(-1) / inside.sum()).clamp_min(1e-6), float(cfg.diffusion_corruption_mode != "uniform")
         noisy = apply_noise(tokens[..., 1:], hole, t, derive(self.keys, first[:, :1], salt), cfg, blank)
         noisy = noisy._replace(suspect=noisy.suspect & inside)  # never clean tokens, nor the ones before windows
-        logits = self.model.read(Window(tokens[..., :1], noisy, positions, mask, previous, places), self.past)[:, 0]
+        mask, (positions, places) = (
+            take(mask, only)[:, None],
+            (take(x[..., None], only)[..., 0] for x in (positions, places)),
+        )
+        window = Window(tokens[..., :1], noisy, positions, mask, previous, places, only)
+        logits = self.model.read(window, self.past)
+        if only is not None:
+            whole = logits.new_zeros(len(ids), tokens.shape[2], logits.shape[2])
+            logits = whole.scatter(1, only[..., None].expand_as(logits), logits)
         return logits[:, :num], logits[:, num:].view(*ids.shape, -1).narrow(2, int(not cfg.diffusion_shift), size)
 
     def refine(self, ids: Tensor, hole: Tensor, shown: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         """Fill the holes of one window a row, the most confident first, in at most `how.steps` passes: ids (B, 1 + S),
         clean token, at `first` (B, 1), and window; hole (B, S) bool; shown (B, n), text after. Returns the tokens and
         the passes that each row took (B, 1)."""
-        how, size, none, previous = self.how, hole.shape[1], ids[:, :0], None
+        how, size, none, previous, only = self.how, hole.shape[1], ids[:, :0], None, None
         x, hole = torch.cat((ids, shown), dim=1), F.pad(hole, (0, shown.shape[1]))
         total, passes, used = hole.sum(1, keepdim=True), torch.zeros_like(first), 0
         places = first + torch.arange(1, x.shape[1], device=ids.device)
         while bool(hole.any()):
             passes = passes + hole.any(1, keepdim=True)
-            logits = self.denoise(none, none, x[:, None], hole[:, None], first, used, previous)[1]
+            logits = self.denoise(none, none, x[:, None], hole[:, None], first, used, previous, only)[1]
             token, log_p = pick(logits[:, 0], how, derive(self.keys, places))
             x[:, 1:], used = torch.where(hole, token, x[:, 1:]), used + 1
             rank = log_p.masked_fill(~hole, math.inf).argsort(dim=-1).argsort(dim=-1)
+            before = hole
             hole = hole & (rank < total - -(-total * used // total.clamp(1, how.steps))) & (log_p.exp() < how.threshold)
+            if how.reuse:  # tokens that were filled in, and those at whose place the next token is predicted
+                due = F.pad(before, (1, 0)) | F.pad(hole, (0, 1))
+                order, count = due.int().argsort(dim=1, descending=True), due.sum(1, keepdim=True)
+                only = order.gather(1, torch.arange(int(count.max())).to(order) % count.clamp(min=1))  # a row's own
             previous = self.model.expected_embedding(logits) if self.model.cfg.self_condition == "soft" else None
             if how.watch:
                 how.watch(places, x[:, 1:], log_p, hole)
@@ -1103,7 +1135,7 @@ class Decoder(NamedTuple):
         if ahead:  # a window after each end, a token longer: its first will be the clean stream's own choice
             windows = F.pad(x.gather(1, ends)[..., None], (0, ahead + 1))
             hole = torch.ones_like(windows[..., 1:], dtype=torch.bool)
-            logits, guess = self.denoise(ids, at, windows, hole, ends, 0, None)
+            logits, guess = self.denoise(ids, at, windows, hole, ends)
         else:
             logits = self.model.clean(ids, self.past, at)[0]
             guess = logits[:, None, :1]

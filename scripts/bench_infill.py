@@ -262,7 +262,7 @@ class FirstPass:
     def read(self, *args: Any) -> Tensor:
         logits = self.model.read(*args)
         if self.logits is None:
-            self.logits = logits[:, :, :-1] if self.model.cfg.diffusion_shift else logits[:, :, 1:]
+            self.logits = logits[:, :-1] if self.model.cfg.diffusion_shift else logits[:, 1:]
         return logits
 
 
@@ -280,7 +280,7 @@ def refill(batch: Batch, ids: Tensor, hole: Tensor, suffix: Tensor, steps: int) 
     run = tg.Decoder(cast("GPT", watched), tg.Decoding(steps=steps), batch.past, batch.keys)
     found, _ = run.refine(window, hole, suffix, first)
     assert watched.logits is not None
-    return found, watched.logits[:, 0, : ids.shape[1]]
+    return found, watched.logits[:, : ids.shape[1]]
 
 
 def doubt(batch: Batch, ids: Tensor, wrong_share: float) -> Tensor:

@@ -28,7 +28,7 @@ class Spy(tg.GPT):
 
     def read(self, window: tg.Window, past: Any) -> Tensor:
         logits = super().read(window, past)
-        self.calls.append(("window", window, logits[:, :, :-1]))
+        self.calls.append(("window", window, logits[:, None, :-1]))
         return logits
 
 
@@ -140,16 +140,18 @@ def test_a_rows_result_does_not_depend_on_its_batch(window: int, mode: str, samp
     "how",
     [
         tg.MODES["threshold"]._replace(threshold=0.1),
+        tg.Decoding(12, steps=12, threshold=0.6, reuse=True),
         tg.MODES["remask"],
         tg.MODES["draft_refine"]._replace(redo=0.05, temperature=1.0),
     ],
 )
 def test_a_rows_passes_do_not_depend_on_its_batch(how: tg.Decoding) -> None:
     model, ids = model_of(), random_rows(1, 20, V).expand(5, -1) if how.temperature else random_rows(5, 20, V)
-    together = tg.decode(model, ids, 4, 16, how).forwards
-    alone = torch.cat([tg.decode(model, ids[: i + 1], 4, 16, how).forwards[i:] for i in range(5)])
-    assert together.equal(alone)
-    assert len(together.unique()) > 1
+    together = tg.decode(model, ids, 4, 16, how)
+    alone = [tg.decode(model, ids[: i + 1], 4, 16, how) for i in range(5)]
+    assert together.ids.equal(torch.cat([found.ids[i:] for i, found in enumerate(alone)]))
+    assert together.forwards.equal(torch.cat([found.forwards[i:] for i, found in enumerate(alone)]))
+    assert len(together.forwards.unique()) > 1
 
 
 def test_rows_and_seeds_draw_apart() -> None:
@@ -491,3 +493,20 @@ def test_a_model_without_a_denoiser_says_so() -> None:
     with pytest.raises(tg.UserError, match="no trained denoiser"):
         tg.infill(model, prompt, prompt, 4)
     assert tg.generate(model, prompt, 4).ids.shape == (1, 8)
+
+
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize(("steps", "suffix"), [(2, 0), (5, 3), (11, 3)])
+def test_kept_keys_change_nothing_where_they_depend_on_their_own_token_only(
+    shift: bool, steps: int, suffix: int
+) -> None:
+    model, ids = model_of(num_layers=1, diffusion_shift=shift), random_rows(3, 15 + suffix, V)
+    how = tg.Decoding(steps=steps)
+    whole = tg.decode(model, ids, 4, 15, how)
+    model.calls.clear()
+    kept = tg.decode(model, ids, 4, 15, how._replace(reuse=True))
+    assert kept.ids.equal(whole.ids)
+    assert kept.forwards.equal(whole.forwards)
+    read = [12 + suffix if w.only is None else w.only.shape[1] for w, _ in windows_of(model)]
+    assert read[0] == 12 + suffix  # the first pass leaves the keys that later ones read
+    assert read[-1] <= 2 * (11 - 11 * (steps - 2) // steps) < 12 + suffix or steps == 2
