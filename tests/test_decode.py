@@ -140,7 +140,7 @@ def test_a_rows_result_does_not_depend_on_its_batch(window: int, mode: str, samp
     "how",
     [
         tg.MODES["threshold"]._replace(threshold=0.1),
-        tg.Decoding(12, steps=12, threshold=0.6, reuse=True),
+        tg.Decoding(12, steps=12, threshold=0.2, reuse=True),
         tg.MODES["remask"],
         tg.MODES["draft_refine"]._replace(redo=0.05, temperature=1.0),
     ],
