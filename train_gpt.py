@@ -87,6 +87,7 @@ class Config:
     rope_scale: float = opt(1.0, "positions are divided by it: reads longer text (arXiv:2306.15595)", low=1)
     qk_gain_init: float = opt(1.5, "initial gain on normalised queries", low=0)
     logit_softcap: float = opt(30.0, "logits are softcap * tanh(logits / softcap)", low=1)
+    nearest_reach: int = opt(8, "windows: how far the nearest sure tokens are inputs; 0: they are not", "tokens", low=0)
     adapter_rank: int = opt(16, "rank of the token-gated adapters on every matrix; 0: none", low=0)
     time_embed_dim: int = opt(32, "features of the noise level t; 0: no time input", "features", low=0)
     self_condition: str = opt("none", "previous prediction fed back as an input", choices="none soft commit")
@@ -654,6 +655,21 @@ def window_mask(seq_len: int, size: int, causal: bool, device: torch.device, blo
     return rule(0, 0, torch.arange(num, device=device)[:, None], torch.arange(seq_len + num, device=device))
 
 
+def nearest(sure: Tensor, positions: Tensor, reach: int, causal: bool) -> tuple[Tensor, Tensor]:
+    """Find the nearest sure token before and, unless `causal`, after each token: sure (B, N) bool at positions (N,) or
+    (B, N). Returns where it stands in the row and how far away, both (B, 2, N) int64, before and after; distance 0:
+    nothing within `reach` in the same window, or nothing to be found: a sure token is told of no others, but of what
+    follows if the token after it is not sure, since it predicts that one."""
+    i, n = torch.arange(sure.shape[1], device=sure.device), sure.shape[1]
+    before = torch.where(sure, i, -1).cummax(-1).values
+    after = torch.where(sure, i, n).flip(-1).cummin(-1).values.flip(-1)
+    at = torch.stack((before, F.pad(after[:, 1:], (0, 1), value=n)), dim=1)
+    found, places = at.clamp(0, n - 1), positions.expand(sure.shape)[:, None].expand_as(at)
+    far, together = (at - i).abs(), places.gather(2, found) - places == at - i  # else another window lies between
+    wanted = torch.stack((~sure, torch.full_like(sure, not causal)), dim=1) & (far > sure[:, None].long())
+    return found, far * (together & wanted & (far <= reach))
+
+
 def tile(rows: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Cut rows (B, T + 1) into windows: tokens (B, W, S), the clean token before each (B, W, 1), positions (N,)."""
     positions = torch.arange(rows.shape[1], device=rows.device).unfold(0, size + 1, size).flatten()
@@ -717,8 +733,12 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
 
 
 def take(x: Tensor, rows: Tensor | None) -> Tensor:
-    """Rows of x (B, N, D) by index (B, n), (B, n, D); None: all."""
-    return x if rows is None else x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
+    """Choose tokens of x (B, N, ...) by index (B, n), to (B, n, ...); None: all."""
+    return (
+        x
+        if rows is None
+        else x.gather(1, rows.view(*rows.shape, *[1] * (x.ndim - 2)).expand(*rows.shape, *x.shape[2:]))
+    )
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -812,7 +832,7 @@ class Window(NamedTuple):
     mask: Mask | None  # None: every token reads all of past and window
     previous: Tensor | None = None  # (B, W, S, D) expected embedding under the last pass; zero where there was none
     slots: Tensor | None = None  # (B, N) scratch places in the buffers of `past`
-    only: Tensor | None = None  # (B, n) read these of the N tokens; mask, positions and slots have just their rows
+    only: Tensor | None = None  # (B, n) read these of the N tokens; mask and slots have just their rows
 
 
 class GPT(nn.Module):
@@ -826,6 +846,9 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(self.num_down, dim))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
         self.mask_emb = nn.Parameter(torch.empty(dim)) if cfg.diffusion else None
+        near = cfg.nearest_reach if cfg.diffusion else 0
+        self.near_gain = nn.Parameter(torch.ones(2, near, dim)) if near else None
+        self.near_proj = nn.Parameter(torch.zeros(dim, 2 * dim)) if near else None
         self.self_cond = nn.Parameter(torch.zeros(dim, dim)) if cfg.diffusion and cfg.self_condition == "soft" else None
         shared, extra = (torch.Generator().manual_seed(cfg.seed + offset) for offset in (0, 1 << 32))
         for name, p in self.named_parameters():
@@ -860,8 +883,8 @@ class GPT(nn.Module):
 
     def window(self, window: Window, past: Sequence[KV] | None) -> Tensor:
         """Denoise windows that may read the clean keys and values `past`; logits (B, W, S, V) for their tokens."""
-        num, size = window.noisy.xt.shape[1:]
-        return self.read(window, past).unflatten(1, (num, -1)).narrow(2, int(not self.cfg.diffusion_shift), size)
+        (batch, num, size), logits = window.noisy.xt.shape, self.read(window, past)
+        return logits.view(batch, num, size + 1, -1).narrow(2, int(not self.cfg.diffusion_shift), size)
 
     def read(self, window: Window, past: Sequence[KV] | None) -> Tensor:
         """Logits (B, N, V) at every token of windows, the clean one before included, or at those of `only`."""
@@ -877,9 +900,17 @@ class GPT(nn.Module):
         if self.self_cond is not None and window.previous is not None:
             emb = emb + F.pad(F.linear(window.previous, self.self_cond), (0, 0, 1, 0)) * gate
         half_turns = noisy.t[..., None, None] * torch.arange(cfg.time_embed_dim, device=emb.device)  # the first is 0
-        time = torch.cos(math.pi / 2 * half_turns) * gate if cfg.time_embed_dim else None
-        emb, gate, time = (None if x is None else take(x.flatten(1, 2), window.only) for x in (emb, gate, time))
-        stream = Stream(rotary(window.positions, cfg), window.mask, gate, time, scale, window.slots)
+        time = torch.cos(math.pi / 2 * half_turns) * gate
+        emb, gate, time = (x.flatten(1, 2) for x in (emb, gate, time))
+        if self.near_gain is not None and self.near_proj is not None:
+            at, far = nearest(gate[..., 0] == 0, window.positions, cfg.nearest_reach, cfg.diffusion_causal)
+            gain = F.pad(self.near_gain, (0, 0, 1, 0))  # (2, 1 + reach, D), nothing at distance 0
+            near = [take(emb, at[:, i]) * F.embedding(far[:, i], gain[i]) for i in (0, 1)]
+            emb = emb + F.linear(torch.cat(near, dim=-1), self.near_proj)
+        emb, gate, time = (take(x, window.only) for x in (emb, gate, time))
+        places = take(window.positions, window.only)
+        times = time if cfg.time_embed_dim else None
+        stream = Stream(rotary(places, cfg), window.mask, gate, times, scale, window.slots)
         past = past and [(scale_gradient(k, s), scale_gradient(v, s)) for k, v in past]
         return self.trunk(emb, stream, past)[0]
 
@@ -893,7 +924,11 @@ class GPT(nn.Module):
 GROUPS: tuple[tuple[str, Callable[[str, Tensor], bool], Callable[[Config], float]], ...] = (
     ("embed", lambda n, p: n in ("tok_emb", "mask_emb"), lambda c: c.tied_embed_lr if c.tie_embeddings else c.embed_lr),
     ("head", lambda n, p: n == "lm_head", lambda c: c.head_lr),
-    ("adapter", lambda n, p: n.endswith(("lora_a", "lora_b", "time_proj", "self_cond")), lambda c: c.adapter_lr),
+    (
+        "adapter",
+        lambda n, p: n.endswith(("lora_a", "lora_b", "time_proj", "self_cond", "near_gain", "near_proj")),
+        lambda c: c.adapter_lr,
+    ),
     ("scalar", lambda n, p: p.ndim < 2 or n.endswith(("resid_mix", "skip_weights")), lambda c: c.scalar_lr),
     ("matrix", lambda n, p: p.ndim == 2, lambda c: c.matrix_lr),
 )
@@ -1091,10 +1126,7 @@ class Decoder(NamedTuple):
         t, blank = (hole.sum(-1) / inside.sum()).clamp_min(1e-6), float(cfg.diffusion_corruption_mode != "uniform")
         noisy = apply_noise(tokens[..., 1:], hole, t, derive(self.keys, first[:, :1], salt), cfg, blank)
         noisy = noisy._replace(suspect=noisy.suspect & inside)  # never clean tokens, nor the ones before windows
-        mask, (positions, places) = (
-            take(mask, only)[:, None],
-            (take(x[..., None], only)[..., 0] for x in (positions, places)),
-        )
+        mask, places = take(mask, only)[:, None], take(places, only)
         window = Window(tokens[..., :1], noisy, positions, mask, previous, places, only)
         logits = self.model.read(window, self.past)
         if only is not None:

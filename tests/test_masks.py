@@ -149,3 +149,41 @@ def test_only_the_last_of_several_windows_reads_the_suffix() -> None:
     again = tg.decode(model, other, 5, 13, how).ids
     assert again[:, :9].equal(found[:, :9])
     assert not again[:, 9:13].equal(found[:, 9:13])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("reach", [1, 3, 20])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_the_nearest_sure_tokens_are_found_in_the_same_window_within_reach(size: int, reach: int, causal: bool) -> None:
+    positions = tg.tile(random_rows(1, T + 1, V), size)[2]
+    starts = torch.arange(len(positions)) % (size + 1) == 0
+    sure = (torch.rand(6, len(positions), generator=torch.Generator().manual_seed(size)) < 0.3) | starts
+    at, far = tg.nearest(sure, positions, reach, causal)
+    for row in range(len(sure)):
+        for i in range(len(positions)):
+            first = i - i % (size + 1)
+            before = [j for j in range(first, i) if sure[row, j]]
+            after = [j for j in range(i + 1, first + size + 1) if sure[row, j]]
+            wanted = [before[-1:] if not sure[row, i] else [], after[:1] if not causal else []]
+            if sure[row, i] and after[:1] == [i + 1]:  # the token that it predicts is known
+                wanted[1] = []
+            for side in (0, 1):
+                near = [j for j in wanted[side] if abs(j - i) <= reach]
+                assert far[row, side, i] == (abs(near[0] - i) if near else 0), (row, side, i)
+                assert not near or at[row, side, i] == near[0], (row, side, i)
+
+
+def test_windows_at_any_places_of_one_row_are_not_told_of_each_other() -> None:
+    """Drafts for several ends share a pass: their positions overlap, and clean tokens stand before them."""
+    model, ids = model_of(), random_rows(2, 24, V)
+    past = [(torch.nn.functional.pad(k, (0, 0, 0, 40)), torch.nn.functional.pad(v, (0, 0, 0, 40)))
+            for k, v in model.clean(ids[:, :9])[1]]  # fmt: skip
+    run = tg.Decoder(model, tg.Decoding(), past, torch.arange(2)[:, None])
+    at, ends = torch.arange(9, 12).expand(2, -1), torch.arange(9, 12).expand(2, -1)
+    windows = torch.nn.functional.pad(ids.gather(1, ends)[..., None], (0, 5))
+    hole = torch.ones(2, 3, 5, dtype=torch.bool)
+    with torch.no_grad():
+        together = run.denoise(ids.gather(1, at), at, windows, hole, ends)[1]
+        for w in range(3):
+            alone = run.denoise(ids.gather(1, at), at, windows[:, w : w + 1], hole[:, w : w + 1], ends[:, w : w + 1])[1]
+            torch.testing.assert_close(alone[:, 0], together[:, w])

@@ -44,7 +44,8 @@ def test_groups_hold_what_their_names_say() -> None:
     names = {id(p): name for name, p in state.model.named_parameters()}
     groups = {group: {names[id(p)] for p in params} for group, params in tg.assign_groups(state.model).items()}
     assert groups["embed"] == {"tok_emb", "mask_emb"}
-    assert groups["adapter"] == {n for n in names.values() if "lora" in n or "time_proj" in n or n == "self_cond"}
+    own = ("lora", "time_proj", "self_cond", "near")
+    assert groups["adapter"] == {n for n in names.values() if any(part in n for part in own)}
     assert (
         groups["matrix"]
         == {n for n in names.values() if n.endswith(".weight")}
