@@ -70,6 +70,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="timed runs (default %(default)s)")
     parser.add_argument("--predecessor", action="store_true", help="add rows in the predecessor's protocol")
     parser.add_argument("--python", action="store_true", help="the text is Python: count outputs that parse")
+    parser.add_argument("--compile", action="store_true", help="compile what a pass computes (torch.compile)")
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: PyTorch's choice (default)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the result there")
@@ -274,6 +275,8 @@ def excerpts(cfg: tg.Config, length: int, examples: int, tokenizer: Any) -> Tens
 def load(args: argparse.Namespace, device: torch.device) -> tuple[Bench, str]:
     """Read artifacts and text, and say where it is from; UserError: missing, damaged, or does not fit the others."""
     (model, sha256), judge, stop = tg.load_artifact(args.artifact, device), None, args.prefix + args.target
+    if args.compile:  # shapes differ from pass to pass; the warm-up of every timing compiles what is new
+        model.trunk = torch.compile(model.trunk, dynamic=True)  # type: ignore[method-assign]
     if args.judge is not None:
         judge, other = tg.load_artifact(args.judge, device)
         if other != sha256:

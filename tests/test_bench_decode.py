@@ -191,6 +191,21 @@ def test_all_modes_from_end_to_end(data: Any, tmp_path: Path, capsys: Any, monke
     assert all(f" {mode} | " in printed for mode in [*tg.MODES, "the text", "1 pass, infill"])
 
 
+def test_a_compiled_pass_says_the_same(data: dict[str, Any], tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    artifact, compiled, whole = save(tmp_path, data), list[Any](), torch.compile
+
+    def eager(function: Any, **how: Any) -> Any:  # as the default backend, but without a compiler
+        compiled.append((function.__name__, how))
+        return whole(function, backend="eager", **how)
+
+    options = [*SMALL, "--batch=2", "--modes=ar,refine,speculative"]
+    plain = json.loads(run(capsys, artifact, *options)[1].splitlines()[-1])
+    monkeypatch.setattr(torch, "compile", eager)
+    fast = json.loads(run(capsys, artifact, *options, "--compile")[1].splitlines()[-1])
+    assert compiled == [("trunk", {"dynamic": True})]
+    assert [row["right"] for row in fast["rows"]] == [row["right"] for row in plain["rows"]]
+
+
 def test_modes_that_need_a_denoiser_are_left_out(data: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
     _, out, _ = run(capsys, save(tmp_path, data, "ar"), *SMALL, "--batch=2", "--modes=refine,ar", "--predecessor")
     found = json.loads(out.splitlines()[-1])
