@@ -215,13 +215,17 @@ def missing_seeds(groups: Sequence[Group]) -> list[str]:
     seeds: dict[Key, set[int]] = {}
     for g in groups:
         seeds.setdefault(g.key._replace(recipe=""), set()).update(g.seeds)
-    found = []
+    lacking: dict[tuple[Key, tuple[int, ...]], list[str]] = {}
     for g in groups:
-        lacking = sorted(seeds[g.key._replace(recipe="")].difference(g.seeds))
-        if lacking:
-            named = f"seed{'s' if len(lacking) > 1 else ''} {', '.join(map(str, lacking))}"
-            where = ", ".join(f"`{name}`" for name in (g.key.recipe, *g.key.changes))
-            found.append(f"{where}, {g.key.data}: no finished run of {named}, which other recipes there have")
+        there = g.key._replace(recipe="")
+        if lost := tuple(sorted(seeds[there].difference(g.seeds))):
+            lacking.setdefault((there, lost), []).append(f"`{g.key.recipe}`")
+    found = []
+    for (there, lost), names in lacking.items():
+        where = ", ".join([there.data, *(f"`{change}`" for change in there.changes)])
+        named = f"seed{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}"
+        verb = "has" if len(names) == 1 else "have"
+        found.append(f"{where}: {', '.join(names)} {verb} no finished run of {named}, which other recipes there have")
     return found
 
 

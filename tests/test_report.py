@@ -322,7 +322,7 @@ def test_seeds_that_a_recipe_lacks_are_said(project: Project) -> None:
     project.log("a2", events(recipe="ar", seed=2))
     project.log("other", events(recipe="ar", seed=9, data="/x/books"))
     out = project.run()
-    assert "note: `ar`, stdlib: no finished run of seeds 1, 3, which other recipes there have" in out
+    assert "note: stdlib: `ar` has no finished run of seeds 1, 3, which other recipes there have\n" in out
     assert out.count("no finished run of") == 2  # as a note, and in the JSON line
     project.log("a1", events(recipe="ar", seed=1)[:-1])  # it died: still missing
     assert "no finished run of seeds 1, 3" in project.run()
@@ -353,7 +353,7 @@ def test_recipes_have_a_table_of_their_own_and_are_never_averaged_with_the_resul
     assert span15[:6] == ["`td_span15`", "2", "10", "2,500", "303", "4.5000 ± 0.7071"]
     assert span15[-2:] == ["1,000,003", "2.1725 (1)"]
     assert "- `cut`: unfinished, last logged step 10" in ladder
-    assert "- `direct`, stdlib: no finished run of seed 3, which other recipes there have" in ladder
+    assert "- stdlib: `direct` has no finished run of seed 3, which other recipes there have\n" in ladder
     assert "stdlib, Some Processor, 2 cores:" in ladder
     project.run("--check")
     project.readme.write_text(readme.replace("4.5000", "4.4000"), encoding="utf-8")
