@@ -59,12 +59,22 @@ def version_note(groups: Sequence[Group]) -> list[str]:
     return [f"the runs were made by {len(versions)} versions of train_gpt.py"] if len(versions) > 1 else []
 
 
+def equal_rows(name: str) -> list[str]:
+    """List the rows with the settings of this one, itself included: sweep.py makes their runs once."""
+    known = sweep.ROWS if name in sweep.ROWS else ()
+    return [other for other in known if sweep.resolve(other) == sweep.resolve(name)]
+
+
 def find(rows: Rows, name: str) -> Group | None:
-    """Return a row's runs, or those of a row with equal settings: sweep.py makes such runs once."""
-    if name in rows or name not in sweep.ROWS:
-        return rows.get(name)
-    same = (other for other in rows if other in sweep.ROWS and sweep.resolve(other) == sweep.resolve(name))
-    return next((rows[other] for other in same), None)
+    """Return a row's runs, or those of a row with equal settings."""
+    return next((rows[other] for other in (name, *equal_rows(name)) if other in rows), None)
+
+
+def shared_note(rows: Rows) -> str:
+    """Name the rows that have no runs of their own, since another has the same settings."""
+    others = {name: [f"`{other}`" for other in equal_rows(name) if other not in rows] for name in rows}
+    said = [f"`{name}` is also {', '.join(names)}" for name, names in others.items() if names]
+    return f"\n\nOf equal settings, so the same runs: {'; '.join(said)}." if said else ""
 
 
 def context_name(key: Key) -> str:
@@ -125,7 +135,8 @@ def cost_table(rows: Rows) -> str:
 def recipes_block(runs: Iterable[RunLog]) -> str:
     """The text that README.md carries between its markers for recipes."""
     contexts, notes = by_context(runs)
-    parts = [f"{context_name(key)}:\n\n{cost_table(rows)}" for key, rows in contexts.items()] or ["No finished run."]
+    tables = [f"{context_name(key)}:\n\n{cost_table(rows)}{shared_note(rows)}" for key, rows in contexts.items()]
+    parts = tables or ["No finished run."]
     if contexts:
         parts.append(
             "Means over n seeds, ± standard deviation; bytes and peak MiB are the largest. Infill: share of tokens of "

@@ -355,6 +355,13 @@ def test_recipes_have_a_table_of_their_own_and_are_never_averaged_with_the_resul
     assert "- `cut`: unfinished, last logged step 10" in ladder
     assert "- stdlib: `direct` has no finished run of seed 3, which other recipes there have\n" in ladder
     assert "stdlib, Some Processor, 2 cores:" in ladder
+    assert "Of equal settings" not in ladder
+    project.ladder("e", events(recipe="td_control", seed=2, bpb=4.0))
+    assert "the same runs: `td_control` is also `ar`, `ab_control`, `mdlm_100_0`.\n" in project.run()
+    project.ladder("f", events(recipe="mdlm_100_0", seed=2, bpb=4.0))
+    assert "`td_control` is also `ar`, `ab_control`; `mdlm_100_0` is also `ar`, `ab_control`.\n" in project.run()
+    for name in "ef":
+        (project.root / "logs" / "ladder" / f"{name}.jsonl").unlink()
     project.run("--check")
     project.readme.write_text(readme.replace("4.5000", "4.4000"), encoding="utf-8")
     assert "logs give '| `td_span15`" in project.run("--check", code=1)
