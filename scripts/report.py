@@ -1,10 +1,12 @@
-"""Turn run logs into the results table, submission.json, and a check that both still say what was measured.
+"""Turn run logs into the results tables, submission.json, and a check that both still say what was measured.
 
     python scripts/report.py            print the tables
     python scripts/report.py --write    also put them into README.md and submission.json
     python scripts/report.py --check    exit 1 if either disagrees with the logs
 
-Runs that differ only in their seed are one row. A run counts once it has written its `done` event.
+Runs that differ only in their seed are one row. A run counts once it has written its `done` event. Runs of sweep.py's
+rows lie in a folder of their own, logs/ladder, and have a table of their own. See compare.py for tests of differences,
+plot_runs.py for curves.
 """
 
 from __future__ import annotations
@@ -14,208 +16,66 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from runlog import (
+    LEFT_TO_RIGHT,
+    NONE,
+    REFINE,
+    Group,
+    Key,
+    ReportError,
+    RunLog,
+    group_runs,
+    is_number,
+    markdown,
+    mean_cell,
+    missing_seeds,
+    numbers,
+    read_lines,
+    read_log,
+    read_logs,
+    spread,
+)
+
+__all__ = ["NONE", "ReportError", "RunLog", "main", "markdown", "mean_cell", "numbers", "read_log", "spread"]
+
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- results -->", "<!-- /results -->"  # README.md: what stands between them is ours
-NONE = "-"  # a cell nothing was measured for
-REFINE, LEFT_TO_RIGHT = "refine", "ar_cached"  # decoding modes, as logged
 
-# Scores by the names they have in the submission, whichever of the two a log uses.
-SPELLINGS = {"final": {"bpb": "val_bpb", "loss": "val_loss"}, "nelbo": {"bpb": "nelbo_bpb"}}
 
-# Settings that change no number of the table but speed, or that a column shows already: they make no row of their own.
-# fmt: off
-NEUTRAL = frozenset((
-    "seed", "run_id", "out_dir", "resume", "checkpoint_seconds", "device", "recipe", "preset", "data_path",
-    "tokenizer_path", "warmup_steps", "train_log_every", "val_loss_every", "val_batch_size", "nelbo_windows",
-    "nelbo_samples", "nelbo_sequences", "parallel_eval_examples", "parallel_eval_span_len", "parallel_eval_steps",
-    "eval_seed",
-))
-# fmt: on
+class Block(NamedTuple):
+    """What stands between two lines of README.md is written here."""
+
+    begin: str
+    end: str
+
+
+RESULTS, RECIPES = (Block(f"<!-- {name} -->", f"<!-- /{name} -->") for name in ("results", "recipes"))
 
 # What the challenge ranks: the `direct` recipe on FineWeb on eight devices.
 RANKED_RECIPE, RANKED_DATA, RANKED_RANKS, RANKED_PRESET = "direct", "fineweb", 8, "8xh100"
-
-
-class ReportError(Exception):
-    """A fault in logs or files that the user can repair; printed without a traceback."""
-
-
-@dataclass
-class RunLog:
-    """The last start of one log file: its events, the last of each kind."""
-
-    name: str
-    events: dict[str, dict[str, Any]] = field(default_factory=dict)
-    nelbo: dict[int, dict[str, Any]] = field(default_factory=dict)  # by window
-    decode: dict[tuple[str, int, int, str], dict[str, Any]] = field(default_factory=dict)  # by task, span, steps, mode
-
-    def add(self, event: dict[str, Any]) -> None:
-        """Take in one line; a header begins the run anew, as after a crash and a restart."""
-        kind = event["event"]
-        event |= {ours: event[theirs] for theirs, ours in SPELLINGS.get(kind, {}).items() if theirs in event}
-        if kind == "header":
-            self.events, self.nelbo, self.decode = {}, {}, {}
-        if kind == "nelbo":
-            self.nelbo[event["window"]] = event
-        elif kind == "parallel_eval":
-            self.decode[event["task"], event["span"], event["steps"], event["mode"]] = event
-        else:
-            self.events[kind] = event
-
-    def get(self, event: str, key: str) -> Any:
-        """Return a value that a finished run must have.
-
-        Raises:
-            ReportError: the log lacks it.
-        """
-        try:
-            return self.events[event][key]
-        except KeyError:
-            raise ReportError(
-                f"log {self.name}: no {key} in a {event} event; another version wrote it: run it again or move it away"
-            ) from None
-
-    @property
-    def why_left_out(self) -> str:
-        """Why the run cannot be averaged; empty if it can."""
-        if "done" not in self.events:
-            reached = self.events.get("train", {}).get("step", 0)
-            return self.events.get("error", {}).get("reason") or f"unfinished, last logged step {reached}"
-        return "" if isinstance(self.get("final", "val_bpb"), (int, float)) else "its score is not a finite number"
-
-
-class Key(NamedTuple):
-    """What runs must share to be averaged."""
-
-    recipe: str
-    changes: tuple[str, ...]  # NAME=value of settings given by hand
-    data: str
-    machine: str
-    preset: str
-    ranks: int
-
-
-class Group(NamedTuple):
-    """Finished runs that differ in their seed alone, in the order of it."""
-
-    key: Key
-    runs: list[RunLog]
-
-    def values(self, event: str, key: str) -> list[float]:
-        return [float(run.get(event, key)) for run in self.runs]
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--logs", type=Path, default=ROOT / "logs", help="folder of *.jsonl run logs")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help=f"file with {BEGIN} and {END}")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help=f"file with {' and '.join(RESULTS)}")
+    parser.add_argument("--ladder", type=Path, help="folder of logs of sweep.py's rows (default: ladder in --logs)")
     parser.add_argument("--submission", type=Path, default=ROOT / "submission.json")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="exit 1 if README.md or submission.json disagree")
     action.add_argument("--write", action="store_true", help="bring README.md and submission.json up to date")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.ladder = args.ladder or args.logs / "ladder"
+    return args
 
 
 # ==============================================================================
-# 1  LOGS -- events in, groups of comparable runs out
+# 1  TABLES -- Markdown for README.md
 # ==============================================================================
-
-
-def read_log(path: Path) -> RunLog:
-    """Read one log; a last line that was cut off is passed over, any other fault is named.
-
-    Raises:
-        ReportError: unreadable, or a line is not an event.
-    """
-    run = RunLog(path.stem)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ReportError(f"log {path} cannot be read ({error}); copy it again or move it away") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            run.add(json.loads(line))
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines):  # no newline: the run was stopped while writing it
-                continue
-            raise ReportError(
-                f"log {path}, line {number}: not an event ({type(error).__name__}: {error}); copy it again or move it "
-                "away"
-            ) from error
-    return run
-
-
-def read_logs(folder: Path) -> list[RunLog]:
-    if not folder.is_dir():
-        raise ReportError(f"--logs={folder} is not a folder; train first, or name the folder of the logs")
-    return [read_log(path) for path in sorted(folder.glob("*.jsonl"))]
-
-
-def key_of(run: RunLog) -> Key:
-    """Say which runs this one may be averaged with."""
-    values, source, machine = run.get("config", "values"), run.get("config", "source"), run.get("header", "machine")
-    changes = [f"{name.upper()}={values[name]}" for name in values if source.get(name) == "env" and name not in NEUTRAL]
-    ranks = (run.events["header"] | run.events.get("kernels", {})).get("world_size", 1)
-    return Key(values["recipe"], tuple(changes), Path(values["data_path"]).name, machine, values["preset"], ranks)
-
-
-def group_runs(runs: Iterable[RunLog]) -> tuple[list[Group], list[str]]:
-    """Gather finished runs into groups, and say for every other run why it is left out.
-
-    Of several finished runs of one group and seed the latest counts, so that no seed weighs twice.
-    """
-    groups: dict[Key, dict[int, RunLog]] = {}
-    notes = []
-    for run in sorted(runs, key=lambda run: str(run.events.get("header", {}).get("time"))):
-        if reason := run.why_left_out:
-            notes.append(f"`{run.name}`: {reason}")
-            continue
-        seeds, seed = groups.setdefault(key_of(run), {}), run.get("config", "values")["seed"]
-        if seed in seeds:
-            notes.append(f"`{seeds[seed].name}`: repeated later by `{run.name}`")
-        seeds[seed] = run
-    gathered = [Group(key, [seeds[seed] for seed in sorted(seeds)]) for key, seeds in groups.items()]
-    gathered.sort(key=lambda g: (g.key.data, g.key.machine, statistics.mean(g.values("final", "val_bpb")), g.key))
-    return gathered, sorted(notes)
-
-
-# ==============================================================================
-# 2  TABLES -- Markdown for README.md
-# ==============================================================================
-
-
-def spread(values: Sequence[float]) -> float | None:
-    """Sample standard deviation, or None for a single value."""
-    return statistics.stdev(values) if len(values) > 1 else None
-
-
-def mean_cell(values: Sequence[float], digits: int = 4) -> str:
-    """Format as mean, with the standard deviation over seeds where there are several."""
-    if not values:
-        return NONE
-    deviation = spread(values)
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if deviation is None else f"{mean} ± {deviation:.{digits}f}"
-
-
-def numbers(values: Iterable[Any]) -> list[float]:
-    """Keep the values only if every run has one."""
-    listed = list(values)
-    return [float(value) for value in listed] if all(isinstance(value, (int, float)) for value in listed) else []
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], num_texts: int) -> str:
-    """Lay out a table; the columns after the first `num_texts` are numbers, to the right."""
-    rule = ["---" if i < num_texts else "---:" for i in range(len(head))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
 
 
 def shared_changes(groups: Sequence[Group]) -> list[str]:
@@ -316,7 +176,7 @@ def results_block(groups: Sequence[Group], notes: Sequence[str]) -> str:
 
 
 # ==============================================================================
-# 3  SUBMISSION -- what submission.json says
+# 2  SUBMISSION -- what submission.json says
 # ==============================================================================
 
 
@@ -328,19 +188,78 @@ def measured(g: Group) -> dict[str, Any]:
     """Describe one group of `direct` runs for `measured_here`."""
     bpb, loss = g.values("final", "val_bpb"), g.values("final", "val_loss")
     return {
+        "recipe": g.key.recipe,
         "hardware": g.key.machine,
         "ranks": g.key.ranks,
         "preset": g.key.preset,
         "changed_settings": list(g.key.changes),
         "n": len(g.runs),
-        "seeds": [run.get("config", "values")["seed"] for run in g.runs],
+        "seeds": g.seeds,
         "val_bpb_mean": rounded(statistics.mean(bpb)),
         "val_bpb_std": rounded(spread(bpb)),
         "val_loss_mean": rounded(statistics.mean(loss)),
         "val_loss_std": rounded(spread(loss)),
         "bytes_total": int(max(g.values("size", "total_bytes"))),
+        "per_seed": seed_results(g),
+        "parallel_eval": decode_means(g),
         "logs": [run.name for run in g.runs],
     }
+
+
+def seed_results(g: Group) -> dict[str, dict[str, Any]]:
+    found = {}
+    for seed, run in zip(g.seeds, g.runs, strict=True):
+        scores = {key: rounded(run.number("final", key)) for key in ("val_bpb", "val_loss")}
+        found[str(seed)] = {**scores, "bytes_total": run.get("size", "total_bytes"), "log": run.name}
+    return found
+
+
+def decode_means(g: Group) -> list[dict[str, Any]] | None:
+    """Average what parallel decoding scored over the seeds; None if it was not measured in every run."""
+    found = []
+    for key in (key for key in g.runs[0].decode if all(key in run.decode for run in g.runs)):
+        task, span, steps, mode = key
+        row: dict[str, Any] = {"task": task, "span": span, "mode": mode, "steps": steps}
+        for name in ("token_acc", "exact_seq", "tok_per_sec"):
+            values = numbers(run.decode[key].get(name) for run in g.runs)
+            row[name] = rounded(statistics.mean(values)) if values else None
+        found.append(row)
+    return found or None
+
+
+def read_benchmarks(folder: Path) -> list[dict[str, Any]]:
+    """Read what bench_decode.py printed or wrote into *decode*.txt and *decode*.json: its JSON lines.
+
+    Raises:
+        ReportError: a line that begins as JSON is none, or lacks what bench_decode.py writes.
+    """
+    found = []
+    for path in sorted([*folder.glob("*decode*.txt"), *folder.glob("*decode*.json")]):
+        for number, line in enumerate(read_lines(path), start=1):
+            if not line.startswith("{"):
+                continue
+            try:
+                found.append(benchmark(json.loads(line), path.name))
+            except (ValueError, TypeError, KeyError) as error:
+                raise ReportError(
+                    f"log {path}, line {number}: not a result of bench_decode.py ({type(error).__name__}: {error}); "
+                    "copy it again or move it away"
+                ) from error
+    return found
+
+
+def benchmark(line: dict[str, Any], log: str) -> dict[str, Any]:
+    """Keep of a result of bench_decode.py what a reader compares."""
+    about = {name: line[name] for name in ("recipe", "artifact", "judge", "device", "threads", "python")}
+    about |= {name: line[name] for name in ("examples", "prefix", "target", "temperature", "repeats")}
+    rows = []
+    for row in line["rows"]:
+        kept = {name: row[name] for name in ("mode", "passes", "batch")}
+        for name in ("tokens_per_forward", "tokens_per_second", "times_cached_ar", "identical", "judge_nats"):
+            value = row[name]["mean"] if isinstance(row[name], dict) else row[name]
+            kept[name] = rounded(value) if is_number(value) else None
+        rows.append(kept)
+    return {"log": log, "data": Path(line["data_path"]).name, **about, "rows": rows}
 
 
 def is_ranked(key: Key) -> bool:
@@ -349,7 +268,7 @@ def is_ranked(key: Key) -> bool:
     return same and key.data.startswith(RANKED_DATA)
 
 
-def submission(groups: Sequence[Group]) -> dict[str, Any]:
+def submission(groups: Sequence[Group], benchmarks: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     """Build submission.json: the challenge's fields from ranked runs, null without one; everything else apart."""
     candidates = [g for g in groups if is_ranked(g.key)]  # the one nearest to the defaults, then the most seeds
     ranked = min(candidates, key=lambda g: (len(g.key.changes), -len(g.runs)), default=None)
@@ -357,6 +276,9 @@ def submission(groups: Sequence[Group]) -> dict[str, Any]:
     for g in groups:
         if g.key.recipe == RANKED_RECIPE:
             here.setdefault(g.key.data, []).append(measured(g))
+    decoded: dict[str, list[dict[str, Any]]] = {}
+    for found in benchmarks:
+        decoded.setdefault(found["data"], []).append(found)
 
     def of_ranked(value: Callable[[Group], Any]) -> Any:
         return None if ranked is None else value(ranked)
@@ -372,56 +294,60 @@ def submission(groups: Sequence[Group]) -> dict[str, Any]:
         "author": "The text-diffusion-golf authors",
         "github_id": None,
         "blurb": "One set of weights that scores text exactly, left to right, and fills it in by diffusion.",
+        "recipe": RANKED_RECIPE,
         "val_bpb": mean("val_bpb"),
         "val_loss": mean("val_loss"),
         "bytes_total": largest("total_bytes"),
         "bytes_code": largest("code_bytes"),
         "bytes_model": largest("model_bytes"),
         "hardware": of_ranked(lambda g: f"{g.key.ranks} x {g.key.machine}"),
-        "seeds": of_ranked(lambda g: {str(r.get("config", "values")["seed"]): seed_result(r) for r in g.runs}),
+        "seeds": of_ranked(seed_results),
+        "parallel_eval": of_ranked(decode_means),
+        "decode_benchmark": of_ranked(lambda g: decoded.get(g.key.data)),
         "measured_here": here or None,
+        "decode_benchmark_here": decoded or None,
     }
 
 
-def seed_result(run: RunLog) -> dict[str, Any]:
-    scores = {key: rounded(run.get("final", key)) for key in ("val_bpb", "val_loss")}
-    return {**scores, "bytes_total": run.get("size", "total_bytes"), "log": run.name}
-
-
 # ==============================================================================
-# 4  FILES -- compare or replace
+# 3  FILES -- compare or replace
 # ==============================================================================
 
 
-def split_readme(path: Path) -> tuple[str, str, str]:
-    """Cut README.md into before, between and after the markers.
-
-    Raises:
-        ReportError: unreadable, or the markers are not there once each, in order.
-    """
+def read_readme(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ReportError(f"{path} cannot be read ({error.strerror}); name it with --readme") from error
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ReportError(f"{path} needs the lines {BEGIN} and {END}, once each and in this order; add them")
-    before, rest = text.split(BEGIN)
-    between, after = rest.split(END)
+
+
+def split(text: str, block: Block, path: Path) -> tuple[str, str, str]:
+    """Cut README.md into before, between and after the lines of a block; ReportError: not there once each, in order."""
+    begin, end = block
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ReportError(f"{path} needs the lines {begin} and {end}, once each and in this order; add them")
+    before, rest = text.split(begin)
+    between, after = rest.split(end)
     return before, between, after
 
 
-def differences(args: argparse.Namespace, block: str, entry: dict[str, Any]) -> list[str]:
-    """List how README.md and submission.json disagree with the logs."""
-    found = []
+def block_differences(args: argparse.Namespace, block: Block, text: str) -> list[str]:
+    """List how one block of README.md disagrees with the logs."""
     try:
-        _, held, _ = split_readme(args.readme)
-        ours, theirs = block.split("\n"), held.strip().split("\n")
-        found += [f"{args.readme}: logs give {line!r}" for line in ours if line not in theirs]
-        found += [f"{args.readme}: no log gives {line!r}" for line in theirs if line not in ours]
-        if not found and ours != theirs:
-            found.append(f"{args.readme}: lines of the results stand in another order")
+        _, held, _ = split(read_readme(args.readme), block, args.readme)
     except ReportError as error:
-        found.append(str(error))
+        return [str(error)]
+    ours, theirs = text.split("\n"), held.strip().split("\n")
+    found = [f"{args.readme}: logs give {line!r}" for line in ours if line not in theirs]
+    found += [f"{args.readme}: no log gives {line!r}" for line in theirs if line not in ours]
+    if not found and ours != theirs:
+        found.append(f"{args.readme}: lines between {block.begin} and {block.end} stand in another order")
+    return found
+
+
+def differences(args: argparse.Namespace, blocks: dict[Block, str], entry: dict[str, Any]) -> list[str]:
+    """List how README.md and submission.json disagree with the logs."""
+    found = [line for block, text in blocks.items() for line in block_differences(args, block, text)]
     try:
         stored = json.loads(args.submission.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -445,10 +371,24 @@ def replace_file(path: Path, text: str) -> None:
         raise ReportError(f"{path} was not written ({error.strerror}); the old one is intact: free space") from error
 
 
-def write(args: argparse.Namespace, block: str, entry: dict[str, Any]) -> None:
-    before, _, after = split_readme(args.readme)
-    replace_file(args.readme, f"{before}{BEGIN}\n\n{block}\n\n{END}{after}")
+def write(args: argparse.Namespace, blocks: dict[Block, str], entry: dict[str, Any]) -> None:
+    readme = read_readme(args.readme)
+    for block, text in blocks.items():
+        before, _, after = split(readme, block, args.readme)
+        readme = f"{before}{block.begin}\n\n{text}\n\n{block.end}{after}"
+    replace_file(args.readme, readme)
     replace_file(args.submission, json.dumps(entry, indent=2, ensure_ascii=False) + "\n")
+
+
+def recipes(args: argparse.Namespace) -> tuple[list[RunLog], dict[Block, str]]:
+    """Read the logs of sweep.py's rows; without one, README.md needs no place for their table."""
+    runs = read_logs(args.ladder) if args.ladder.exists() else []
+    readme = read_readme(args.readme) if args.readme.exists() else ""
+    if not runs and not any(line in readme for line in RECIPES):
+        return [], {}
+    from rows import recipes_block  # here, since sweep.py reads logs through this file
+
+    return runs, {RECIPES: recipes_block(runs)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -457,20 +397,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         runs = read_logs(args.logs)
         groups, notes = group_runs(runs)
-        block, entry = results_block(groups, notes), submission(groups)
-        print(block)
+        ladder, more = recipes(args)
+        blocks, entry = {RESULTS: results_block(groups, notes), **more}, submission(groups, read_benchmarks(args.logs))
+        print("\n\n".join(blocks.values()))
         if args.write:
-            write(args, block, entry)
-        found = differences(args, block, entry) if args.check else []
+            write(args, blocks, entry)
+        found = differences(args, blocks, entry) if args.check else []
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    missing = missing_seeds(groups)
+    for line in missing:
+        print(f"note: {line}", file=sys.stderr)
     for line in found:
         print(f"differs: {line}", file=sys.stderr)
     if found:
         print("run python scripts/report.py --write, and read what changed", file=sys.stderr)
     counts = {"logs": len(runs), "averaged": sum(len(g.runs) for g in groups), "groups": len(groups)}
-    print(json.dumps({**counts, "left_out": list(notes), "differences": found}, ensure_ascii=False))
+    counts |= {"ladder_logs": len(ladder)}
+    lists = {"left_out": list(notes), "missing_seeds": missing, "differences": found}
+    print(json.dumps({**counts, **lists}, ensure_ascii=False))
     return 1 if found else 0
 
 

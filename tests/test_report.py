@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import report
+import runlog
+import sweep
 
 CPU = "Some Processor, 2 cores"
 
@@ -68,6 +70,15 @@ class Project:
         path = self.root / "logs" / f"{name}.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines) + tail, encoding="utf-8")
         return path
+
+    def ladder(self, name: str, lines: list[dict[str, Any]]) -> None:
+        (self.root / "logs" / "ladder").mkdir(exist_ok=True)
+        self.log(f"ladder/{name}", lines)
+
+    def mark(self) -> None:
+        """Give README.md a place for the table of recipes."""
+        text = self.readme.read_text(encoding="utf-8")
+        self.readme.write_text(f"{text}\n<!-- recipes -->\n<!-- /recipes -->\n", encoding="utf-8")
 
     def run(self, *argv: str, code: int = 0) -> str:
         """Run the command, require its exit status, and return what it printed, errors included."""
@@ -281,3 +292,169 @@ def test_short_names_of_scores_and_ranks_in_the_header_are_understood(project: P
                 line[short] = line.pop(long)
     project.log("a", lines)
     assert project.rows(project.run())[0][2:7] == [f"{CPU}, 2 ranks", "1", "2.0000", "2.0000", "2.5000"]
+
+
+def test_logs_of_another_format_or_version_are_named(project: Project) -> None:
+    lines = {line["event"]: line for line in events()}
+
+    def without(name: str, key: str, **other: Any) -> list[dict[str, Any]]:
+        return [{k: v for k, v in line.items() if k != key} | other if line is lines[name] else line for line in kept]
+
+    kept = list(lines.values())
+    values = {k: v for k, v in lines["config"]["values"].items() if k != "data_path"}
+    for log, said in (
+        (without("config", "source"), "log a: no source in a config event; another version wrote it: run it again"),
+        (without("config", "values", values=values), "log a: no data_path among the values of its config event"),
+        (without("final", "val_bpb"), "log a: no val_bpb in a final event; another version"),
+        (without("done", "", peak_memory_mib=None), "log a: peak_memory_mib of its done event is None, not a number"),
+        (without("nelbo", "window", window="T"), "window of a nelbo event is 'T', not a whole number"),
+        (without("nelbo", "window"), "not an event (KeyError: 'window')"),
+        ([{"row": "td_control", "val_bpb": 2.0}], "line 1: not an event (KeyError: 'event'); copy it again or move it"),
+        (kept[1:], "log a: no machine in a header event"),
+    ):
+        project.log("a", log)
+        assert said in project.run(code=2)
+
+
+def test_seeds_that_a_recipe_lacks_are_said(project: Project) -> None:
+    for seed in (1, 2, 3):
+        project.log(f"d{seed}", events(seed=seed))
+    project.log("a2", events(recipe="ar", seed=2))
+    project.log("other", events(recipe="ar", seed=9, data="/x/books"))
+    out = project.run()
+    assert "note: stdlib: `ar` has no finished run of seeds 1, 3, which other recipes there have\n" in out
+    assert out.count("no finished run of") == 2  # as a note, and in the JSON line
+    project.log("a1", events(recipe="ar", seed=1)[:-1])  # it died: still missing
+    assert "no finished run of seeds 1, 3" in project.run()
+    project.log("a1", events(recipe="ar", seed=1))
+    assert "no finished run of seed 3, which" in project.run()
+
+
+def test_recipes_have_a_table_of_their_own_and_are_never_averaged_with_the_results(project: Project) -> None:
+    project.mark()
+    project.log("a", events(seed=1, bpb=2.0))
+    project.ladder("b", events(seed=2, bpb=3.0))
+    project.ladder("c", events(recipe="td_span15", seed=2, bpb=4.0))
+    project.ladder("d", events(recipe="td_span15", seed=3, bpb=5.0))
+    project.ladder("cut", events(recipe="td_span15", seed=4, bpb=9.0)[:-1])
+    (project.root / "logs" / "ladder" / "sweep.jsonl").write_text('{"row": "td_span15"}\n', encoding="utf-8")
+    project.run("--write")
+    readme = project.readme.read_text(encoding="utf-8")
+    main, ladder = readme.split("<!-- recipes -->")
+    assert "| 1 | 2.0000 |" in main
+    assert "3.0" not in main
+    head = (
+        "| row | n | steps | train tok/s | peak MiB | val_bpb | bound, window 1 | bound, window 16 | infill 8, 1 pass |"
+    )
+    assert head in ladder
+    direct, span15 = project.rows(ladder)
+    bounds = ["3.0000", "3.5000"]
+    assert direct == ["`direct`", "1", "10", "2,000", "302", "3.0000", *bounds, "0.375", "0.400", "1,000,002", "-"]
+    assert span15[:6] == ["`td_span15`", "2", "10", "2,500", "303", "4.5000 ± 0.7071"]
+    assert span15[-2:] == ["1,000,003", "2.1725 (1)"]
+    assert "- `cut`: unfinished, last logged step 10" in ladder
+    assert "- stdlib: `direct` has no finished run of seed 3, which other recipes there have\n" in ladder
+    assert "stdlib, Some Processor, 2 cores:" in ladder
+    assert "Of equal settings" not in ladder
+    project.ladder("e", events(recipe="td_control", seed=2, bpb=4.0))
+    assert "the same runs: `td_control` is also `ar`, `ab_control`, `mdlm_100_0`.\n" in project.run()
+    project.ladder("f", events(recipe="mdlm_100_0", seed=2, bpb=4.0))
+    assert "`td_control` is also `ar`, `ab_control`; `mdlm_100_0` is also `ar`, `ab_control`.\n" in project.run()
+    for name in "ef":
+        (project.root / "logs" / "ladder" / f"{name}.jsonl").unlink()
+    project.run("--check")
+    project.readme.write_text(readme.replace("4.5000", "4.4000"), encoding="utf-8")
+    assert "logs give '| `td_span15`" in project.run("--check", code=1)
+
+
+def test_recipes_need_their_place_only_if_they_have_logs(project: Project) -> None:
+    project.log("a", events())
+    project.run("--write")
+    project.run("--check")
+    project.ladder("b", events(recipe="ar"))
+    assert "needs the lines <!-- recipes --> and <!-- /recipes -->, once each" in project.run("--check", code=1)
+    before = project.readme.read_text(encoding="utf-8"), project.submission.read_text(encoding="utf-8")
+    assert "needs the lines <!-- recipes --> and <!-- /recipes -->, once each" in project.run("--write", code=2)
+    assert (project.readme.read_text(encoding="utf-8"), project.submission.read_text(encoding="utf-8")) == before
+    project.mark()
+    project.run("--write")
+    project.run("--check")
+    (project.root / "logs" / "ladder" / "b.jsonl").unlink()
+    assert "no log gives '| `ar`" in project.run("--check", code=1)
+
+
+def test_a_row_is_named_by_its_recipe_or_by_its_run(project: Project) -> None:
+    project.mark()
+    settings = sweep.resolve("td_span15")[1]
+    changed = {**settings, "iterations": 50}
+    project.ladder("named", events(recipe="td_span15", seed=1, bpb=2.0, changed=changed))
+    project.ladder("td_span15_2_0123abcd", events(recipe="retrograde", seed=2, bpb=3.0, changed=changed))
+    project.ladder("td_span30_1_0123abcd", events(recipe="retrograde", seed=1, bpb=7.0, changed={"iterations": 50}))
+    out = project.run()
+    assert "stdlib, Some Processor, 2 cores, `ITERATIONS=50`:" in out
+    assert [row[:2] for row in project.rows(out)] == [["`retrograde`", "1"], ["`td_span15`", "2"]]
+    assert "| 2.5000 ± 0.7071 |" in out
+    other = {**changed, "diffusion_max_mask_ratio": 0.5}
+    project.ladder("td_span15_2_0123abcd", events(recipe="td_span15", seed=2, bpb=3.0, changed=other))
+    out = project.run()  # its settings are not the row's: never averaged with it
+    assert "2 cores, `DIFFUSION_MAX_MASK_RATIO=0.5`, `ITERATIONS=50`:" in out
+    assert "±" not in out.replace("± standard", "")
+
+
+def test_submission_holds_every_field_whatever_was_measured(project: Project) -> None:
+    fields = {"name", "recipe", "val_bpb", "seeds", "bytes_total", "hardware", "parallel_eval", "decode_benchmark"}
+    entry = project.entry()
+    assert fields <= entry.keys()
+    unmeasured = fields - {"name", "recipe"}
+    assert all(entry[name] is None for name in (*unmeasured, "measured_here", "decode_benchmark_here"))
+    ranked: dict[str, Any] = {"data": "/x/fineweb10B_sp1024", "ranks": 8, "preset": "8xh100"}
+    project.log("a", events(seed=1, bpb=1.2, **ranked))
+    lines = events(seed=2, bpb=1.3, **ranked)
+    lines[-2]["token_acc"] = 0.5  # infill in 4 passes
+    project.log("b", lines)
+    entry = project.entry()
+    assert all(entry[name] is not None for name in fields - {"decode_benchmark"})
+    assert entry["seeds"]["2"] == {"val_bpb": 1.3, "val_loss": 1.5, "bytes_total": 1_000_002, "log": "b"}
+    infill = {"task": "infill", "span": 8, "mode": "refine", "steps": 4}
+    assert entry["parallel_eval"][-1] == {**infill, "token_acc": 0.45, "exact_seq": 0.0, "tok_per_sec": 200.0}
+    (here,) = entry["measured_here"]["fineweb10B_sp1024"]
+    assert here["per_seed"] == entry["seeds"]
+    assert here["parallel_eval"] == entry["parallel_eval"]
+    assert here["recipe"] == "direct"
+
+
+def decoded(**other: Any) -> dict[str, Any]:
+    """A result of bench_decode.py."""
+    about = dict.fromkeys(("recipe", "artifact", "judge", "device", "threads", "python", "examples"), "x")
+    about |= {"prefix": 64, "target": 64, "temperature": 0.0, "repeats": 1, "data_path": "/x/fineweb10B_sp1024"}
+    row = {"mode": "speculative", "passes": None, "batch": 1, "tokens_per_forward": 2.5, "tokens_per_second": 100.0}
+    row |= {"times_cached_ar": 2.0, "identical": 1.0, "judge_nats": {"mean": 3.0, "se": 0.1}}
+    return {**about, "rows": [row], **other}
+
+
+def test_submission_takes_decoding_from_the_benchmarks_own_line(project: Project) -> None:
+    ranked: dict[str, Any] = {"data": "/x/fineweb10B_sp1024", "ranks": 8, "preset": "8xh100"}
+    text = f"| a table |\n\n{json.dumps(decoded())}\n{json.dumps(decoded(data_path='books'))}\nmore\n"
+    path = project.root / "logs" / "x_decode.txt"
+    path.write_text(text, encoding="utf-8")
+    entry = project.entry()
+    assert entry["decode_benchmark"] is None
+    assert list(entry["decode_benchmark_here"]) == ["fineweb10B_sp1024", "books"]
+    project.log("a", events(**ranked))
+    (found,) = project.entry()["decode_benchmark"]
+    assert (found["log"], found["rows"][0]["times_cached_ar"], found["rows"][0]["judge_nats"]) == (path.name, 2.0, 3.0)
+    path.write_text('{"rows": []}\n', encoding="utf-8")
+    assert f"log {path}, line 1: not a result of bench_decode.py (KeyError: 'recipe')" in project.run(code=2)
+
+
+def test_the_curve_of_a_resumed_run_leaves_out_what_was_done_again(tmp_path: Path) -> None:
+    def train(step: int, loss: float) -> dict[str, Any]:
+        return {"event": "train", "step": step, "train_ms": 1000.0 * step, "train_loss": loss}
+
+    header = {"event": "header"}
+    lines = [header, train(1, 9.0), train(2, 8.0), train(3, 0.0), header, {"event": "resume", "step": 2}, train(3, 7.0)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert [point["train_loss"] for point in runlog.read_log(path).curve] == [9.0, 8.0, 7.0]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, header, train(1, 5.0)]), encoding="utf-8")
+    assert [point["train_loss"] for point in runlog.read_log(path).curve] == [5.0]
