@@ -87,7 +87,7 @@ class Config:
     rope_scale: float = opt(1.0, "positions are divided by it: reads longer text (arXiv:2306.15595)", low=1)
     qk_gain_init: float = opt(1.5, "initial gain on normalised queries", low=0)
     logit_softcap: float = opt(30.0, "logits are softcap * tanh(logits / softcap)", low=1)
-    nearest_reach: int = opt(8, "windows: how far the nearest sure tokens are inputs; 0: they are not", "tokens", low=0)
+    look_ahead: int = opt(8, "windows: how far ahead the next sure token is an input; 0: never", "tokens", low=0)
     adapter_rank: int = opt(16, "rank of the token-gated adapters on every matrix; 0: none", low=0)
     time_embed_dim: int = opt(32, "features of the noise level t; 0: no time input", "features", low=0)
     self_condition: str = opt("none", "previous prediction fed back as an input", choices="none soft commit")
@@ -655,19 +655,16 @@ def window_mask(seq_len: int, size: int, causal: bool, device: torch.device, blo
     return rule(0, 0, torch.arange(num, device=device)[:, None], torch.arange(seq_len + num, device=device))
 
 
-def nearest(sure: Tensor, positions: Tensor, reach: int, causal: bool) -> tuple[Tensor, Tensor]:
-    """Find the nearest sure token before and, unless `causal`, after each token: sure (B, N) bool at positions (N,) or
-    (B, N). Returns where it stands in the row and how far away, both (B, 2, N) int64, before and after; distance 0:
-    nothing within `reach` in the same window, or nothing to be found: a sure token is told of no others, but of what
-    follows if the token after it is not sure, since it predicts that one."""
+def next_sure(sure: Tensor, positions: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+    """Find the next sure token after each token of windows, sure (B, N) bool at positions (N,) or (B, N). Returns where
+    it stands in the row and how far away, both (B, N) int64. Distance 0: none within `reach` in the same window, or a
+    sure token that is followed by a sure one, where nothing is to be found."""
     i, n = torch.arange(sure.shape[1], device=sure.device), sure.shape[1]
-    before = torch.where(sure, i, -1).cummax(-1).values
-    after = torch.where(sure, i, n).flip(-1).cummin(-1).values.flip(-1)
-    at = torch.stack((before, F.pad(after[:, 1:], (0, 1), value=n)), dim=1)
-    found, places = at.clamp(0, n - 1), positions.expand(sure.shape)[:, None].expand_as(at)
-    far, together = (at - i).abs(), places.gather(2, found) - places == at - i  # else another window lies between
-    wanted = torch.stack((~sure, torch.full_like(sure, not causal)), dim=1) & (far > sure[:, None].long())
-    return found, far * (together & wanted & (far <= reach))
+    at_or_after = torch.where(sure, i, n).flip(-1).cummin(-1).values.flip(-1)
+    at, places = F.pad(at_or_after[:, 1:], (0, 1), value=n), positions.expand(sure.shape)
+    far, found = at - i, at.clamp(max=n - 1)
+    together = places.gather(1, found) - places == far  # else another window lies between
+    return found, far * (together & (far > sure.long()) & (far <= reach))
 
 
 def tile(rows: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -846,9 +843,9 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(self.num_down, dim))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
         self.mask_emb = nn.Parameter(torch.empty(dim)) if cfg.diffusion else None
-        near = cfg.nearest_reach if cfg.diffusion else 0
-        self.near_gain = nn.Parameter(torch.ones(2, near, dim)) if near else None
-        self.near_proj = nn.Parameter(torch.zeros(dim, 2 * dim)) if near else None
+        ahead = cfg.look_ahead if cfg.diffusion and not cfg.diffusion_causal else 0
+        self.ahead_gain = nn.Parameter(torch.ones(ahead, dim)) if ahead else None
+        self.ahead_proj = nn.Parameter(torch.zeros(dim, dim)) if ahead else None
         self.self_cond = nn.Parameter(torch.zeros(dim, dim)) if cfg.diffusion and cfg.self_condition == "soft" else None
         shared, extra = (torch.Generator().manual_seed(cfg.seed + offset) for offset in (0, 1 << 32))
         for name, p in self.named_parameters():
@@ -902,11 +899,10 @@ class GPT(nn.Module):
         half_turns = noisy.t[..., None, None] * torch.arange(cfg.time_embed_dim, device=emb.device)  # the first is 0
         time = torch.cos(math.pi / 2 * half_turns) * gate
         emb, gate, time = (x.flatten(1, 2) for x in (emb, gate, time))
-        if self.near_gain is not None and self.near_proj is not None:
-            at, far = nearest(gate[..., 0] == 0, window.positions, cfg.nearest_reach, cfg.diffusion_causal)
-            gain = F.pad(self.near_gain, (0, 0, 1, 0))  # (2, 1 + reach, D), nothing at distance 0
-            near = [take(emb, at[:, i]) * F.embedding(far[:, i], gain[i]) for i in (0, 1)]
-            emb = emb + F.linear(torch.cat(near, dim=-1), self.near_proj)
+        if self.ahead_gain is not None and self.ahead_proj is not None:
+            at, far = next_sure(gate[..., 0] == 0, window.positions, cfg.look_ahead)
+            ahead = take(emb, at) * F.embedding(far, F.pad(self.ahead_gain, (0, 0, 1, 0)))  # nothing at distance 0
+            emb = emb + F.linear(ahead, self.ahead_proj)
         emb, gate, time = (take(x, window.only) for x in (emb, gate, time))
         places = take(window.positions, window.only)
         times = time if cfg.time_embed_dim else None
@@ -926,7 +922,7 @@ GROUPS: tuple[tuple[str, Callable[[str, Tensor], bool], Callable[[Config], float
     ("head", lambda n, p: n == "lm_head", lambda c: c.head_lr),
     (
         "adapter",
-        lambda n, p: n.endswith(("lora_a", "lora_b", "time_proj", "self_cond", "near_gain", "near_proj")),
+        lambda n, p: n.endswith(("lora_a", "lora_b", "time_proj", "self_cond", "ahead_gain", "ahead_proj")),
         lambda c: c.adapter_lr,
     ),
     ("scalar", lambda n, p: p.ndim < 2 or n.endswith(("resid_mix", "skip_weights")), lambda c: c.scalar_lr),

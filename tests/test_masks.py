@@ -151,26 +151,21 @@ def test_only_the_last_of_several_windows_reads_the_suffix() -> None:
     assert not again[:, 9:13].equal(found[:, 9:13])
 
 
-@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("reach", [1, 3, 20])
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_the_nearest_sure_tokens_are_found_in_the_same_window_within_reach(size: int, reach: int, causal: bool) -> None:
+def test_the_next_sure_token_is_found_in_the_same_window_within_reach(size: int, reach: int) -> None:
     positions = tg.tile(random_rows(1, T + 1, V), size)[2]
     starts = torch.arange(len(positions)) % (size + 1) == 0
     sure = (torch.rand(6, len(positions), generator=torch.Generator().manual_seed(size)) < 0.3) | starts
-    at, far = tg.nearest(sure, positions, reach, causal)
+    at, far = tg.next_sure(sure, positions, reach)
     for row in range(len(sure)):
         for i in range(len(positions)):
-            first = i - i % (size + 1)
-            before = [j for j in range(first, i) if sure[row, j]]
-            after = [j for j in range(i + 1, first + size + 1) if sure[row, j]]
-            wanted = [before[-1:] if not sure[row, i] else [], after[:1] if not causal else []]
-            if sure[row, i] and after[:1] == [i + 1]:  # the token that it predicts is known
-                wanted[1] = []
-            for side in (0, 1):
-                near = [j for j in wanted[side] if abs(j - i) <= reach]
-                assert far[row, side, i] == (abs(near[0] - i) if near else 0), (row, side, i)
-                assert not near or at[row, side, i] == near[0], (row, side, i)
+            last = i - i % (size + 1) + size
+            after = [j for j in range(i + 1, min(last, i + reach) + 1) if sure[row, j]][:1]
+            if sure[row, i] and after == [i + 1]:  # the token that it predicts is known
+                after = []
+            assert far[row, i] == (after[0] - i if after else 0), (row, i)
+            assert not after or at[row, i] == after[0], (row, i)
 
 
 def test_windows_at_any_places_of_one_row_are_not_told_of_each_other() -> None:

@@ -178,7 +178,7 @@ def test_a_window_without_suspects_is_the_clean_stream(size: int) -> None:
 
 
 def extras_of(model: tg.GPT) -> list[tuple[str, Tensor]]:
-    kinds = ("lora_a", "lora_b", "time_proj", "self_cond", "near_gain", "near_proj")
+    kinds = ("lora_a", "lora_b", "time_proj", "self_cond", "ahead_gain", "ahead_proj")
     return [(name, p) for name, p in model.named_parameters() if name.endswith(kinds)]
 
 
@@ -193,14 +193,7 @@ def test_only_suspect_tokens_meet_adapters_and_time() -> None:
     assert upto.any()
     assert not upto.all()
     extras = extras_of(model)
-    assert {name.split(".")[-1] for name, _ in extras} == {
-        "lora_a",
-        "lora_b",
-        "time_proj",
-        "self_cond",
-        "near_gain",
-        "near_proj",
-    }
+    assert {name.split(".")[-1] for name, _ in extras} == {"lora_a", "lora_b", "time_proj", "self_cond"}
     for name, p in extras:
         with torch.no_grad():
             p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(7)))
@@ -262,7 +255,7 @@ def gradients(recipe: str = "direct", through_cache: bool = True, **overrides: A
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-OWN = ("lora_a", "lora_b", "time_proj", "mask_emb", "near_gain", "near_proj")  # what only windows use
+OWN = ("lora_a", "lora_b", "time_proj", "mask_emb", "ahead_gain", "ahead_proj")  # what only windows use
 
 
 def test_a_detached_backbone_gets_no_gradient_from_windows() -> None:
@@ -314,7 +307,7 @@ def test_initial_weights_are_those_of_the_baseline() -> None:
     model = tg.GPT(tiny(model_dim=64, vocab_size=512))
     assert model.tok_emb.std().item() == pytest.approx(0.005, rel=0.05)
     for name, p in model.named_parameters():
-        if name.endswith("proj.weight") or name.endswith(("lora_b", "time_proj", "near_proj")):
+        if name.endswith("proj.weight") or name.endswith(("lora_b", "time_proj", "ahead_proj")):
             assert not p.any(), name
         elif name.endswith("weight") and "skip" not in name:
             bound = p.shape[1] ** -0.5  # a linear layer's default

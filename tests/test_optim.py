@@ -44,7 +44,7 @@ def test_groups_hold_what_their_names_say() -> None:
     names = {id(p): name for name, p in state.model.named_parameters()}
     groups = {group: {names[id(p)] for p in params} for group, params in tg.assign_groups(state.model).items()}
     assert groups["embed"] == {"tok_emb", "mask_emb"}
-    own = ("lora", "time_proj", "self_cond", "near")
+    own = ("lora", "time_proj", "self_cond", "ahead")
     assert groups["adapter"] == {n for n in names.values() if any(part in n for part in own)}
     assert (
         groups["matrix"]
