@@ -29,8 +29,9 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_type_hints
@@ -63,7 +64,7 @@ free = functools.partial(opt, free=True)  # a setting that moves no training ste
 class Config:
     """All settings; environment name: field in upper case, booleans 0 or 1. UserError names all faults and remedies."""
 
-    recipe: str = free("direct", "row of RECIPES the other defaults come from")
+    recipe: str = free("direct", "row of RECIPES or LADDER the other defaults come from")
     preset: str = free("auto", "row of PRESETS (hardware size); auto looks at this machine")
     run_id: str = free("", "name of log and checkpoint; empty: recipe, seed and a hash of the settings")
     seed: int = opt(1337, "fixes initial weights, data order and noise", low=0, high=2**31 - 1)
@@ -198,12 +199,14 @@ class Config:
         machine = gpu if torch.cuda.is_available() and env.get("DEVICE") != "cpu" else "cpu"
         legacy = {"mercury": "retrograde", "none": "ar"}.get(env.get("DIFFUSION_TRAIN_MODE", ""), "direct")
         recipe, preset = env.get("RECIPE", legacy), env.get("PRESET", "auto").replace("auto", machine)
-        for key, chosen, rows in (("RECIPE", recipe, RECIPES), ("PRESET", preset, PRESETS)):
-            if chosen not in rows:
-                close = ", ".join(difflib.get_close_matches(chosen, rows, 3, cutoff=0.4)) or "none"
-                faults.append(f"{key}={chosen!r} is not in {key}S; closest: {close}; known: {', '.join(rows)}")
-            values |= rows.get(chosen, {})
-            source |= dict.fromkeys(rows.get(chosen, {}), f"{key.lower()} {chosen}")
+        for key, chosen in (("RECIPE", recipe), ("PRESET", preset)):
+            try:
+                row = resolve(key, chosen)
+            except UserError as error:
+                faults.append(str(error))
+                continue
+            values |= row
+            source |= dict.fromkeys(row, f"{key.lower()} {chosen}")
         for key in sorted(env.keys() & known.keys()):
             try:
                 values[known[key]], source[known[key]] = parse_value(hints[known[key]], env[key]), "env"
@@ -304,6 +307,54 @@ PRESETS: dict[str, dict[str, Any]] = {  # how large: model, batch and time, neve
         muon_momentum_warmup_steps=100, val_batch_size=8192, val_loss_every=0, nelbo_sequences=256),
 }
 # fmt: on
+BUILT_IN = {"RECIPE": RECIPES, "PRESET": PRESETS}
+LADDER = Path(__file__).with_name("scripts") / "ladder.toml"  # more recipes, where it stands beside this program
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    return "closest: " + (", ".join(difflib.get_close_matches(name, list(known), 3, cutoff=0.4)) or "none")
+
+
+def changes(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings in a row of LADDER, which are all that it does not say of itself."""
+    return {key: value for key, value in row.items() if key not in ("base", "note", "published")}
+
+
+@functools.cache
+def read_ladder(path: Path) -> dict[str, dict[str, Any]]:
+    """Read the tables of LADDER: rows, ladders (of rows), left_out; all empty without the file; UserError: damaged."""
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        tables = {name: dict(found.get(name, {})) for name in ("rows", "ladders", "left_out")}
+        if own := [name for name, row in tables["rows"].items() if changes(row) and name in RECIPES]:
+            raise ValueError(f"{', '.join(own)}: built-in recipes take no settings from here; rename the rows")
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: a number where a table belongs
+        raise UserError(f"{path} is damaged ({error}); repair it, or move it away: RECIPES do without") from error
+    return tables
+
+
+def resolve(key: str, name: str, above: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what a row of RECIPES, PRESETS or LADDER changes, over what its base does. UserError: no such row, or one
+    of LADDER with an unknown base or setting, another type than the setting's, or among the rows `above` it."""
+    if name in BUILT_IN[key]:
+        return BUILT_IN[key][name]
+    rows = read_ladder(LADDER)["rows"] if key == "RECIPE" else {}
+    known, defaults = [*BUILT_IN[key], *rows], {f.name: f.default for f in dataclasses.fields(Config)}
+    if name not in rows:
+        where = f"{LADDER}, row {above[-1]!r}: base" if above else key
+        raise UserError(f"{where}={name!r} is not in {key}S; {closest(name, known)}; known: {', '.join(known)}")
+    if name in above:
+        raise UserError(f"{LADDER}: base goes in a circle: {' -> '.join([*above, name])}; end it at a row of RECIPES")
+    own, faults = changes(rows[name]), list[str]()
+    for setting, value in own.items():
+        if setting not in defaults:
+            faults.append(f"{setting} is not a setting; {closest(setting, defaults)}")
+        elif type(value) is not type(defaults[setting]) or value == math.inf:
+            faults.append(f"{setting}={value!r} must be written like its default, {defaults[setting]!r}")
+    if faults:
+        raise UserError("\n".join(f"{LADDER}, row {name!r}: {fault}" for fault in faults))
+    return resolve(key, str(rows[name].get("base", "")), [*above, name]) | own
+
 
 # 2  RUN CONTEXT AND LOG -- device, precision, kernels and ranks, chosen once; one call writes both logs ===============
 LINES = {  # what other programs parse, in the challenge's and the predecessor's form; the rest is `name key:value`
@@ -439,6 +490,9 @@ class Run:
         facts |= {"threads": torch.get_num_threads(), "precision": "bf16" if cuda else "fp32", "compile": self.compile}
         facts |= {"python": sys.version.split()[0], "torch": torch.__version__, "command": " ".join(sys.argv)}
         self.log.event("header", **facts, sha256=hashlib.sha256(code.encode()).hexdigest())
+        if self.cfg.recipe not in RECIPES:
+            note = read_ladder(LADDER)["rows"].get(self.cfg.recipe, {}).get("note")
+            self.log.event("recipe", name=self.cfg.recipe, note=note)
         self.log.event("config", table=self.cfg.table(source), values=dataclasses.asdict(self.cfg), source=dict(source))
         for warning in warnings:
             self.log.event("warning", reason=warning)

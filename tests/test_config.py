@@ -228,6 +228,102 @@ def test_the_name_of_a_run_follows_what_it_trains() -> None:
     assert dataclasses.replace(cfg, run_id="mine").path("checkpoints", ".pt") == Path("checkpoints/mine.pt")
 
 
+@pytest.fixture
+def ladder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where this test's rows are read from; nothing is there yet."""
+    monkeypatch.setattr(tg, "LADDER", tmp_path / "ladder.toml")
+    return tg.LADDER
+
+
+def test_a_row_of_the_ladder_is_a_recipe(ladder: Path) -> None:
+    ladder.write_text(
+        """
+[rows.top]
+base = "middle"
+note = "what it is"
+published = { "1" = 2.0 }
+diffusion_causal = true
+diffusion_loss_weight = 0.5
+[rows.middle]
+base = "retrograde"
+diffusion_loss_weight = 0.25
+diffusion_windows = "8"
+""",
+        encoding="utf-8",
+    )
+    cfg, source, _ = tg.Config.from_env({"RECIPE": "top", "PRESET": "cpu", "DIFFUSION_WINDOWS": "16"})
+    assert (cfg.recipe, cfg.diffusion_causal, cfg.diffusion_loss_weight) == ("top", True, 0.5)
+    assert cfg.mercury_clean_loss_weight == tg.RECIPES["retrograde"]["mercury_clean_loss_weight"]
+    named = ("diffusion_causal", "mercury_clean_loss_weight", "diffusion_windows")
+    assert [source[name] for name in named] == ["recipe top", "recipe top", "env"]
+    assert cfg.diffusion_windows == "16"
+    assert cfg.path("logs", ".txt").name.startswith("top_seed1337_")
+    same, _, _ = tg.Config.from_env({"RECIPE": "retrograde", "PRESET": "cpu", "DIFFUSION_WINDOWS": "16"})
+    assert dataclasses.replace(cfg, recipe="retrograde", diffusion_loss_weight=1.0) == same
+
+
+FAULTY = {  # rows, and what is said of the row called `x`
+    "[rows.x": ["{file} is damaged (", "repair it, or move it away"],
+    "rows = 5": ["{file} is damaged (", "repair it, or move it away"],
+    "[rows]\nx = 5": ["{file} is damaged (", "repair it, or move it away"],
+    "[rows.direct]\nmatrix_lr = 0.5": ["{file} is damaged (direct: built-in recipes take no settings", "rename"],
+    "[rows.x]\nseed = 5": ["{file}, row 'x': base='' is not in RECIPES"],
+    "[rows.x]\nbase = 'y'": ["{file}, row 'x': base='y' is not in RECIPES; closest: "],
+    "[rows.x]\nbase = 'dirct'": ["row 'x': base='dirct'", "closest: direct;", "known: direct, ar"],
+    "[rows.x]\nbase = 'y'\n[rows.y]\nbase = 'x'": ["{file}: base goes in a circle: x -> y -> x; end it at"],
+    "[rows.x]\nbase = 'x'": ["base goes in a circle: x -> x"],
+    "[rows.x]\nbase = 'ar'\nmatrixlr = 0.5": ["{file}, row 'x': matrixlr is not a setting; closest: matrix_lr"],
+    "[rows.x]\nbase = 'y'\n[rows.y]\nbase = 'ar'\nwat = 1": ["{file}, row 'y': wat is not a setting"],
+    "[rows.x]\nbase = 'ar'\nbeta1 = 0": ["row 'x': beta1=0 must be written like its default, 0.9"],
+    "[rows.x]\nbase = 'ar'\ndiffusion_causal = 1": ["diffusion_causal=1 must be written like its default, False"],
+    "[rows.x]\nbase = 'ar'\nnelbo_windows = [1]": ["nelbo_windows=[1] must be written like its default, '1,16,T'"],
+    "[rows.x]\nbase = 'ar'\nadam_eps = inf": ["adam_eps=inf must be written like its default, 1e-08"],
+    "[rows.x]\nbase = 'ar'\nadam_eps = nan": ["ADAM_EPS=nan must be in [0, inf]"],
+    "[rows.y]\nbase = 'ar'": ["RECIPE='x' is not in RECIPES; closest: ", "known: direct, ar, ", ", y"],
+}
+
+
+@pytest.mark.parametrize("text", FAULTY)
+def test_a_faulty_ladder_is_named_with_its_row_and_a_remedy(text: str, ladder: Path) -> None:
+    ladder.write_text(text, encoding="utf-8")
+    (fault,) = faults_of(RECIPE="x")
+    for said in FAULTY[text]:
+        assert said.format(file=ladder) in fault
+    tg.Config.from_env({"RECIPE": "direct"})  # what is built in does not need the file
+
+
+def test_all_faults_of_a_row_are_named_beside_those_of_the_environment(ladder: Path) -> None:
+    ladder.write_text("[rows.x]\nbase = 'ar'\nwat = 1\nbeta1 = 0\n", encoding="utf-8")
+    faults = faults_of(RECIPE="x", PRESET="~~~", SEED="1.5", BETA2="7")
+    for said in ("row 'x': wat", "row 'x': beta1", "PRESET='~~~'", "SEED='1.5'", "BETA2=7"):
+        assert sum(said in fault for fault in faults) == 1, said
+    assert len(faults) == 5
+
+
+def test_the_program_alone_keeps_its_own_recipes(tmp_path: Path) -> None:
+    (tmp_path / "train_gpt.py").write_bytes((ROOT / "train_gpt.py").read_bytes())
+
+    def said(recipe: str) -> str:
+        env = {"RECIPE": recipe, "DATA_PATH": "nowhere", "PATH": "/bin", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "train_gpt.py"]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2
+        return done.stderr
+
+    for recipe in ("retrograde", "ar"):
+        assert said(recipe).startswith("error: DATA_PATH='nowhere' holds no")
+    known = ", ".join(tg.RECIPES)
+    assert said("td_late05").startswith("error: RECIPE='td_late05' is not in RECIPES; closest: ")
+    assert said("td_late05").endswith(f"; known: {known}\n")
+
+
+def test_the_program_runs_a_row_by_its_name(tmp_path: Path) -> None:
+    env = {"RECIPE": "td_late05", "DATA_PATH": "nowhere", "PATH": "/bin", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train_gpt.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.stderr.startswith("error: DATA_PATH='nowhere' holds no")
+
+
 def test_a_recipe_is_a_row(monkeypatch: pytest.MonkeyPatch, data: dict[str, Any]) -> None:
     row = dict(diffusion_windows="8", diffusion_full_prob=1.0, diffusion_loss="mean")
     monkeypatch.setitem(tg.RECIPES, "tidar_8", row)
@@ -259,7 +355,8 @@ class Watched:
 
 def audit(event, args):
     writes = event == "open" and (set(args[1] or "") & set("wax+") or args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-    if writes or event in ("os.mkdir", "os.rename", "os.remove", "subprocess.Popen", "socket.connect", "socket.bind"):
+    reads = event == "open" and str(args[0]).endswith(".toml")
+    if writes or reads or event in ("os.mkdir", "os.rename", "os.remove", "subprocess.Popen", "socket.connect", "socket.bind"):
         raise SystemExit(f"{{event}} {{args}}")
 
 def state():
