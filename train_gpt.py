@@ -25,14 +25,13 @@ import os
 import random
 import re
 import resource
+import runpy
 import signal
 import subprocess
 import sys
 import time
-import tomllib
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_type_hints
 
@@ -54,17 +53,17 @@ class UserError(Exception):
 def opt(default: Any, text: str, unit: str = "", *, choices: str = "", **limits: Any) -> Any:
     """Declare a setting: default, help, unit, and what it may be: choices, or from the limit low, to high if given."""
     meta = {"help": text, "unit": unit, "choices": tuple(choices.split()), "low": None, "high": None, "free": False}
-    return field(default=default, metadata=meta | limits)
+    return dataclasses.field(default=default, metadata=meta | limits)
 
 
 free = functools.partial(opt, free=True)  # a setting that moves no training step: it may differ on RESUME
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """All settings; environment name: field in upper case, booleans 0 or 1. UserError names all faults and remedies."""
 
-    recipe: str = free("direct", "row of RECIPES or LADDER the other defaults come from")
+    recipe: str = free("direct", "row of RECIPES or scripts/ladder.toml the other defaults come from")
     preset: str = free("auto", "row of PRESETS (hardware size); auto looks at this machine")
     run_id: str = free("", "name of log and checkpoint; empty: recipe, seed and a hash of the settings")
     seed: int = opt(1337, "fixes initial weights, data order and noise", low=0, high=2**31 - 1)
@@ -193,25 +192,27 @@ class Config:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> tuple[Config, dict[str, str], list[str]]:
         """Return settings, the source of each, warnings about near-miss names; UserError lists all faults at once."""
-        known, hints = {f.name.upper(): f.name for f in dataclasses.fields(cls)}, get_type_hints(cls)
-        values, source, faults = dict[str, Any](), dict.fromkeys(known.values(), "default"), list[str]()
+        known = {name.upper(): kind for name, kind in get_type_hints(cls).items()}
+        values, source, faults = dict[str, Any](), dict.fromkeys(map(str.lower, known), "default"), list[str]()
         gpu = "1xgpu" if env.get("WORLD_SIZE", "1") == "1" else "8xh100"
         machine = gpu if torch.cuda.is_available() and env.get("DEVICE") != "cpu" else "cpu"
         legacy = {"mercury": "retrograde", "none": "ar"}.get(env.get("DIFFUSION_TRAIN_MODE", ""), "direct")
         recipe, preset = env.get("RECIPE", legacy), env.get("PRESET", "auto").replace("auto", machine)
-        for key, chosen in (("RECIPE", recipe), ("PRESET", preset)):
-            try:
-                row = resolve(key, chosen)
-            except UserError as error:
-                faults.append(str(error))
-                continue
-            values |= row
-            source |= dict.fromkeys(row, f"{key.lower()} {chosen}")
+        recipes = RECIPES if recipe in RECIPES else all_recipes()
+        for key, chosen, rows in (("RECIPE", recipe, recipes), ("PRESET", preset, PRESETS)):
+            if chosen not in rows:
+                close = ", ".join(difflib.get_close_matches(chosen, rows, 3, cutoff=0.4)) or "none"
+                faults.append(f"{key}={chosen!r} is not in {key}S; closest: {close}; known: {', '.join(rows)}")
+            values |= rows.get(chosen, {})
+            source |= dict.fromkeys(rows.get(chosen, {}), f"{key.lower()} {chosen}")
         for key in sorted(env.keys() & known.keys()):
-            try:
-                values[known[key]], source[known[key]] = parse_value(hints[known[key]], env[key]), "env"
-            except ValueError as error:
-                faults.append(f"{key}={env[key]!r} {error}")
+            with contextlib.suppress(ValueError, KeyError):
+                value = {"0": False, "1": True}[env[key]] if known[key] is bool else known[key](env[key])
+                if known[key] is not float or math.isfinite(value):
+                    values[key.lower()], source[key.lower()] = value, "env"
+                    continue
+            rule = {bool: "must be 0 or 1", int: "must be a whole number"}.get(known[key], "must be a finite number")
+            faults.append(f"{key}={env[key]!r} {rule}")
         try:
             cfg = cls(**values | {"preset": preset, "recipe": recipe})
         except UserError as error:
@@ -238,15 +239,6 @@ class Config:
         return "\n".join(f"{n.upper():32}{v!s:42}{source[n]:20}{m['unit']:10}{m['help']}" for n, v, m in rows)
 
 
-def parse_value(kind: type, text: str) -> Any:
-    """Read a setting of type str, int, float or bool; ValueError says what it must be."""
-    with contextlib.suppress(ValueError, KeyError):
-        value = {"0": False, "1": True}[text] if kind is bool else kind(text)
-        if kind is not float or math.isfinite(value):
-            return value
-    raise ValueError({bool: "must be 0 or 1", int: "must be a whole number"}.get(kind, "must be a finite number"))
-
-
 def parse_shares(text: str) -> list[tuple[str, float]]:
     """Read `name:share,name:share` (a bare name has share 1) and scale the shares to sum to 1."""
     pairs = [part.partition(":") for part in text.split(",") if part.strip()]
@@ -257,6 +249,12 @@ def parse_shares(text: str) -> list[tuple[str, float]]:
     return [(name, share / total) for name, share in shares if share > 0]
 
 
+def all_recipes() -> dict[str, dict[str, Any]]:
+    """Return settings of RECIPES and of the rows of LADDER, by name; UserError: a row is wrong, or the file damaged."""
+    return dict(runpy.run_path(str(LADDER))["resolve"](RECIPES, Config, UserError)) if LADDER.exists() else RECIPES
+
+
+LADDER = Path(__file__).with_name("scripts") / "ladder.py"  # more recipes, where it stands beside this program
 REGIONS = ("iid", "spans", "continuation", "infill", "blocks")
 
 # fmt: off
@@ -307,54 +305,6 @@ PRESETS: dict[str, dict[str, Any]] = {  # how large: model, batch and time, neve
         muon_momentum_warmup_steps=100, val_batch_size=8192, val_loss_every=0, nelbo_sequences=256),
 }
 # fmt: on
-BUILT_IN = {"RECIPE": RECIPES, "PRESET": PRESETS}
-LADDER = Path(__file__).with_name("scripts") / "ladder.toml"  # more recipes, where it stands beside this program
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    return "closest: " + (", ".join(difflib.get_close_matches(name, list(known), 3, cutoff=0.4)) or "none")
-
-
-def changes(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings in a row of LADDER, which are all that it does not say of itself."""
-    return {key: value for key, value in row.items() if key not in ("base", "note", "published")}
-
-
-@functools.cache
-def read_ladder(path: Path) -> dict[str, dict[str, Any]]:
-    """Read the tables of LADDER: rows, ladders (of rows), left_out; all empty without the file; UserError: damaged."""
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        tables = {name: dict(found.get(name, {})) for name in ("rows", "ladders", "left_out")}
-        if own := [name for name, row in tables["rows"].items() if changes(row) and name in RECIPES]:
-            raise ValueError(f"{', '.join(own)}: built-in recipes take no settings from here; rename the rows")
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: a number where a table belongs
-        raise UserError(f"{path} is damaged ({error}); repair it, or move it away: RECIPES do without") from error
-    return tables
-
-
-def resolve(key: str, name: str, above: Sequence[str] = ()) -> dict[str, Any]:
-    """Return what a row of RECIPES, PRESETS or LADDER changes, over what its base does. UserError: no such row, or one
-    of LADDER with an unknown base or setting, another type than the setting's, or among the rows `above` it."""
-    if name in BUILT_IN[key]:
-        return BUILT_IN[key][name]
-    rows = read_ladder(LADDER)["rows"] if key == "RECIPE" else {}
-    known, defaults = [*BUILT_IN[key], *rows], {f.name: f.default for f in dataclasses.fields(Config)}
-    if name not in rows:
-        where = f"{LADDER}, row {above[-1]!r}: base" if above else key
-        raise UserError(f"{where}={name!r} is not in {key}S; {closest(name, known)}; known: {', '.join(known)}")
-    if name in above:
-        raise UserError(f"{LADDER}: base goes in a circle: {' -> '.join([*above, name])}; end it at a row of RECIPES")
-    own, faults = changes(rows[name]), list[str]()
-    for setting, value in own.items():
-        if setting not in defaults:
-            faults.append(f"{setting} is not a setting; {closest(setting, defaults)}")
-        elif type(value) is not type(defaults[setting]) or value == math.inf:
-            faults.append(f"{setting}={value!r} must be written like its default, {defaults[setting]!r}")
-    if faults:
-        raise UserError("\n".join(f"{LADDER}, row {name!r}: {fault}" for fault in faults))
-    return resolve(key, str(rows[name].get("base", "")), [*above, name]) | own
-
 
 # 2  RUN CONTEXT AND LOG -- device, precision, kernels and ranks, chosen once; one call writes both logs ===============
 LINES = {  # what other programs parse, in the challenge's and the predecessor's form; the rest is `name key:value`
@@ -397,7 +347,7 @@ class Log:
         self.write(json.dumps({"event": name, **finite}, allow_nan=False), ".jsonl", echo=False)
 
 
-@dataclass
+@dataclasses.dataclass
 class Run:
     """What one process is: its rank, device, kernels and log."""
 
@@ -490,9 +440,6 @@ class Run:
         facts |= {"threads": torch.get_num_threads(), "precision": "bf16" if cuda else "fp32", "compile": self.compile}
         facts |= {"python": sys.version.split()[0], "torch": torch.__version__, "command": " ".join(sys.argv)}
         self.log.event("header", **facts, sha256=hashlib.sha256(code.encode()).hexdigest())
-        if self.cfg.recipe not in RECIPES:
-            note = read_ladder(LADDER)["rows"].get(self.cfg.recipe, {}).get("note")
-            self.log.event("recipe", name=self.cfg.recipe, note=note)
         self.log.event("config", table=self.cfg.table(source), values=dataclasses.asdict(self.cfg), source=dict(source))
         for warning in warnings:
             self.log.event("warning", reason=warning)
@@ -1486,10 +1433,9 @@ def check_finite(state: TrainState, sums: Tensor) -> dict[str, float]:
 
 def train(state: TrainState, val: TokenLoader, byte_counter: ByteCounter) -> None:
     """Run optimizer steps until ITERATIONS or the wall-clock cap; only validation stops the clock."""
-    cfg, run, objective = state.cfg, state.run, Objective(state.cfg, state.run, state.model)
-    num_rows = cfg.train_batch_tokens // cfg.micro_batches // cfg.train_seq_len
+    cfg, run, T, objective = state.cfg, state.run, state.cfg.train_seq_len, Objective(state.cfg, state.run, state.model)
     for size in ([*objective.masks] or [0]) * cfg.warmup_steps if run.compile else []:  # before the clock starts
-        rows = state.loader.rows(0, num_rows, cfg.train_seq_len, run.device)
+        rows = state.loader.rows(0, cfg.train_batch_tokens // cfg.micro_batches // T, T, run.device)
         with run.autocast():
             loss, _ = objective(rows, 0, size, Moment(cfg.iterations, 1.0, 0.0))
         loss.backward()  # type: ignore[no-untyped-call]

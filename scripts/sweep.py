@@ -27,7 +27,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ladder
 import report
+from ladder import closest
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # train_gpt.py lies beside this folder
@@ -45,11 +47,11 @@ SCORING = ("nelbo_", "parallel_eval_", "eval_seed", "export_levels")  # settings
 
 
 def rows() -> dict[str, dict[str, Any]]:
-    return tg.read_ladder(tg.LADDER)["rows"]
+    return ladder.read(UserError)["rows"]
 
 
 def ladders() -> dict[str, list[str]]:
-    return tg.read_ladder(tg.LADDER)["ladders"] | {"all": list(rows())}
+    return ladder.read(UserError)["ladders"] | {"all": list(rows())}
 
 
 class Run(NamedTuple):
@@ -101,9 +103,9 @@ def fail(*faults: str) -> None:
 
 def chosen_rows(names: Sequence[str]) -> list[str]:
     """Expand ladders into rows, each once, in order; UserError names what is near an unknown one."""
-    left_out, known = tg.read_ladder(tg.LADDER)["left_out"], {name: [name] for name in rows()} | ladders()
+    left_out, known = ladder.read(UserError)["left_out"], {name: [name] for name in rows()} | ladders()
     why = {name: f"is left out: {left_out[name]}" if name in left_out else "is no row or ladder" for name in names}
-    near = {name: tg.closest(name, known) for name in names if name not in known}
+    near = {name: closest(name, known) for name in names if name not in known}
     fail(*(f"NAME={name!r} {why[name]}; {hint}; all: --dry-run all" for name, hint in near.items()))
     return list(dict.fromkeys(row for name in names for row in known[name]))
 
@@ -120,7 +122,7 @@ def overrides(args: argparse.Namespace) -> dict[str, str]:
         if name in OWN:
             faults.append(f"--set {text}: a sweep sets {name} itself; use rows, --seeds and --out")
         elif not equals or name not in known:
-            faults.append(f"--set {text}: must be NAME=VALUE of a setting of train_gpt.py; {tg.closest(name, known)}")
+            faults.append(f"--set {text}: must be NAME=VALUE of a setting of train_gpt.py; {closest(name, known)}")
         values[name] = value
     fail(*faults)
     return values
@@ -128,7 +130,7 @@ def overrides(args: argparse.Namespace) -> dict[str, str]:
 
 def configure(name: str, seed: str, given: Mapping[str, str], nproc: int) -> tuple[Config, dict[str, str], list[str]]:
     """Return settings and environment of one run, and warnings; UserError: a fault, or a given setting is the row's."""
-    taken = sorted(given.keys() & {setting.upper() for setting in tg.resolve("RECIPE", name)})
+    taken = sorted(given.keys() & {setting.upper() for setting in tg.all_recipes()[name]})
     fail(*(f"{key}={given[key]!r} is the row's to set; leave it out of --set and the environment" for key in taken))
     env = {**given, "RECIPE": name, "SEED": seed}
     cfg, _, warnings = Config.from_env(env | {"WORLD_SIZE": str(nproc)})
@@ -340,7 +342,7 @@ def plan_table(runs: Sequence[Run]) -> str:
     body = []
     for name in dict.fromkeys(run.row for run in runs):
         row = rows()[name]
-        values = {k.upper(): int(v) if isinstance(v, bool) else v for k, v in tg.changes(row).items()}
+        values = {k.upper(): int(v) if isinstance(v, bool) else v for k, v in ladder.changes(row).items()}
         settings = " ".join(f"`{k}={v}`" for k, v in values.items())
         seeds = " ".join(str(run.seed) for run in runs if run.row == name)
         over = row.get("base", name)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ladder
 import pytest
 import report
 import sweep
@@ -128,7 +129,7 @@ def differing(a: tg.Config, b: tg.Config) -> set[str]:
 def test_every_row_holds_at_every_preset_and_has_no_size(preset: str) -> None:
     sizes = {name for values in tg.PRESETS.values() for name in values} | {"iterations", "seed"}
     for name, row in sweep.rows().items():
-        cfg, settings = config(name, preset), tg.resolve("RECIPE", name)
+        cfg, settings = config(name, preset), tg.all_recipes()[name]
         assert {key: getattr(cfg, key) for key in settings} == settings
         assert (cfg.recipe, cfg.preset) == (name, preset)
         assert not settings.keys() & sizes
@@ -137,7 +138,7 @@ def test_every_row_holds_at_every_preset_and_has_no_size(preset: str) -> None:
 
 
 def test_every_published_name_is_a_row_with_its_score_or_is_left_out_with_a_reason() -> None:
-    left_out = tg.read_ladder(tg.LADDER)["left_out"]
+    left_out = ladder.read(tg.UserError)["left_out"]
     for name, score in PUBLISHED:
         assert (name in sweep.rows()) != (name in left_out), name
         assert score is None or score in sweep.rows()[name]["published"].values(), name
@@ -542,9 +543,9 @@ def test_a_fault_is_named_before_any_run(bench: Bench, argv: list[str], said: st
 
 
 def test_a_damaged_ladder_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tg, "LADDER", bench.root / "ladder.toml")
-    tg.LADDER.write_text("[rows.td_control\n", encoding="utf-8")
-    assert f"error: {tg.LADDER} is damaged" in bench.run("ar", code=2)[1]
+    monkeypatch.setattr(ladder, "FILE", bench.root / "ladder.toml")
+    ladder.FILE.write_text("[rows.td_control\n", encoding="utf-8")
+    assert f"error: {ladder.FILE} is damaged" in bench.run("ar", code=2)[1]
 
 
 @pytest.mark.parametrize("argv", [[], ["ar", "--seconds", "0"], ["ar", "--nproc", "0"], ["ar", "--steps", "x"]])
@@ -618,7 +619,7 @@ def test_several_processes_are_started_by_torchrun(bench: Bench, monkeypatch: py
 
 def test_one_row_end_to_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "PROGRAM", ROOT / "train_gpt.py")
-    taken = {*tg.resolve("RECIPE", "mdlm_50_50"), "vocab_size", "iterations", "max_wallclock_seconds"}
+    taken = {*tg.all_recipes()["mdlm_50_50"], "vocab_size", "iterations", "max_wallclock_seconds"}
     for key, value in env_of({k: v for k, v in TINY.items() if k not in taken} | {"OMP_NUM_THREADS": 1}).items():
         monkeypatch.setenv(key, value)
     end, _ = bench.run("mdlm_50_50", "--steps", "4")
@@ -627,10 +628,9 @@ def test_one_row_end_to_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> No
     assert 0 < line["val_bpb"] == end["rows"]["mdlm_50_50"]["val_bpb"]
     assert (bench.folder("mdlm_50_50") / "final_model.int8.ptz").is_file()
     events = [json.loads(text) for text in (bench.out / "logs" / f"{line['run']}.jsonl").read_text().splitlines()]
-    config, about = (next(e for e in events if e["event"] == kind) for kind in ("config", "recipe"))
+    config = next(e for e in events if e["event"] == "config")
     assert (config["values"]["recipe"], config["values"]["diffusion_loss_weight"]) == ("mdlm_50_50", 0.5)
-    assert {config["source"][name] for name in tg.resolve("RECIPE", "mdlm_50_50")} == {"recipe mdlm_50_50"}
-    assert (about["name"], about["note"]) == ("mdlm_50_50", "as mdlm_30_70")
+    assert {config["source"][name] for name in tg.all_recipes()["mdlm_50_50"]} == {"recipe mdlm_50_50"}
     assert report.key_of(report.read_log(bench.out / "logs" / f"{line['run']}.jsonl")).recipe == "mdlm_50_50"
     end, _ = bench.run("mdlm_50_50", "--steps", "4")
     assert end["skipped"] == 1
