@@ -25,13 +25,13 @@ import os
 import random
 import re
 import resource
+import runpy
 import signal
 import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_type_hints
 
@@ -53,17 +53,17 @@ class UserError(Exception):
 def opt(default: Any, text: str, unit: str = "", *, choices: str = "", **limits: Any) -> Any:
     """Declare a setting: default, help, unit, and what it may be: choices, or from the limit low, to high if given."""
     meta = {"help": text, "unit": unit, "choices": tuple(choices.split()), "low": None, "high": None, "free": False}
-    return field(default=default, metadata=meta | limits)
+    return dataclasses.field(default=default, metadata=meta | limits)
 
 
 free = functools.partial(opt, free=True)  # a setting that moves no training step: it may differ on RESUME
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """All settings; environment name: field in upper case, booleans 0 or 1. UserError names all faults and remedies."""
 
-    recipe: str = free("direct", "row of RECIPES the other defaults come from")
+    recipe: str = free("direct", "row of RECIPES or scripts/ladder.toml the other defaults come from")
     preset: str = free("auto", "row of PRESETS (hardware size); auto looks at this machine")
     run_id: str = free("", "name of log and checkpoint; empty: recipe, seed and a hash of the settings")
     seed: int = opt(1337, "fixes initial weights, data order and noise", low=0, high=2**31 - 1)
@@ -193,23 +193,27 @@ class Config:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> tuple[Config, dict[str, str], list[str]]:
         """Return settings, the source of each, warnings about near-miss names; UserError lists all faults at once."""
-        known, hints = {f.name.upper(): f.name for f in dataclasses.fields(cls)}, get_type_hints(cls)
-        values, source, faults = dict[str, Any](), dict.fromkeys(known.values(), "default"), list[str]()
+        known = {name.upper(): kind for name, kind in get_type_hints(cls).items()}
+        values, source, faults = dict[str, Any](), dict.fromkeys(map(str.lower, known), "default"), list[str]()
         gpu = "1xgpu" if env.get("WORLD_SIZE", "1") == "1" else "8xh100"
         machine = gpu if torch.cuda.is_available() and env.get("DEVICE") != "cpu" else "cpu"
         legacy = {"mercury": "retrograde", "none": "ar"}.get(env.get("DIFFUSION_TRAIN_MODE", ""), "direct")
         recipe, preset = env.get("RECIPE", legacy), env.get("PRESET", "auto").replace("auto", machine)
-        for key, chosen, rows in (("RECIPE", recipe, RECIPES), ("PRESET", preset, PRESETS)):
+        recipes = RECIPES if recipe in RECIPES else all_recipes()
+        for key, chosen, rows in (("RECIPE", recipe, recipes), ("PRESET", preset, PRESETS)):
             if chosen not in rows:
                 close = ", ".join(difflib.get_close_matches(chosen, rows, 3, cutoff=0.4)) or "none"
                 faults.append(f"{key}={chosen!r} is not in {key}S; closest: {close}; known: {', '.join(rows)}")
             values |= rows.get(chosen, {})
             source |= dict.fromkeys(rows.get(chosen, {}), f"{key.lower()} {chosen}")
         for key in sorted(env.keys() & known.keys()):
-            try:
-                values[known[key]], source[known[key]] = parse_value(hints[known[key]], env[key]), "env"
-            except ValueError as error:
-                faults.append(f"{key}={env[key]!r} {error}")
+            with contextlib.suppress(ValueError, KeyError):
+                value = {"0": False, "1": True}[env[key]] if known[key] is bool else known[key](env[key])
+                if known[key] is not float or math.isfinite(value):
+                    values[key.lower()], source[key.lower()] = value, "env"
+                    continue
+            rule = {bool: "must be 0 or 1", int: "must be a whole number"}.get(known[key], "must be a finite number")
+            faults.append(f"{key}={env[key]!r} {rule}")
         try:
             cfg = cls(**values | {"preset": preset, "recipe": recipe})
         except UserError as error:
@@ -236,15 +240,6 @@ class Config:
         return "\n".join(f"{n.upper():32}{v!s:42}{source[n]:20}{m['unit']:10}{m['help']}" for n, v, m in rows)
 
 
-def parse_value(kind: type, text: str) -> Any:
-    """Read a setting of type str, int, float or bool; ValueError says what it must be."""
-    with contextlib.suppress(ValueError, KeyError):
-        value = {"0": False, "1": True}[text] if kind is bool else kind(text)
-        if kind is not float or math.isfinite(value):
-            return value
-    raise ValueError({bool: "must be 0 or 1", int: "must be a whole number"}.get(kind, "must be a finite number"))
-
-
 def parse_shares(text: str) -> list[tuple[str, float]]:
     """Read `name:share,name:share` (a bare name has share 1) and scale the shares to sum to 1."""
     pairs = [part.partition(":") for part in text.split(",") if part.strip()]
@@ -255,6 +250,12 @@ def parse_shares(text: str) -> list[tuple[str, float]]:
     return [(name, share / total) for name, share in shares if share > 0]
 
 
+def all_recipes() -> dict[str, dict[str, Any]]:
+    """Return settings of RECIPES and of the rows of LADDER, by name; UserError: a row is wrong, or the file damaged."""
+    return dict(runpy.run_path(str(LADDER))["resolve"](RECIPES, Config, UserError)) if LADDER.exists() else RECIPES
+
+
+LADDER = Path(__file__).with_name("scripts") / "ladder.py"  # more recipes, where it stands beside this program
 REGIONS = ("iid", "spans", "continuation", "infill", "blocks")
 
 # fmt: off
@@ -347,7 +348,7 @@ class Log:
         self.write(json.dumps({"event": name, **finite}, allow_nan=False), ".jsonl", echo=False)
 
 
-@dataclass
+@dataclasses.dataclass
 class Run:
     """What one process is: its rank, device, kernels and log."""
 
@@ -1492,10 +1493,9 @@ def check_finite(state: TrainState, sums: Tensor) -> dict[str, float]:
 
 def train(state: TrainState, val: TokenLoader, byte_counter: ByteCounter) -> None:
     """Run optimizer steps until ITERATIONS or the wall-clock cap; only validation stops the clock."""
-    cfg, run, objective = state.cfg, state.run, Objective(state.cfg, state.run, state.model)
-    num_rows = cfg.train_batch_tokens // cfg.micro_batches // cfg.train_seq_len
+    cfg, run, T, objective = state.cfg, state.run, state.cfg.train_seq_len, Objective(state.cfg, state.run, state.model)
     for size in ([*objective.masks] or [0]) * cfg.warmup_steps if run.compile else []:  # before the clock starts
-        rows = state.loader.rows(0, num_rows, cfg.train_seq_len, run.device)
+        rows = state.loader.rows(0, cfg.train_batch_tokens // cfg.micro_batches // T, T, run.device)
         with run.autocast():
             loss, _ = objective(rows, 0, size, Moment(cfg.iterations, 1.0, 0.0))
         loss.backward()  # type: ignore[no-untyped-call]

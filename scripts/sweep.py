@@ -4,17 +4,15 @@
     python scripts/sweep.py td_control td_late05 --steps 400 --set MICRO_BATCHES=2 --out out/late
     python scripts/sweep.py all --dry-run        every row: its settings, and what was chosen where none is published
 
-Names are rows or ladders. DATA_PATH, PRESET and the like come from the environment, as for train_gpt.py. The same
-command again goes on: finished runs are skipped, and one that was cut off resumes. Rows with equal settings share a
-run. Results are OUT/sweep.jsonl and OUT/logs; the last line is one JSON object.
+Names are rows or ladders of scripts/ladder.toml. DATA_PATH, PRESET and the like come from the environment, as for
+train_gpt.py. The same command again goes on: finished runs are skipped, and one that was cut off resumes. Rows with
+equal settings share a run. Results are OUT/sweep.jsonl and OUT/logs; the last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import difflib
 import fcntl
 import hashlib
 import json
@@ -25,207 +23,35 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import ladder
 import report
+from ladder import closest
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from train_gpt import Config
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # train_gpt.py lies beside this folder
 
-PROGRAM = Path(__file__).resolve().parents[1] / "train_gpt.py"
-sys.path.insert(0, str(PROGRAM.parent))
+import train_gpt as tg
+from train_gpt import Config, UserError
 
-# 1  ROWS -- settings over a recipe of train_gpt.RECIPES or over another row; never a size =============================
+PROGRAM = Path(tg.__file__)
 
-
-class Row(NamedTuple):
-    """One recipe: what it changes, what was chosen where its description leaves a setting open, what it scored."""
-
-    base: str  # a recipe or another row
-    note: str
-    published: Mapping[str, float]  # val_bpb by phase; FineWeb, one H100 for 180 s unless said
-    settings: Mapping[str, Any]
-
-
-def row(base: str, note: str, published: Mapping[str, float] | None = None, /, **settings: Any) -> Row:
-    return Row(base, note, published or {}, settings)
-
-
-LATE = dict(diffusion_start_frac=0.75)  # "late" has no published number: the last quarter of a run
-PLAIN = dict(self_condition="none", mercury_task_mode="none")  # before predictions were fed back and masks had tasks
-
-# fmt: off
-ROWS: dict[str, Row] = {
-    "direct": row("direct", "this project's default"),
-    "ar": row("ar", "the challenge's naive baseline"),
-    "retrograde": row("retrograde", "the predecessor's submission", {"8xH100, 600 s": 1.4564}),
-    # "Mercury in Retrograde", phases 1 and 2: a denoising loss beside the causal one, from step 100 as submitted.
-    "td_control": row("ar", "next-token loss alone", {"1": 2.0027, "2": 1.9997, "2, corruption": 2.0035}),
-    "td_span15": row(
-        "retrograde", "weight not published: that of the next-token loss; masked spans of 8, to meet 15 % at any T",
-        {"1": 2.1725}, mercury_clean_loss_weight=1.0, diffusion_corruption_mode="mask", diffusion_regions="spans",
-        diffusion_span_len=8, diffusion_spans_per_seq=64, diffusion_progressive=False, diffusion_min_mask_ratio=0.0,
-        diffusion_max_mask_ratio=0.15, **PLAIN),
-    "td_span30": row("td_span15", "as td_span15", {"1": 2.1831}, diffusion_max_mask_ratio=0.3),
-    "td_prog15": row("td_span15", "start of the ramp not published: 0", {"1": 2.1752}, diffusion_progressive=True),
-    "td_prog30": row("td_span30", "start of the ramp not published: 0", {"1": 2.1893}, diffusion_progressive=True),
-    "td_late02": row(
-        "td_span15", "rate not published: 15 % spans; late: last quarter", {"2": 2.0437}, diffusion_loss_weight=0.02,
-        **LATE),
-    "td_late05": row("td_late02", "as td_late02", {"2": 2.0485}, diffusion_loss_weight=0.05),
-    "td_late05p": row("td_late05", "progressive from 0", {"2": 2.0489}, diffusion_progressive=True),
-    "td_late10": row("td_late02", "as td_late02", {"2": 2.0489}, diffusion_loss_weight=0.1),
-    "td_cons05": row(
-        "td_late05", "05 read as the weight; 15 % spans", {"2": 2.0477}, diffusion_loss="consistency"),
-    "td_hyb05": row(
-        "td_late05", "5 % read as the corruption rate, weight and start as td_late05", {"2": 2.0515},
-        diffusion_corruption_mode="hybrid", diffusion_max_mask_ratio=0.05),
-    "td_hyb05m": row("td_hyb05", "mask-heavier read as 80 % masks", {"2": 2.0503}, diffusion_hybrid_mask_prob=0.8),
-    "td_unif05": row("td_hyb05", "as td_hyb05", {"2": 2.0601}, diffusion_corruption_mode="uniform"),
-    "td_unif10": row("td_unif05", "as td_hyb05, at 10 %", {"2": 2.0690}, diffusion_max_mask_ratio=0.1),
-    # Phase 3: denoising is the main loss.
-    "mercury_hybrid25": row(
-        "retrograde", "tokens drawn one by one; next-token weight 0.1 as submitted", {"3": 3.5492},
-        diffusion_regions="iid", diffusion_progressive=False, diffusion_max_mask_ratio=0.25, **PLAIN),
-    "mercury_mask25": row(
-        "mercury_hybrid25", "pure denoising read as no next-token loss", {"3": 12.9566},
-        mercury_clean_loss_weight=0.0, diffusion_corruption_mode="mask"),
-    "mercury_uniform50": row(
-        "mercury_hybrid25", "as mercury_hybrid25", {"3": 3.5424}, diffusion_corruption_mode="uniform",
-        diffusion_max_mask_ratio=0.5),
-    "mercury_hybrid50p": row(
-        "mercury_hybrid25", "from 25 %", {"3": 3.5412}, diffusion_progressive=True, diffusion_max_mask_ratio=0.5),
-    "mercury_auxlate": row(
-        "mercury_hybrid25", "next-token weight 1, denoising 0.05 in the last quarter", {"3": 2.0131, "3b": 2.0150},
-        mercury_clean_loss_weight=1.0, diffusion_loss_weight=0.05, **LATE),
-    # Phase 3b has two rows under names of phase 3; here they end in _mix. "sc" is the submitted self-conditioning.
-    "mercury_uniform50_mix": row(
-        "mercury_uniform50", "published as mercury_uniform50; weaker self-conditioning read as half of the windows",
-        {"3b": 3.5056}, mercury_task_mode="mixed", self_condition="commit", mercury_self_condition_prob=0.5),
-    "mercury_hybrid50p_mix": row(
-        "mercury_hybrid50p", "published as mercury_hybrid50p; as mercury_uniform50_mix", {"3b": 3.4987},
-        mercury_task_mode="mixed", self_condition="commit", mercury_self_condition_prob=0.5),
-    "mercury_uniform50_suffixsc": row(
-        "mercury_uniform50_mix", "continuation only", {"3b": 3.5043}, mercury_task_mode="continuation",
-        mercury_self_condition_prob=1.0),
-    "mercury_hybrid50p_mixsc": row(
-        "retrograde", "25 -> 50 %", {"3b": 3.4980, "3c, 600 s": 2.2261}, diffusion_max_mask_ratio=0.5),
-    "mercury_hybrid50p_cont90": row(
-        "mercury_hybrid50p_mixsc", "90 % continuation", {"3c, 600 s": 2.2199}, mercury_continuation_prob=0.9),
-    "mercury_hybrid37p5_mixsc": row(
-        "retrograde", "25 -> 37.5 %", {"3d": 3.4984, "3c, 600 s": 2.2168}, diffusion_max_mask_ratio=0.375),
-    "mercury_hybrid37p5_cont85": row(
-        "mercury_hybrid37p5_mixsc", "85 % continuation", {"3d": 3.4980}, mercury_continuation_prob=0.85),
-    "mercury_hybrid35_mixsc": row("retrograde", "the submitted recipe", {"3d": 3.4973}),
-    "mercury_hybrid35_cont85": row("retrograde", "85 % continuation", {"3d": 3.4983}, mercury_continuation_prob=0.85),
-    "mercury_hybrid3125_mixsc": row("retrograde", "25 -> 31.25 %", {"3d": 3.4982}, diffusion_max_mask_ratio=0.3125),
-    "mercury_hybrid37p5_2step": row(
-        "mercury_hybrid37p5_mixsc", "two passes with loss after the one that is fed back",
-        {"3e": 6.8082, "3e, again": 7.0219}, diffusion_passes=2),
-    "mercury_hybrid37p5_2step_cont90": row(
-        "mercury_hybrid37p5_2step", "90 % continuation", {"3e": 6.7054, "3e, again": 6.9992},
-        mercury_continuation_prob=0.9),
-    # Phase 4. What an anchor is was not published: here a block keeps its first tokens, the rest is masked.
-    "ab_control": row("ar", "next-token loss alone", {"4": 1.9970}),
-    "ab_block32": row(
-        "retrograde", "raw: masks anywhere in a block of 32, t uniform, no next-token loss", {"4": 12.9688},
-        mercury_clean_loss_weight=0.0, diffusion_corruption_mode="mask", diffusion_windows="32",
-        diffusion_regions="iid", diffusion_rate="uniform", diffusion_min_mask_ratio=0.0, diffusion_max_mask_ratio=1.0,
-        **PLAIN),
-    "ab_anchor32": row(
-        "ab_block32", "anchor read as the unmasked first tokens of a block", {"4": 12.2302},
-        diffusion_regions="continuation"),
-    "ab_anchor32late": row("ab_anchor32", "next-token loss alone until the last quarter", {"4": 2.3869}, **LATE),
-    "ab_anchor64": row("ab_anchor32", "as ab_anchor32, blocks of 64", {"4": 12.7226}, diffusion_windows="64"),
-    # PR 1194 and its ablation, named next-token share first.
-    "mdlm_30_70": row("mdlm_30_70", "t uniform for the cosine schedule: same ELBO", {"180 s, RTX 5090": 3.3801}),
-    "mdlm_50_50": row("mdlm_30_70", "as mdlm_30_70", mercury_clean_loss_weight=0.5, diffusion_loss_weight=0.5),
-    "mdlm_70_30": row("mdlm_30_70", "as mdlm_30_70", mercury_clean_loss_weight=0.7, diffusion_loss_weight=0.3),
-    "mdlm_100_0": row("ar", "no denoiser: the ar recipe"),
-    "mdlm_pure": row(
-        "mdlm_30_70", "no next-token loss, so val_bpb is of an untrained stream; its likelihood is the bound",
-        mercury_clean_loss_weight=0.0, diffusion_loss_weight=1.0),
-    # Others. As in the papers none trains the clean stream unless said: compare bounds.
-    "llada": row("mdlm_pure", "1/t up to 1,000, no time input; all rows of length T", diffusion_loss_clip=1000.0),
-    "bd3_4": row("mdlm_pure", "t over all of (0, 1]: the paper searches a range per data set", diffusion_windows="4"),
-    "bd3_16": row("mdlm_pure", "as bd3_4", diffusion_windows="16"),
-    "bd3_64": row("mdlm_pure", "as bd3_4", diffusion_windows="64"),
-    "sedd_absorb": row(
-        "mdlm_pure", "log-linear sigma is t uniform; with time input", diffusion_loss="score_entropy",
-        time_embed_dim=32),
-    "gidd_20": row(
-        "mdlm_pure", "80 % masks, 20 % random; unweighted mean for the paper's reweighted ELBO",
-        diffusion_corruption_mode="hybrid", diffusion_hybrid_mask_prob=0.8, diffusion_loss="mean"),
-    "gaussian_emb": row(
-        "mdlm_pure", "a share t of the tokens is blurred, to level t; the papers blur all; no self-conditioning",
-        diffusion_corruption_mode="gaussian", diffusion_loss="mean", time_embed_dim=32),
-    "tidar_8": row(
-        "mdlm_30_70", "both losses weigh 1; drafts of 8 all masked", mercury_clean_loss_weight=1.0,
-        diffusion_loss_weight=1.0, diffusion_loss="mean", diffusion_windows="8", diffusion_full_prob=1.0),
-    # Defects of the predecessor, each put back alone into `direct`.
-    "defect_causal": row("direct", "attention inside a window is causal", diffusion_causal=True),
-    "defect_run": row(
-        "direct", "one contiguous run of 25-35 % of a row, t uniform in it; no window at t = 1", diffusion_windows="T",
-        mercury_task_mode="mixed", diffusion_min_mask_ratio=0.25, diffusion_max_mask_ratio=0.35,
-        diffusion_full_prob=0.0),
-    "defect_ramp": row(
-        "direct", "t ramps from 0 to 1 over ITERATIONS, not over what is run; the share at t = 1 stays",
-        diffusion_rate="fixed", diffusion_ramp="iterations"),
-    "defect_weight": row(
-        "direct", "denoising 1.0 against next-token 0.1", mercury_clean_loss_weight=0.1, diffusion_loss_weight=1.0),
-    "defect_commit": row(
-        "direct", "always on, 75 % of the corrupted tokens", self_condition="commit", mercury_self_condition_prob=1.0,
-        mercury_self_condition_fraction=0.75),
-    "defect_notime": row("direct", "the slow loops that came with it are no setting", time_embed_dim=0),
-    "retrograde_bidirectional": row("retrograde", "its windows read both ways, all else kept", diffusion_causal=False),
-}
-
-LADDERS: dict[str, tuple[str, ...]] = {name: tuple(rows.split()) for name, rows in {
-    "main": "ar retrograde direct",
-    "phase1": "td_control td_span15 td_span30 td_prog15 td_prog30",
-    "late": "td_control td_late02 td_late05 td_late05p td_late10",
-    "corruption": "td_control td_cons05 td_hyb05 td_hyb05m td_unif05 td_unif10",
-    "mercury": "mercury_mask25 mercury_hybrid25 mercury_uniform50 mercury_hybrid50p mercury_auxlate",
-    "selfcond": "mercury_uniform50_mix mercury_hybrid50p_mix mercury_uniform50_suffixsc mercury_hybrid50p_mixsc"
-                " mercury_auxlate",
-    "fine": "mercury_hybrid35_mixsc mercury_hybrid37p5_cont85 mercury_hybrid3125_mixsc mercury_hybrid35_cont85"
-            " mercury_hybrid37p5_mixsc mercury_hybrid50p_mixsc mercury_hybrid50p_cont90",
-    "two_step": "mercury_hybrid37p5_2step mercury_hybrid37p5_2step_cont90",
-    "anchored": "ab_control ab_anchor32late ab_anchor32 ab_anchor64 ab_block32",
-    "mdlm": "mdlm_30_70 mdlm_50_50 mdlm_70_30 mdlm_100_0 mdlm_pure",
-    "others": "llada bd3_4 bd3_16 bd3_64 sedd_absorb gidd_20 gaussian_emb tidar_8",
-    "defects": "direct defect_causal defect_run defect_ramp defect_weight defect_commit defect_notime"
-               " retrograde_bidirectional retrograde",
-    "all": " ".join(ROWS),
-}.items()}
-
-LEFT_OUT = {
-    "sedd_uniform": "the score entropy of train_gpt.py is that of absorbing noise",
-    "adapt_ar": "no setting starts from another run's weights or anneals attention",
-    "defect_nocache": "it concerns what decoding is compared with, and parallel_eval always compares with a cache",
-}
-# fmt: on
-
-
-def resolve(name: str) -> tuple[str, dict[str, Any]]:
-    """Return the recipe at the root of a row, and all settings of the rows down to it."""
-    base, _, _, settings = ROWS[name]
-    recipe, below = resolve(base) if base in ROWS and base != name else (base, {})
-    return recipe, {**below, **settings}
-
-
-def as_env(settings: Mapping[str, Any]) -> dict[str, str]:
-    return {k.upper(): str(int(v)) if isinstance(v, bool) else str(v) for k, v in settings.items()}
-
-
-# 2  PLAN -- every run's settings are checked before the first one starts ==============================================
+# 1  PLAN -- every run's settings are checked before the first one starts ==============================================
 
 OWN = ("RECIPE", "SEED", "RUN_ID", "OUT_DIR", "RESUME")  # what a sweep sets in each run
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # of whatever started this process
 SCORING = ("nelbo_", "parallel_eval_", "eval_seed", "export_levels")  # settings that change scores but no training
+
+
+def rows() -> dict[str, dict[str, Any]]:
+    return ladder.read(UserError)["rows"]
+
+
+def ladders() -> dict[str, list[str]]:
+    return ladder.read(UserError)["ladders"] | {"all": list(rows())}
 
 
 class Run(NamedTuple):
@@ -248,8 +74,8 @@ class Run(NamedTuple):
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; exits with 2 on a wrong one."""
-    text = "\n".join(f"  {name:12}{' '.join(rows) if name != 'all' else 'every row'}" for name, rows in LADDERS.items())
+    """Read the command line; exits with 2 on a wrong one. UserError: the file of ladders is damaged."""
+    text = "\n".join(f"  {name:12}{' '.join(of) if name != 'all' else 'every row'}" for name, of in ladders().items())
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=f"ladders:\n{text}", formatter_class=shape)
     parser.add_argument("names", nargs="+", metavar="NAME", help="ladders or rows")
@@ -271,28 +97,21 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def fail(*faults: str) -> None:
     """Raise the error that `main` prints without a traceback, if there are faults."""
-    from train_gpt import UserError
-
     if faults:
         raise UserError("\n".join(faults))
 
 
-def closest(name: str, known: Iterable[str]) -> str:
-    return "closest: " + (", ".join(difflib.get_close_matches(name, list(known), 3, cutoff=0.4)) or "none")
-
-
 def chosen_rows(names: Sequence[str]) -> list[str]:
     """Expand ladders into rows, each once, in order; UserError names what is near an unknown one."""
-    why = {name: f"is left out: {LEFT_OUT[name]}" if name in LEFT_OUT else "is no row or ladder" for name in names}
-    near = {name: closest(name, [*LADDERS, *ROWS]) for name in names if name not in LADDERS and name not in ROWS}
+    left_out, known = ladder.read(UserError)["left_out"], {name: [name] for name in rows()} | ladders()
+    why = {name: f"is left out: {left_out[name]}" if name in left_out else "is no row or ladder" for name in names}
+    near = {name: closest(name, known) for name in names if name not in known}
     fail(*(f"NAME={name!r} {why[name]}; {hint}; all: --dry-run all" for name, hint in near.items()))
-    return list(dict.fromkeys(row for name in names for row in LADDERS.get(name, (name,))))
+    return list(dict.fromkeys(row for name in names for row in known[name]))
 
 
 def overrides(args: argparse.Namespace) -> dict[str, str]:
     """Collect the settings of the command line; UserError: not a setting, or one that a sweep sets itself."""
-    from train_gpt import Config
-
     known, values, faults = [name.upper() for name in Config.__dataclass_fields__], dict[str, str](), []
     if args.seconds is not None:
         values["MAX_WALLCLOCK_SECONDS"] = str(args.seconds)
@@ -311,14 +130,10 @@ def overrides(args: argparse.Namespace) -> dict[str, str]:
 
 def configure(name: str, seed: str, given: Mapping[str, str], nproc: int) -> tuple[Config, dict[str, str], list[str]]:
     """Return settings and environment of one run, and warnings; UserError: a fault, or a given setting is the row's."""
-    import train_gpt as tg
-
-    recipe, settings = resolve(name)
-    taken = sorted(given.keys() & as_env(tg.RECIPES[recipe] | settings).keys())
+    taken = sorted(given.keys() & {setting.upper() for setting in tg.all_recipes()[name]})
     fail(*(f"{key}={given[key]!r} is the row's to set; leave it out of --set and the environment" for key in taken))
-    env = {**given, **as_env(settings), "RECIPE": recipe, "SEED": seed}
-    cfg, _, warnings = tg.Config.from_env(env | {"WORLD_SIZE": str(nproc)})
-    assert dataclasses.replace(cfg, **settings) == cfg, name  # a misspelt setting is a TypeError here
+    env = {**given, "RECIPE": name, "SEED": seed}
+    cfg, _, warnings = Config.from_env(env | {"WORLD_SIZE": str(nproc)})
     if cfg.micro_batches % nproc:
         fail(f"--nproc={nproc} must divide MICRO_BATCHES={cfg.micro_batches}; change one of them")
     return cfg, env | {"PRESET": cfg.preset}, warnings
@@ -326,14 +141,12 @@ def configure(name: str, seed: str, given: Mapping[str, str], nproc: int) -> tup
 
 def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:
     """Lay out all runs, seed by seed so that an unfinished sweep compares whole ladders; UserError lists all faults."""
-    from train_gpt import UserError
-
-    rows, runs, folders = chosen_rows(args.names), list[Run](), dict[str, Path]()
+    names, runs, folders = chosen_rows(args.names), list[Run](), dict[str, Path]()
     faults, notes = dict[str, dict[str, None]](), dict[str, dict[str, None]]()  # what is said, and of which rows
     given = {k: v for k, v in os.environ.items() if k not in (*OWN, *LAUNCHER)} | overrides(args)
     notes |= {f"{name} of the environment is not read: a sweep sets it": {} for name in OWN if name in os.environ}
     for seed in dict.fromkeys(args.seeds.split(",")):
-        for name in rows:
+        for name in names:
             try:
                 cfg, env, warnings = configure(name, seed, given, args.nproc)
             except UserError as error:
@@ -363,7 +176,7 @@ def hollow(cfg: Config) -> Iterator[str]:
         yield "DIFFUSION_RAMP=iterations falls short only where --seconds ends a run before ITERATIONS"
 
 
-# 3  RUNS -- each a process of its own; what is finished is read from its log ==========================================
+# 2  RUNS -- each a process of its own; what is finished is read from its log ==========================================
 
 
 def read(run: Run) -> report.RunLog:
@@ -433,7 +246,7 @@ def result(run: Run) -> dict[str, Any]:
         "bounds": {str(window): event["nelbo_bpb"] for window, event in sorted(log.nelbo.items())},
         "parallel_eval": [{k: v for k, v in event.items() if k != "event"} for event in log.decode.values()],
         "bytes": log.get("size", "total_bytes"),
-        "published": ROWS[run.row].published,
+        "published": rows()[run.row].get("published", {}),
         **{name: header.get(name) for name in ("machine", "world_size", "sha256")},
         "data": Path(run.cfg.data_path).name,
     }
@@ -453,10 +266,8 @@ class Store:
 
     def put(self, run: Run, line: dict[str, Any]) -> None:
         """Rewrite the file with this line, and copy the run's logs."""
-        from train_gpt import atomic_write
-
         self.lines[run.row, run.digest] = line
-        atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines.values()).encode(), "results")
+        tg.atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines.values()).encode(), "results")
         (self.out / "logs").mkdir(exist_ok=True)
         for source in (run.log, run.log.with_suffix(".txt")):
             if source.exists():
@@ -507,11 +318,12 @@ def sweep(runs: Sequence[Run], args: argparse.Namespace) -> Iterator[tuple[str, 
             yield did, line
 
 
-# 4  TABLES ============================================================================================================
+# 3  TABLES ============================================================================================================
 
 
 def published_cell(name: str) -> str:
-    return ", ".join(f"{value:.4f} ({phase})" for phase, value in ROWS[name].published.items()) or report.NONE
+    scores = rows()[name].get("published", {})
+    return ", ".join(f"{value:.4f} ({phase})" for phase, value in scores.items()) or report.NONE
 
 
 def score_table(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -529,15 +341,16 @@ def score_table(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 def plan_table(runs: Sequence[Run]) -> str:
     body = []
     for name in dict.fromkeys(run.row for run in runs):
-        settings = " ".join(f"`{k}={v}`" for k, v in as_env(ROWS[name].settings).items())
+        row = rows()[name]
+        values = {k.upper(): int(v) if isinstance(v, bool) else v for k, v in ladder.changes(row).items()}
+        settings = " ".join(f"`{k}={v}`" for k, v in values.items())
         seeds = " ".join(str(run.seed) for run in runs if run.row == name)
-        body.append([f"`{name}`", f"`{ROWS[name].base}`", settings, ROWS[name].note, seeds, published_cell(name)])
+        over = row.get("base", name)
+        body.append([f"`{name}`", f"`{over}`", settings, row.get("note", ""), seeds, published_cell(name)])
     return report.markdown(["row", "over", "settings", "note", "seeds", "published (phase)"], body, 6)
 
 
 def run_command(args: argparse.Namespace) -> int:
-    import train_gpt as tg
-
     runs, notes = plan(args)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
@@ -576,11 +389,8 @@ def run_command(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, 1 if a run failed, 2 after an error the user can repair, 130 after Ctrl-C."""
-    args = parse_args(argv)
-    from train_gpt import UserError  # here, so that --help and a mistyped option answer at once
-
     try:
-        return run_command(args)
+        return run_command(parse_args(argv))
     except (UserError, report.ReportError, OSError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -228,6 +229,103 @@ def test_the_name_of_a_run_follows_what_it_trains() -> None:
     assert dataclasses.replace(cfg, run_id="mine").path("checkpoints", ".pt") == Path("checkpoints/mine.pt")
 
 
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The file that this test's rows are read from; nothing is there yet."""
+    shutil.copy(tg.LADDER, tmp_path)
+    monkeypatch.setattr(tg, "LADDER", tmp_path / "ladder.py")
+    return tmp_path / "ladder.toml"
+
+
+def test_a_row_of_the_ladder_is_a_recipe(rows: Path) -> None:
+    rows.write_text(
+        """
+[rows.top]
+base = "middle"
+note = "what it is"
+published = { "1" = 2.0 }
+diffusion_causal = true
+diffusion_loss_weight = 0.5
+[rows.middle]
+base = "retrograde"
+diffusion_loss_weight = 0.25
+diffusion_windows = "8"
+""",
+        encoding="utf-8",
+    )
+    cfg, source, _ = tg.Config.from_env({"RECIPE": "top", "PRESET": "cpu", "DIFFUSION_SPAN_LEN": "16"})
+    assert (cfg.recipe, cfg.diffusion_causal, cfg.diffusion_loss_weight) == ("top", True, 0.5)
+    assert (cfg.diffusion_windows, cfg.diffusion_span_len) == ("8", 16)
+    named = ("diffusion_causal", "mercury_clean_loss_weight", "diffusion_windows", "diffusion_span_len")
+    assert [source[name] for name in named] == ["recipe top"] * 3 + ["env"]
+    assert cfg.path("logs", ".txt").name.startswith("top_seed1337_")
+    env = {"RECIPE": "retrograde", "PRESET": "cpu", "DIFFUSION_SPAN_LEN": "16", "DIFFUSION_WINDOWS": "8"}
+    same = dataclasses.replace(cfg, recipe="retrograde", diffusion_loss_weight=1.0)
+    assert same == tg.Config.from_env(env)[0]
+    assert tg.all_recipes().keys() == tg.RECIPES.keys() | {"top", "middle"}
+
+
+FAULTY = {  # rows, and what is said where the row called `x` is asked for
+    "[rows.x": "{file} is damaged (",
+    "rows = 5": "{file} is damaged (rows must be a table",
+    "[rows]\nx = 5": "{file} is damaged (x must be a table",
+    "[rows.direct]\nmatrix_lr = 0.5": "row 'direct': matrix_lr=0.5 would do nothing: the recipe is built in; rename",
+    "[rows.x]\nseed = 5": "{file}, row 'x': base None of 'x' is no recipe or row; closest: none",
+    "[rows.x]\nbase = 5": "{file}, row 'x': base 5 of 'x' is no recipe or row",
+    "[rows.x]\nbase = 'dirct'": "{file}, row 'x': base 'dirct' of 'x' is no recipe or row; closest: direct",
+    "[rows.x]\nbase = 'x'": "{file}, row 'x': base 'x' of 'x' makes a circle, x -> x; base one on a built-in recipe",
+    "[rows.x]\nbase = 'ar'\nmatrixlr = 0.5": "{file}, row 'x': matrixlr is not a setting; closest: matrix_lr",
+    "[rows.x]\nbase = 'ar'\n[rows.y]\nbase = 'ar'\nwat = 1": "{file}, row 'y': wat is not a setting; closest: ",
+    "[rows.x]\nbase = 'ar'\nbeta1 = 0": "row 'x': beta1=0 must be written like its default, 0.9",
+    "[rows.x]\nbase = 'ar'\ndiffusion_causal = 1": "diffusion_causal=1 must be written like its default, False",
+    "[rows.x]\nbase = 'ar'\nnelbo_windows = [1]": "nelbo_windows=[1] must be written like its default, '1,16,T'",
+    "[rows.x]\nbase = 'ar'\nadam_eps = inf": "adam_eps=inf must be written like its default, 1e-08",
+    "[rows.x]\nbase = 'ar'\nadam_eps = nan": "ADAM_EPS=nan must be in [0, inf]",
+    "[rows.y]\nbase = 'ar'": "RECIPE='x' is not in RECIPES; closest: none; known: direct, ar, ",
+}
+
+
+@pytest.mark.parametrize("text", FAULTY)
+def test_a_faulty_ladder_is_named_with_its_row_and_a_remedy(text: str, rows: Path) -> None:
+    rows.write_text(text, encoding="utf-8")
+    (fault,) = faults_of(RECIPE="x")
+    assert FAULTY[text].format(file=rows) in fault
+    tg.Config.from_env({"RECIPE": "direct"})  # what is built in does not need the file
+
+
+def test_all_faults_of_the_ladder_are_named_at_once(rows: Path) -> None:
+    text = "[rows.x]\nbase = 'y'\nwat = 1\nbeta1 = 0\n[rows.y]\nbase = 'x'\n[rows.z]\nbase = 'y'\n"
+    rows.write_text(text, encoding="utf-8")
+    faults = faults_of(RECIPE="x")
+    said = ("'x': base 'x' of 'y' makes a circle, x -> y -> x", "'x': wat", "'x': beta1", "'y': base 'y'", "'z': base ")
+    for fault, expected in zip(faults, said, strict=True):
+        assert f"row {expected}" in fault
+
+
+def test_the_program_alone_keeps_its_own_recipes(tmp_path: Path) -> None:
+    (tmp_path / "train_gpt.py").write_bytes((ROOT / "train_gpt.py").read_bytes())
+
+    def said(recipe: str) -> str:
+        env = {"RECIPE": recipe, "DATA_PATH": "nowhere", "PATH": "/bin", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "train_gpt.py"]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2
+        return done.stderr
+
+    for recipe in ("retrograde", "ar"):
+        assert said(recipe).startswith("error: DATA_PATH='nowhere' holds no")
+    known = ", ".join(tg.RECIPES)
+    assert said("td_late05").startswith("error: RECIPE='td_late05' is not in RECIPES; closest: ")
+    assert said("td_late05").endswith(f"; known: {known}\n")
+
+
+def test_the_program_runs_a_row_by_its_name(tmp_path: Path) -> None:
+    env = {"RECIPE": "td_late05", "DATA_PATH": "nowhere", "PATH": "/bin", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train_gpt.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.stderr.startswith("error: DATA_PATH='nowhere' holds no")
+
+
 def test_a_recipe_is_a_row(monkeypatch: pytest.MonkeyPatch, data: dict[str, Any]) -> None:
     row = dict(diffusion_windows="8", diffusion_full_prob=1.0, diffusion_loss="mean")
     monkeypatch.setitem(tg.RECIPES, "tidar_8", row)
@@ -259,6 +357,7 @@ class Watched:
 
 def audit(event, args):
     writes = event == "open" and (set(args[1] or "") & set("wax+") or args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    writes = writes or (event == "open" and os.path.basename(str(args[0])).startswith("ladder"))
     if writes or event in ("os.mkdir", "os.rename", "os.remove", "subprocess.Popen", "socket.connect", "socket.bind"):
         raise SystemExit(f"{{event}} {{args}}")
 

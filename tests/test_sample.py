@@ -118,7 +118,7 @@ def test_a_revision_fills_in_what_is_improbable(call: Callable[..., Called], at:
 
 def test_auto_and_guard(call: Callable[..., Called], tmp_path: Path) -> None:
     pytest.importorskip("policy")
-    argv = ("--prompt", PROMPT, "--tokens", "3")
+    argv = ("--prompt", PROMPT, "--tokens", "12")
     found = facts(call(*argv, "--mode", "auto", "--latency", "60"))
     assert found["mode"] in tg.MODES
     assert 0 < found["auto"]["seconds"] < 60

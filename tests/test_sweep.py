@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ladder
 import pytest
+import report
 import sweep
 from conftest import ROOT, TINY, env_of, make_run
 
@@ -126,20 +128,22 @@ def differing(a: tg.Config, b: tg.Config) -> set[str]:
 @pytest.mark.parametrize("preset", tg.PRESETS)
 def test_every_row_holds_at_every_preset_and_has_no_size(preset: str) -> None:
     sizes = {name for values in tg.PRESETS.values() for name in values} | {"iterations", "seed"}
-    for name in sweep.ROWS:
-        cfg, (recipe, settings) = config(name, preset), sweep.resolve(name)
+    for name, row in sweep.rows().items():
+        cfg, settings = config(name, preset), tg.all_recipes()[name]
         assert {key: getattr(cfg, key) for key in settings} == settings
-        assert (cfg.recipe, cfg.preset) == (recipe, preset)
+        assert (cfg.recipe, cfg.preset) == (name, preset)
         assert not settings.keys() & sizes
-        assert sweep.ROWS[name].note
+        assert row["note"]
+    assert tg.RECIPES.keys() <= sweep.rows().keys()
 
 
 def test_every_published_name_is_a_row_with_its_score_or_is_left_out_with_a_reason() -> None:
+    left_out = ladder.read(tg.UserError)["left_out"]
     for name, score in PUBLISHED:
-        assert (name in sweep.ROWS) != (name in sweep.LEFT_OUT), name
-        assert score is None or score in sweep.ROWS[name].published.values(), name
+        assert (name in sweep.rows()) != (name in left_out), name
+        assert score is None or score in sweep.rows()[name]["published"].values(), name
     named = {name for name, _ in PUBLISHED} | DEFECTS.keys()
-    assert sweep.ROWS.keys() | sweep.LEFT_OUT.keys() == named | {"defect_nocache"}
+    assert sweep.rows().keys() | left_out.keys() == named | {"defect_nocache"}
 
 
 @pytest.mark.parametrize("name", PROMISES)
@@ -162,25 +166,26 @@ def test_rows_that_are_said_to_be_equal_are() -> None:
 
 def test_different_rows_differ() -> None:
     rows = dict[str, list[str]]()
-    for name in sweep.ROWS:
+    for name in sweep.rows():
         rows.setdefault(config(name).path("", "").name[-8:], []).append(name)
     same = [names for names in rows.values() if len(names) > 1]
     assert same == [["ar", "td_control", "ab_control", "mdlm_100_0"], ["retrograde", "mercury_hybrid35_mixsc"]]
 
 
 def test_ladders_name_rows_and_leave_none_out() -> None:
-    assert all(name in sweep.ROWS for rows in sweep.LADDERS.values() for name in rows)
-    assert set(sweep.ROWS) == {name for key, rows in sweep.LADDERS.items() if key != "all" for name in rows}
-    assert sweep.LADDERS["all"] == tuple(sweep.ROWS)
-    assert not sweep.LADDERS.keys() & sweep.ROWS.keys()  # or a word would mean two things
-    assert sweep.LADDERS["defects"][:7] == ("direct", *DEFECTS)
+    rows, ladders = sweep.rows(), sweep.ladders()
+    assert all(name in rows for names in ladders.values() for name in names)
+    assert set(rows) == {name for key, names in ladders.items() if key != "all" for name in names}
+    assert ladders["all"] == list(rows)
+    assert not ladders.keys() & rows.keys()  # or a word would mean two things
+    assert ladders["defects"][:7] == ["direct", *DEFECTS]
 
 
 def test_every_row_trains(data: dict[str, Any]) -> None:
     sizes = {name for values in tg.PRESETS.values() for name in values} | {"device", "compile"}
     small = {k: v for k, v in TINY.items() if k in sizes} | {"train_seq_len": 64, "train_batch_tokens": 128}
     rest = {"nelbo_windows": "T", "parallel_eval_examples": 0}
-    for name in sweep.ROWS:
+    for name in sweep.rows():
         cfg = config(name, **env_of(small | data | rest))
         run = make_run(cfg)
         state = tg.TrainState(cfg, run, tg.TokenLoader(cfg, "train"))
@@ -212,6 +217,7 @@ def event(kind, **values):
     print(json.dumps({"event": kind} | values), file=log)
 
 (out / "logs" / (name + ".txt")).write_text("the log")
+(out / "logs" / "recipe").write_text(os.environ["RECIPE"])
 event("header", machine="m", world_size=1, sha256=hashlib.sha256(here.read_bytes()).hexdigest())
 paths = {key: os.environ[key.upper()] for key in ("data_path", "tokenizer_path")}
 event("config", values=paths | {"nelbo_samples": int(os.environ.get("NELBO_SAMPLES", 8)), "seed": seed})
@@ -309,7 +315,7 @@ def test_a_sweep_runs_every_row_and_seed_and_says_what_came_out(bench: Bench) ->
 
 def test_published_scores_stand_beside_ours(bench: Bench) -> None:
     _, out = bench.run("td_control")
-    assert "| `td_control` | 14.3700 | 1 | 2.0027 (1), 1.9997 (2), 2.0035 (2, corruption) |" in out
+    assert "| `td_control` | 13.3700 | 1 | 2.0027 (1), 1.9997 (2), 2.0035 (2, corruption) |" in out
 
 
 def test_a_finished_run_is_skipped_and_still_counted(bench: Bench) -> None:
@@ -338,6 +344,23 @@ def test_rows_with_equal_settings_share_a_run_even_across_sweeps(bench: Bench) -
     assert bench.calls() == ["retrograde_1337 no", "td_control_1337 no"]
     assert end["rows"]["ar"] == end["rows"]["ab_control"]
     assert len(bench.lines()) == 5
+
+
+def test_a_run_that_another_row_began_is_resumed_by_one_of_equal_settings(bench: Bench) -> None:
+    bench.order(td_control_1337="die")
+    bench.run("td_control", code=1)
+    bench.order()
+    end, _ = bench.run("ab_control")
+    assert bench.calls() == ["td_control_1337 no", "td_control_1337 auto"]
+    assert (end["resumed"], list(end["rows"])) == (1, ["ab_control"])
+
+
+def test_every_run_is_told_the_name_of_its_row(bench: Bench) -> None:
+    bench.run("td_late05", "retrograde")
+    assert [Path(bench.folder(name) / "logs" / "recipe").read_text() for name in ("td_late05", "retrograde")] == [
+        "td_late05",
+        "retrograde",
+    ]
 
 
 def test_another_version_of_the_program_is_run_anew_unless_told_otherwise(bench: Bench) -> None:
@@ -519,6 +542,12 @@ def test_a_fault_is_named_before_any_run(bench: Bench, argv: list[str], said: st
     assert bench.calls() == []
 
 
+def test_a_damaged_ladder_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder, "FILE", bench.root / "ladder.toml")
+    ladder.FILE.write_text("[rows.td_control\n", encoding="utf-8")
+    assert f"error: {ladder.FILE} is damaged" in bench.run("ar", code=2)[1]
+
+
 @pytest.mark.parametrize("argv", [[], ["ar", "--seconds", "0"], ["ar", "--nproc", "0"], ["ar", "--steps", "x"]])
 def test_a_wrong_command_line_exits_with_2(bench: Bench, argv: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -562,7 +591,7 @@ def test_names_of_runs_in_the_environment_do_not_reach_them(bench: Bench, monkey
 
 def test_a_dry_run_shows_all_and_does_nothing(bench: Bench) -> None:
     end, out = bench.run("all", "--seeds", "1,2", "--dry-run")
-    assert (end["rows"], end["runs"]) == (len(sweep.ROWS), 2 * len(sweep.ROWS))
+    assert (end["rows"], end["runs"]) == (len(sweep.rows()), 2 * len(sweep.rows()))
     assert (
         "| `defect_causal` | `direct` | `DIFFUSION_CAUSAL=1` | attention inside a window is causal | 1 2 | - |" in out
     )
@@ -574,8 +603,8 @@ def test_several_processes_are_started_by_torchrun(bench: Bench, monkeypatch: py
     package = bench.root / "torch" / "distributed"
     package.mkdir(parents=True)
     (bench.root / "torch" / "__init__.py").touch()
-    report = "pathlib.Path('launched').write_text(' '.join(sys.argv[1:]))"
-    (package / "run.py").write_text(f"import pathlib, runpy, sys; {report}; runpy.run_path(sys.argv[-1])")
+    launched = "pathlib.Path('launched').write_text(' '.join(sys.argv[1:]))"
+    (package / "run.py").write_text(f"import pathlib, runpy, sys; {launched}; runpy.run_path(sys.argv[-1])")
     monkeypatch.setenv("PYTHONPATH", str(bench.root))
     monkeypatch.chdir(bench.root)
     bench.run("ar", "--nproc", "2")
@@ -590,8 +619,7 @@ def test_several_processes_are_started_by_torchrun(bench: Bench, monkeypatch: py
 
 def test_one_row_end_to_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "PROGRAM", ROOT / "train_gpt.py")
-    recipe, settings = sweep.resolve("mdlm_50_50")
-    taken = {*settings, *tg.RECIPES[recipe], "vocab_size", "iterations", "max_wallclock_seconds"}
+    taken = {*tg.all_recipes()["mdlm_50_50"], "vocab_size", "iterations", "max_wallclock_seconds"}
     for key, value in env_of({k: v for k, v in TINY.items() if k not in taken} | {"OMP_NUM_THREADS": 1}).items():
         monkeypatch.setenv(key, value)
     end, _ = bench.run("mdlm_50_50", "--steps", "4")
@@ -600,6 +628,9 @@ def test_one_row_end_to_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> No
     assert 0 < line["val_bpb"] == end["rows"]["mdlm_50_50"]["val_bpb"]
     assert (bench.folder("mdlm_50_50") / "final_model.int8.ptz").is_file()
     events = [json.loads(text) for text in (bench.out / "logs" / f"{line['run']}.jsonl").read_text().splitlines()]
-    assert next(e for e in events if e["event"] == "config")["values"]["diffusion_loss_weight"] == 0.5
+    config = next(e for e in events if e["event"] == "config")
+    assert (config["values"]["recipe"], config["values"]["diffusion_loss_weight"]) == ("mdlm_50_50", 0.5)
+    assert {config["source"][name] for name in tg.all_recipes()["mdlm_50_50"]} == {"recipe mdlm_50_50"}
+    assert report.key_of(report.read_log(bench.out / "logs" / f"{line['run']}.jsonl")).recipe == "mdlm_50_50"
     end, _ = bench.run("mdlm_50_50", "--steps", "4")
     assert end["skipped"] == 1
