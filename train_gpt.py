@@ -923,10 +923,14 @@ GROUPS: tuple[tuple[str, Callable[[str, Tensor], bool], Callable[[Config], float
     ("head", lambda n, p: n == "lm_head", lambda c: c.head_lr),
     (
         "adapter",
-        lambda n, p: n.endswith(("lora_a", "lora_b", "time_proj", "self_cond", "ahead_gain", "ahead_proj")),
+        lambda n, p: n.endswith(("lora_a", "lora_b", "time_proj", "self_cond")),
         lambda c: c.adapter_lr,
     ),
-    ("scalar", lambda n, p: p.ndim < 2 or n.endswith(("resid_mix", "skip_weights")), lambda c: c.scalar_lr),
+    (
+        "scalar",
+        lambda n, p: p.ndim < 2 or n.endswith(("resid_mix", "skip_weights", "ahead_gain")),
+        lambda c: c.scalar_lr,
+    ),
     ("matrix", lambda n, p: p.ndim == 2, lambda c: c.matrix_lr),
 )
 
@@ -957,9 +961,11 @@ def orthogonalize(g: Tensor, steps: int) -> Tensor:
 @torch.no_grad()
 def muon_step(params: Sequence[Tensor], buffers: Sequence[Tensor], lr: float, momentum: float, cfg: Config) -> None:
     """Nesterov momentum kept in `buffers`, then an orthogonal update; matrices of one shape go together."""
-    for shape in dict.fromkeys(p.shape for p in params):
-        members = [(p, cast(Tensor, p.grad), v) for p, v in zip(params, buffers, strict=True) if p.shape == shape]
-        group, grads, velocity = (list(column) for column in zip(*members, strict=True))
+    live = [(p, p.grad, v) for p, v in zip(params, buffers, strict=True) if p.grad is not None]
+    for shape in dict.fromkeys(p.shape for p, _, _ in live):
+        group, grads, velocity = (
+            list(column) for column in zip(*(m for m in live if m[0].shape == shape), strict=True)
+        )
         torch._foreach_mul_(velocity, momentum)
         torch._foreach_add_(velocity, grads)
         nesterov = torch.stack(torch._foreach_add(grads, velocity, alpha=momentum))  # (n, rows, cols)

@@ -189,7 +189,7 @@ class Ranked(NamedTuple):
 
 
 def published(name: str, phases: Sequence[str]) -> float | None:
-    of_row = sweep.ROWS[name].published
+    of_row = sweep.rows()[name].get("published", {})
     return next((of_row[phase] for phase in phases if phase in of_row), None)
 
 
@@ -239,7 +239,7 @@ def correlation(kind: str, found: Sequence[Ranked]) -> float | None:
 
 def order(rows: Rows, name: str, phases: Sequence[str], noise: Noise) -> dict[str, Any]:
     """Compare one ladder's order with the published one."""
-    found, lacking = ranked_rows(rows, sweep.LADDERS[name], phases)
+    found, lacking = ranked_rows(rows, sweep.ladders()[name], phases)
     pairs = sum(a.published != b.published for a, b in itertools.combinations(found, 2))
     return {
         "ladder": name,

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import rows as ladder
 from rows import Rows
-from runlog import REFINE, Group, Key, ReportError, RunLog, need, numbers, read_logs, spread
-from sweep import LADDERS
+from runlog import REFINE, Group, Key, ReportError, RunLog, key_of, need, numbers, read_logs, spread
+from sweep import ladders
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -187,13 +187,13 @@ def curves_by_context(runs: Sequence[RunLog]) -> dict[Key, dict[str, list[RunLog
     found: dict[Key, dict[str, list[RunLog]]] = {}
     for run in runs:
         if run.curve and {"header", "config"} <= run.events.keys():
-            key = ladder.row_key(run)
+            key = key_of(run)
             found.setdefault(key._replace(recipe=""), {}).setdefault(key.recipe, []).append(run)
     return found
 
 
 def kept(found: Mapping[str, Any], only: Sequence[str] | None) -> dict[str, Any]:
-    names = None if only is None else {row for name in only for row in LADDERS.get(name, (name,))}
+    names = None if only is None else {row for name in only for row in ladders().get(name, (name,))}
     return {name: value for name, value in found.items() if names is None or name in names}
 
 
@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for folder in folders:
             drawn, names = draw_folder(folder, args)
             files, seen = files + drawn, seen | names
-        lacking = [name for name in args.rows or () if seen.isdisjoint(LADDERS.get(name, (name,)))]
+        lacking = [name for name in args.rows or () if seen.isdisjoint(ladders().get(name, (name,)))]
         if lacking:
             raise ReportError(f"--rows={','.join(lacking)}: no run of it in the logs; leave it out")
     except ReportError as error:

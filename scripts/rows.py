@@ -1,53 +1,25 @@
-"""Which row of sweep.py a run log belongs to, and the table of what every row costs and gives."""
+"""The runs of a ladder by row, and the table of what every row costs and gives."""
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import sweep
-from runlog import NONE, REFINE, Group, Key, RunLog, group_runs, key_of, markdown, mean_cell, missing_seeds, numbers
+from runlog import NONE, REFINE, Group, Key, RunLog, group_runs, markdown, mean_cell, missing_seeds, numbers
 
-RUN_NAME = re.compile(r"(.+)_(?:seed)?\d+_[0-9a-f]{8}")  # as sweep.py and train_gpt.py name a run: row, seed, hash
+import train_gpt as tg
+
 INFILL_SPAN, INFILL_PASSES = 8, (1, 4)
 
-# ==============================================================================
-# 1  ROWS -- a run says its row by RECIPE; one that says the recipe below it, by its own name
-# ==============================================================================
-
-
-def holds(run: RunLog, row: str) -> bool:
-    """Has the run the settings of a row?"""
-    values = run.get("config", "values")
-    return all(name in values and values[name] == value for name, value in sweep.resolve(row)[1].items())
-
-
-def row_of(run: RunLog) -> str:
-    """Name the row: the logged recipe, or the row over it that the run is named after and has the settings of."""
-    recipe = str(run.setting("recipe"))
-    named = RUN_NAME.fullmatch(run.name)
-    row = named[1] if named else recipe
-    over_recipe = row in sweep.ROWS and sweep.resolve(row)[0] == recipe
-    return row if over_recipe and holds(run, row) else recipe
-
-
-def row_key(run: RunLog) -> Key:
-    """Say which runs this one may be averaged with; what its row sets is no change by hand."""
-    key, row, values = key_of(run), row_of(run), run.get("config", "values")
-    settings = sweep.resolve(row)[1] if row in sweep.ROWS else {}
-    own = {f"{name.upper()}={values[name]}" for name, value in settings.items() if values.get(name) == value}
-    return key._replace(recipe=row, changes=tuple(change for change in key.changes if change not in own))
-
-
-Rows = dict[str, Group]  # of one data set, machine and settings, in the order of sweep.ROWS, by row
+Rows = dict[str, Group]  # of one data set, machine and settings, in the order of the ladder, by row
 
 
 def by_context(runs: Iterable[RunLog]) -> tuple[dict[Key, Rows], list[str]]:
     """Gather finished runs by what rows must share to be compared (a key without recipe), and say what is left out."""
-    groups, notes = group_runs(runs, row_key)
-    order = {name: place for place, name in enumerate(sweep.ROWS)}
+    groups, notes = group_runs(runs)
+    order = {name: place for place, name in enumerate(sweep.rows())}
     contexts: dict[Key, Rows] = {}
     for g in sorted(groups, key=lambda g: (order.get(g.key.recipe, len(order)), g.key.recipe)):
         contexts.setdefault(g.key._replace(recipe=""), {})[g.key.recipe] = g
@@ -60,9 +32,9 @@ def version_note(groups: Sequence[Group]) -> list[str]:
 
 
 def equal_rows(name: str) -> list[str]:
-    """List the rows with the settings of this one, itself included: sweep.py makes their runs once."""
-    known = sweep.ROWS if name in sweep.ROWS else ()
-    return [other for other in known if sweep.resolve(other) == sweep.resolve(name)]
+    """List the rows with the settings of this one, itself included: a sweep makes their runs once."""
+    recipes = tg.all_recipes()
+    return [row for row in sweep.rows() if name in recipes and recipes[row] == recipes[name]]
 
 
 def find(rows: Rows, name: str) -> Group | None:
@@ -126,7 +98,7 @@ def cost_table(rows: Rows) -> str:
                 *(mean_cell(bounds(g, w)) for w in windows),
                 *(mean_cell(infill(g, n, "token_acc"), 3) for n in INFILL_PASSES),
                 whole(of_runs(g, "size", "total_bytes"), max),
-                sweep.published_cell(name) if name in sweep.ROWS else NONE,
+                sweep.published_cell(name) if name in sweep.rows() else NONE,
             ]
         )
     return markdown([*head, "bytes", "published (phase)"], body, 1)

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,7 +190,7 @@ def key_of(run: RunLog) -> Key:
     return Key(recipe, tuple(changes), Path(data).name, machine, preset, ranks)
 
 
-def group_runs(runs: Iterable[RunLog], key_of: Callable[[RunLog], Key] = key_of) -> tuple[list[Group], list[str]]:
+def group_runs(runs: Iterable[RunLog]) -> tuple[list[Group], list[str]]:
     """Gather finished runs into groups, and say for every other run why it is left out.
 
     Of several finished runs of one group and seed the latest counts, so that no seed weighs twice.

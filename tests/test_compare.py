@@ -181,14 +181,14 @@ def test_equal_scores_are_in_no_order() -> None:
 
 
 def test_every_published_order_of_a_ladder_is_compared() -> None:
-    for name, rows in sweep.LADDERS.items():
-        scored = [set(sweep.ROWS[row].published) for row in rows if sweep.ROWS[row].published]
+    for name, rows in sweep.ladders().items():
+        scored = [set(scores) for row in rows if (scores := sweep.rows()[row].get("published"))]
         columns = [set(column) for column in compare.PHASES.get(name, ())]
         covered = set[str]().union(*columns)
         assert all(sum(bool(of & column) for of in scored) > 1 for column in columns), name  # two rows make an order
         if len(scored) > 1 and name != "all":
             assert all(of & covered for of in scored), name
-    assert compare.PHASES.keys() <= sweep.LADDERS.keys()
+    assert compare.PHASES.keys() <= sweep.ladders().keys()
 
 
 def test_runs_that_died_are_named_and_not_compared(command: Command) -> None:
