@@ -88,8 +88,7 @@ class Config:
     qk_gain_init: float = opt(1.5, "initial gain on normalised queries", low=0)
     logit_softcap: float = opt(30.0, "logits are softcap * tanh(logits / softcap)", low=1)
     look_ahead: int = opt(8, "windows: how far ahead the next sure token is an input; 0: never", "tokens", low=0)
-    adapter_rank: int = opt(16, "rank of the token-gated adapters on every matrix; 0: none", low=0)
-    time_embed_dim: int = opt(32, "features of the noise level t; 0: no time input", "features", low=0)
+    time_embed_dim: int = opt(0, "features of the noise level t; 0: no time input", "features", low=0)
     self_condition: str = opt("none", "previous prediction fed back as an input", choices="none soft commit")
     mercury_self_condition_prob: float = opt(0.5, "share of windows that get it in training", low=0, high=1)
     mercury_self_condition_fraction: float = opt(1.0, "commit: share of corrupted tokens replaced", low=0, high=1)
@@ -109,7 +108,7 @@ class Config:
     embed_lr: float = opt(0.6, "Adam rate of an untied embedding", low=0)
     head_lr: float = opt(0.008, "Adam rate of an untied output matrix", low=0)
     scalar_lr: float = opt(0.04, "Adam rate of gains, scales and mixes", low=0)
-    adapter_lr: float = opt(0.003, "Adam rate of adapters, time and self-conditioning projections", low=0)
+    condition_lr: float = opt(0.003, "Adam rate of time and self-conditioning projections", low=0)
     muon_momentum: float = opt(0.95, "Nesterov momentum", low=0, high=1)
     muon_backend_steps: int = opt(5, "Newton-Schulz iterations", low=1)
     muon_momentum_warmup_start: float = opt(0.85, "momentum at step 0", low=0, high=1)
@@ -283,18 +282,18 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (  # what must hold; w
 
 RECIPES: dict[str, dict[str, Any]] = {  # only what differs from the defaults, which are `direct`
     "direct": dict(),
-    "ar": dict(diffusion_loss_weight=0.0, adapter_rank=0, time_embed_dim=0),  # the naive baseline of the challenge
+    "ar": dict(diffusion_loss_weight=0.0),  # the naive baseline of the challenge
     "retrograde": dict(  # "Mercury in Retrograde" and its defects; own-position targets fit its 12.97 bpb of denoising
         mercury_clean_loss_weight=0.1, diffusion_loss_weight=1.0, diffusion_loss="mean", diffusion_start_step=100,
         diffusion_start_frac=0.0, diffusion_windows="T", diffusion_row_frac=1.0, diffusion_causal=True,
         diffusion_shift=False, diffusion_corruption_mode="hybrid", mercury_task_mode="mixed", diffusion_rate="fixed",
         diffusion_min_mask_ratio=0.25, diffusion_max_mask_ratio=0.35, diffusion_ramp="iterations",
-        diffusion_full_prob=0.0, adapter_rank=0, time_embed_dim=0,
+        diffusion_full_prob=0.0, look_ahead=0,
         self_condition="commit", mercury_self_condition_prob=1.0, mercury_self_condition_fraction=0.75),
     "mdlm_30_70": dict(  # PR 1194: next-token + masked diffusion; its cosine schedule has the ELBO of the uniform t
         mercury_clean_loss_weight=0.3, diffusion_loss_weight=0.7, diffusion_loss_clip=100.0, diffusion_windows="T",
         diffusion_start_frac=0.0, diffusion_row_frac=1.0, diffusion_shift=False, diffusion_regions="iid",
-        diffusion_full_prob=0.0, adapter_rank=0, time_embed_dim=0),
+        diffusion_full_prob=0.0, look_ahead=0),
 }
 
 PRESETS: dict[str, dict[str, Any]] = {  # how large: model, batch and time, never the objective
@@ -578,7 +577,7 @@ class Corruption(NamedTuple):
 
     xt: Tensor  # (B, W, S) int64; [MASK] is V, one past the vocabulary: an input that is never predicted
     corrupted: Tensor  # (B, W, S) bool, where loss is taken
-    suspect: Tensor  # (B, W, S) bool, where adapters and time act
+    suspect: Tensor  # (B, W, S) bool, where time and self-conditioning act
     t: Tensor  # (B, W) float32 in (0, 1]
     noise: Tensor | None = None  # (B, W, S, D) Gaussian noise of embeddings, mode gaussian only
 
@@ -715,11 +714,11 @@ KV = tuple[Tensor, Tensor]  # rotated keys and values of a layer, each (B, G, to
 
 
 class Stream(NamedTuple):
-    """How tokens pass the trunk. The clean stream is causal; a window has a mask, a gate and a gradient scale."""
+    """How tokens pass the trunk. The clean stream is causal; a window has a mask and a gradient scale."""
 
     rotary: Tensor  # from `rotary`
     mask: Mask | None = None
-    gate: Tensor | None = None  # (B, N, 1), 1 where a token is suspect; None: the clean stream
+    causal: bool = False  # without a mask: a token reads those up to itself, not all
     time: Tensor | None = None  # (B, N, F) features of the noise level, 0 where a token is not suspect; None if F is 0
     scale: float = 1.0  # of gradients into shared weights
     slots: Tensor | None = None  # (B, tokens): where keys and values go in buffers; None: they follow `past`
@@ -750,38 +749,26 @@ def rotary(positions: Tensor, cfg: Config) -> Tensor:
     return torch.stack((angle.cos(), angle.sin()))
 
 
-class Linear(nn.Module):
-    """A matrix without bias, plus a low-rank update that only suspect tokens pass (LoRA, arXiv:2106.09685)."""
-
-    def __init__(self, d_in: int, d_out: int, rank: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(d_out, d_in))
-        self.lora_a = nn.Parameter(torch.empty(rank, d_in)) if rank else None
-        self.lora_b = nn.Parameter(torch.zeros(d_out, rank)) if rank else None
-
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        y = F.linear(x, scale_gradient(self.weight, stream.scale))
-        if stream.gate is not None and self.lora_a is not None and self.lora_b is not None:
-            y = y + F.linear(F.linear(x, self.lora_a) * stream.gate, self.lora_b)
-        return y
+def linear(x: Tensor, matrix: nn.Linear, stream: Stream) -> Tensor:
+    return F.linear(x, scale_gradient(matrix.weight, stream.scale))
 
 
 class Attention(nn.Module):
     """Grouped-query attention with QK-norm, a gain per head and rotary positions."""
 
-    def __init__(self, cfg: Config, rank: int) -> None:
+    def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.cfg, dim, kv_dim = cfg, cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
-        self.c_q, self.c_k, self.c_v, self.proj = (Linear(dim, out, rank) for out in (dim, kv_dim, kv_dim, dim))
+        self.c_q, self.c_k, self.c_v, self.proj = (nn.Linear(dim, n, bias=False) for n in (dim, kv_dim, kv_dim, dim))
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
 
     def forward(self, x: Tensor, stream: Stream, past: KV | None) -> tuple[Tensor, KV]:
         heads = (*x.shape[:2], -1, self.cfg.head_dim)
-        q, k, v = (m(x, stream).view(heads).transpose(1, 2) for m in (self.c_q, self.c_k, self.c_v))
+        q, k, v = (linear(x, m, stream).view(heads).transpose(1, 2) for m in (self.c_q, self.c_k, self.c_v))
         (cos, sin), pairs = stream.rotary, (rms_norm(x).chunk(2, dim=-1) for x in (q, k))  # norms are fp32
         q, k = (torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1) for x1, x2 in pairs)  # (B, H or G, T, C)
         q, k = (q * scale_gradient(self.q_gain, stream.scale)[:, None, None]).to(v.dtype), k.to(v.dtype)
-        own, causal = (k, v), stream.gate is None and stream.mask is None
+        own = k, v
         if past is not None and stream.slots is not None:
             index = stream.slots[:, None, :, None].expand_as(k)
             k, v = past[0].scatter_(2, index, k), past[1].scatter_(2, index, v)
@@ -793,8 +780,8 @@ class Attention(nn.Module):
         if isinstance(stream.mask, BlockMask):
             y = flex_attention(q, k, v, block_mask=stream.mask, enable_gqa=grouped)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, stream.mask, is_causal=causal, enable_gqa=grouped)
-        return self.proj(y.transpose(1, 2).flatten(2), stream), own
+            y = F.scaled_dot_product_attention(q, k, v, stream.mask, is_causal=stream.causal, enable_gqa=grouped)
+        return linear(y.transpose(1, 2).flatten(2), self.proj, stream), own
 
 
 class Block(nn.Module):
@@ -802,9 +789,9 @@ class Block(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        dim, rank, features = cfg.model_dim, cfg.adapter_rank * cfg.diffusion, cfg.time_embed_dim * cfg.diffusion
-        self.attn = Attention(cfg, rank)
-        self.fc, self.proj = Linear(dim, cfg.mlp_mult * dim, rank), Linear(cfg.mlp_mult * dim, dim, rank)
+        dim, hidden, features = cfg.model_dim, cfg.mlp_mult * cfg.model_dim, cfg.time_embed_dim * cfg.diffusion
+        self.attn = Attention(cfg)
+        self.fc, self.proj = nn.Linear(dim, hidden, bias=False), nn.Linear(hidden, dim, bias=False)
         self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
         self.time_proj = nn.Parameter(torch.zeros(4 * dim, features)) if features else None
@@ -817,8 +804,8 @@ class Block(nn.Module):
         y, kv = self.attn(h if mods is None else h * (1 + mods[0]) + mods[1], stream, past)
         x = x + scale_gradient(self.attn_scale, stream.scale) * y
         h = rms_norm(x)
-        h = F.relu(self.fc(h if mods is None else h * (1 + mods[2]) + mods[3], stream)).square()
-        return x + scale_gradient(self.mlp_scale, stream.scale) * self.proj(h, stream), kv
+        h = F.relu(linear(h if mods is None else h * (1 + mods[2]) + mods[3], self.fc, stream)).square()
+        return x + scale_gradient(self.mlp_scale, stream.scale) * linear(h, self.proj, stream), kv
 
 
 class Window(NamedTuple):
@@ -850,10 +837,12 @@ class GPT(nn.Module):
         self.self_cond = nn.Parameter(torch.zeros(dim, dim)) if cfg.diffusion and cfg.self_condition == "soft" else None
         shared, extra = (torch.Generator().manual_seed(cfg.seed + offset) for offset in (0, 1 << 32))
         for name, p in self.named_parameters():
-            source = extra if name == "mask_emb" or "lora" in name else shared  # so that recipes share their start
+            source = extra if name == "mask_emb" else shared  # so that recipes share their start
             if name in ("tok_emb", "mask_emb"):
                 nn.init.normal_(p, 0, cfg.tied_embed_init_std if cfg.tie_embeddings else 1.0, generator=source)
-            elif name.endswith((".weight", "lora_a")) and not name.endswith("proj.weight"):  # the rest starts as it is
+            elif name.endswith("proj.weight"):
+                nn.init.zeros_(p)
+            elif name.endswith(".weight"):  # the rest starts as it is
                 nn.init.uniform_(p, -(p.shape[1] ** -0.5), p.shape[1] ** -0.5, generator=source)
 
     def trunk(self, emb0: Tensor, stream: Stream, past: Sequence[KV] | None) -> tuple[Tensor, list[KV]]:
@@ -876,7 +865,7 @@ class GPT(nn.Module):
         positions, mask = torch.arange(ids.shape[1], device=ids.device) if at is None else at, None
         if past is not None:  # a slot is a position; what an earlier draft left behind stands later and is not read
             mask = (torch.arange(past[0][0].shape[2], device=ids.device) <= positions[..., None])[:, None]
-        stream = Stream(rotary(positions, self.cfg), mask, slots=at)
+        stream = Stream(rotary(positions, self.cfg), mask, causal=mask is None, slots=at)
         return self.trunk(rms_norm(F.embedding(ids, self.tok_emb)), stream, past)
 
     def window(self, window: Window, past: Sequence[KV] | None) -> Tensor:
@@ -904,12 +893,10 @@ class GPT(nn.Module):
             at, far = next_sure(gate[..., 0] == 0, window.positions, cfg.look_ahead)
             ahead = take(emb, at) * F.embedding(far, F.pad(self.ahead_gain, (0, 0, 1, 0)))  # nothing at distance 0
             emb = emb + F.linear(ahead, self.ahead_proj)
-        emb, gate, time = (take(x, window.only) for x in (emb, gate, time))
-        places = take(window.positions, window.only)
-        times = time if cfg.time_embed_dim else None
-        stream = Stream(rotary(places, cfg), window.mask, gate, times, scale, window.slots)
+        times, places = take(time, window.only) if cfg.time_embed_dim else None, take(window.positions, window.only)
+        stream = Stream(rotary(places, cfg), window.mask, False, times, scale, window.slots)
         past = past and [(scale_gradient(k, s), scale_gradient(v, s)) for k, v in past]
-        return self.trunk(emb, stream, past)[0]
+        return self.trunk(take(emb, window.only), stream, past)[0]
 
     def expected_embedding(self, logits: Tensor) -> Tensor:
         """Mean normalised embedding under a prediction, (..., V) to (..., D): soft self-conditioning's input."""
@@ -921,16 +908,8 @@ class GPT(nn.Module):
 GROUPS: tuple[tuple[str, Callable[[str, Tensor], bool], Callable[[Config], float]], ...] = (
     ("embed", lambda n, p: n in ("tok_emb", "mask_emb"), lambda c: c.tied_embed_lr if c.tie_embeddings else c.embed_lr),
     ("head", lambda n, p: n == "lm_head", lambda c: c.head_lr),
-    (
-        "adapter",
-        lambda n, p: n.endswith(("lora_a", "lora_b", "time_proj", "self_cond")),
-        lambda c: c.adapter_lr,
-    ),
-    (
-        "scalar",
-        lambda n, p: p.ndim < 2 or n.endswith(("resid_mix", "skip_weights", "ahead_gain")),
-        lambda c: c.scalar_lr,
-    ),
+    ("condition", lambda n, p: n.endswith(("time_proj", "self_cond")), lambda c: c.condition_lr),
+    ("scalar", lambda n, p: p.ndim < 2 or n.endswith(("_mix", "_weights", "_gain")), lambda c: c.scalar_lr),
     ("matrix", lambda n, p: p.ndim == 2, lambda c: c.matrix_lr),
 )
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ HARD_TEXTS = (
 # Small sizes for every preset; with 64 tokens of vocabulary it needs no tokenizer. About 11,000 parameters.
 # fmt: off
 TINY: dict[str, Any] = dict(
-    vocab_size=64, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_mult=2, adapter_rank=2,
+    vocab_size=64, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_mult=2,
     time_embed_dim=4, train_seq_len=16, train_batch_tokens=64, micro_batches=2, iterations=8, warmdown_iters=4,
     max_wallclock_seconds=0.0, muon_momentum_warmup_steps=4, warmup_steps=0, checkpoint_seconds=0.0,
     train_log_every=1, val_loss_every=0, val_batch_size=256, diffusion_windows="4:1,8:1,T:1", diffusion_row_frac=1.0,
@@ -65,7 +66,7 @@ def settings(recipe: str = "direct", **overrides: Any) -> dict[str, Any]:
 
 def recipe_shape(recipe: str) -> dict[str, Any]:
     """What TINY must not take away from a recipe: its windows and what it has no weights for."""
-    kept = ("diffusion_windows", "diffusion_row_frac", "adapter_rank", "time_embed_dim")
+    kept = ("diffusion_windows", "diffusion_row_frac", "look_ahead", "time_embed_dim")
     return {name: tg.RECIPES[recipe][name] for name in kept if name in tg.RECIPES[recipe]}
 
 
@@ -107,10 +108,10 @@ def recorded(run: tg.Run, name: str) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def randomise(model: tg.GPT, seed: int = 0, std: float = 0.3) -> tg.GPT:
-    """Give every parameter random values: a fresh model's zero projections would hide what reaches the logits."""
-    generator = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        p.normal_(0, std, generator=generator)
+    """Give every parameter random values, whatever others there are: a fresh model's zeros would hide what reaches the
+    logits."""
+    for name, p in model.named_parameters():
+        p.normal_(0, std, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed))
     return model.eval()
 
 

@@ -139,7 +139,7 @@ def test_a_rows_result_does_not_depend_on_its_batch(window: int, mode: str, samp
 @pytest.mark.parametrize(
     "how",
     [
-        tg.MODES["threshold"]._replace(threshold=0.1),
+        tg.MODES["threshold"]._replace(threshold=0.15),
         tg.Decoding(12, steps=12, threshold=0.14, reuse=True),
         tg.MODES["remask"],
         tg.MODES["draft_refine"]._replace(redo=0.05, temperature=1.0),

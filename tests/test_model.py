@@ -34,7 +34,7 @@ def test_the_baseline_has_the_challenges_number_of_parameters() -> None:
     cfg, _, _ = tg.Config.from_env({"RECIPE": "ar", "PRESET": "8xh100"})
     counts = {name: p.numel() for name, p in tg.GPT(cfg).named_parameters()}
     assert sum(counts.values()) == 17_059_912
-    assert not [name for name in counts if "lora" in name or "mask" in name or "time" in name]
+    assert not [name for name in counts if "ahead" in name or "mask" in name or "time" in name]
 
 
 def test_an_untied_model_predicts_through_its_own_matrix() -> None:
@@ -178,11 +178,11 @@ def test_a_window_without_suspects_is_the_clean_stream(size: int) -> None:
 
 
 def extras_of(model: tg.GPT) -> list[tuple[str, Tensor]]:
-    kinds = ("lora_a", "lora_b", "time_proj", "self_cond", "ahead_gain", "ahead_proj")
+    kinds = ("time_proj", "self_cond", "ahead_gain", "ahead_proj")
     return [(name, p) for name, p in model.named_parameters() if name.endswith(kinds)]
 
 
-def test_only_suspect_tokens_meet_adapters_and_time() -> None:
+def test_only_suspect_tokens_meet_time_and_self_conditioning() -> None:
     model, rows = model_of(diffusion_causal=True, self_condition="soft"), random_rows(2, T + 1, V)
     previous = torch.randn(2, 4, 4, 16, generator=torch.Generator().manual_seed(5))
     window, _ = window_of(model.cfg, rows, 4, previous=previous)
@@ -193,7 +193,7 @@ def test_only_suspect_tokens_meet_adapters_and_time() -> None:
     assert upto.any()
     assert not upto.all()
     extras = extras_of(model)
-    assert {name.split(".")[-1] for name, _ in extras} == {"lora_a", "lora_b", "time_proj", "self_cond"}
+    assert {name.split(".")[-1] for name, _ in extras} == {"time_proj", "self_cond"}
     for name, p in extras:
         with torch.no_grad():
             p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(7)))
@@ -210,7 +210,7 @@ def test_only_suspect_tokens_meet_adapters_and_time() -> None:
 
 
 def test_a_fresh_denoiser_starts_as_the_clean_stream() -> None:
-    """Zero-initialised adapters, time and self-conditioning change nothing until they are trained."""
+    """Zero-initialised look-ahead, time and self-conditioning change nothing until they are trained."""
     model = randomise(tg.GPT(tiny(self_condition="soft")))
     rows = random_rows(2, T + 1, V)
     window, _ = window_of(model.cfg, rows, 4, previous=torch.randn(2, 4, 4, 16))
@@ -222,7 +222,7 @@ def test_a_fresh_denoiser_starts_as_the_clean_stream() -> None:
     before = model.window(window, kvs)
     with torch.no_grad():
         for name, p in extras_of(model):
-            if name.endswith("lora_a"):
+            if name.endswith("ahead_gain"):
                 p.normal_()
     after = model.window(window._replace(previous=None), kvs)
     later = window._replace(noisy=window.noisy._replace(t=window.noisy.t * 0.5))
@@ -255,7 +255,7 @@ def gradients(recipe: str = "direct", through_cache: bool = True, **overrides: A
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-OWN = ("lora_a", "lora_b", "time_proj", "mask_emb", "ahead_gain", "ahead_proj")  # what only windows use
+OWN = ("time_proj", "mask_emb", "ahead_gain", "ahead_proj")  # what only windows use
 
 
 def test_a_detached_backbone_gets_no_gradient_from_windows() -> None:
@@ -307,7 +307,7 @@ def test_initial_weights_are_those_of_the_baseline() -> None:
     model = tg.GPT(tiny(model_dim=64, vocab_size=512))
     assert model.tok_emb.std().item() == pytest.approx(0.005, rel=0.05)
     for name, p in model.named_parameters():
-        if name.endswith("proj.weight") or name.endswith(("lora_b", "time_proj", "ahead_proj")):
+        if name.endswith("proj.weight") or name.endswith(("time_proj", "ahead_proj")):
             assert not p.any(), name
         elif name.endswith("weight") and "skip" not in name:
             bound = p.shape[1] ** -0.5  # a linear layer's default

@@ -17,7 +17,7 @@ from typing import Any
 
 import ladder
 import pytest
-import report
+import runlog
 import sweep
 from conftest import ROOT, TINY, env_of, make_run
 
@@ -48,7 +48,7 @@ MERCURY = dict(diffusion_loss_weight=1.0, mercury_clean_loss_weight=0.1, diffusi
                diffusion_row_frac=1.0, diffusion_ramp="iterations", diffusion_full_prob=0.0, diffusion_loss="mean")
 PURE = dict(mercury_clean_loss_weight=0.0, diffusion_causal=False, diffusion_min_mask_ratio=0.0,
             diffusion_max_mask_ratio=1.0, diffusion_rate="uniform", diffusion_passes=1, self_condition="none",
-            adapter_rank=0, diffusion_row_frac=1.0, diffusion_start_frac=0.0, diffusion_start_step=0,
+            look_ahead=0, diffusion_row_frac=1.0, diffusion_start_frac=0.0, diffusion_start_step=0,
             mercury_task_mode="none", diffusion_regions="iid", diffusion_backbone_grad=1.0, diffusion_cache_grad=1.0)
 MASKED = dict(PURE, diffusion_corruption_mode="mask", diffusion_loss="elbo")
 PROMISES: dict[str, dict[str, Any]] = {
@@ -106,7 +106,7 @@ DEFECTS: dict[str, set[str]] = {
     "defect_ramp": {"diffusion_rate", "diffusion_ramp"},
     "defect_weight": {"mercury_clean_loss_weight", "diffusion_loss_weight"},
     "defect_commit": {"self_condition", "mercury_self_condition_prob", "mercury_self_condition_fraction"},
-    "defect_notime": {"time_embed_dim"},
+    "time_input": {"time_embed_dim"},
 }
 # fmt: on
 
@@ -532,7 +532,7 @@ def test_an_interrupted_sweep_ends_its_run_and_says_how_to_go_on(
         (["ar", "--nproc", "3"], "--nproc=3 must divide MICRO_BATCHES=4"),
         (["direct", "bd3_4", "--set", "DIFFUSION_WINDOWS=8"],
          "DIFFUSION_WINDOWS='8' is the row's to set; leave it out of --set and the environment (rows: bd3_4)"),
-        (["direct", "ar", "--set", "ADAPTER_RANK=8"], "ADAPTER_RANK='8' is the row's to set"),
+        (["direct", "ar", "--set", "DIFFUSION_LOSS_WEIGHT=8"], "DIFFUSION_LOSS_WEIGHT='8' is the row's to set"),
         (["ar", "--set", "DATA_PATH=nowhere"], "DATA_PATH='nowhere' holds no *_train_*.bin"),
     ],
 )  # fmt: skip
@@ -631,6 +631,6 @@ def test_one_row_end_to_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> No
     config = next(e for e in events if e["event"] == "config")
     assert (config["values"]["recipe"], config["values"]["diffusion_loss_weight"]) == ("mdlm_50_50", 0.5)
     assert {config["source"][name] for name in tg.all_recipes()["mdlm_50_50"]} == {"recipe mdlm_50_50"}
-    assert report.key_of(report.read_log(bench.out / "logs" / f"{line['run']}.jsonl")).recipe == "mdlm_50_50"
+    assert runlog.key_of(runlog.read_log(bench.out / "logs" / f"{line['run']}.jsonl")).recipe == "mdlm_50_50"
     end, _ = bench.run("mdlm_50_50", "--steps", "4")
     assert end["skipped"] == 1

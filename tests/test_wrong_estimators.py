@@ -228,7 +228,7 @@ def trained(data: dict[str, Any]) -> Trained:
     noise: dict[str, Any] = dict(
         diffusion_regions="iid", diffusion_full_prob=0.1, diffusion_loss_clip=20.0, diffusion_windows="8"
     )
-    cfg = tiny(**data, **noise, model_dim=32, adapter_rank=8, tied_embed_init_std=0.3)
+    cfg = tiny(**data, **noise, model_dim=32, tied_embed_init_std=0.3)
     counter, model = tg.ByteCounter(cfg), tg.GPT(cfg)
     sp = counter.tokenizer
     words = [i for i in range(VOCAB) if not (sp.is_control(i) or sp.is_byte(i) or sp.is_unknown(i))]
