@@ -1413,23 +1413,19 @@ class TrainState:
                 self.run.log.event("warning", reason=str(error))
 
     def adopt(self, tokenizer_sha256: str) -> None:
-        """Start from the weights of the artifact INIT_FROM that have names of ours; the others stay as they are.
-        UserError: it is missing or damaged, read with another tokenizer, or of another shape (settings named)."""
-        cfg, run = self.cfg, self.run
+        """Take the weights of INIT_FROM that have names of ours; UserError: damaged, other tokenizer or other shape."""
         try:
-            model, sha256 = load_artifact(Path(cfg.init_from), run.device)
+            model, sha256 = load_artifact(Path(self.cfg.init_from), self.run.device)
         except UserError as error:
             raise UserError(f"INIT_FROM: {error}; or make one: RECIPE=ar python train_gpt.py") from error
-        there, shared = vars(model.cfg), SHAPE + ADDED * model.cfg.diffusion * cfg.diffusion
+        there, cfg, shared = vars(model.cfg), self.cfg, SHAPE + ADDED * model.cfg.diffusion * self.cfg.diffusion
         pairs = [(n.upper(), there[n], getattr(cfg, n)) for n in shared if n in SHAPE or there[n] * getattr(cfg, n)]
         pairs += [("SHA-256 of TOKENIZER_PATH", sha256[:12], tokenizer_sha256[:12])]
         if differ := [f"{name} is {a} there and {b} here" for name, a, b in pairs if a != b]:
             raise UserError(f"INIT_FROM={cfg.init_from!r} does not fit: {'; '.join(differ)}; set here what holds there")
-        own, given = self.model.state_dict(), model.state_dict()
-        fresh = own.keys() - given.keys()
-        self.model.load_state_dict(own | {n: given[n] for n in own.keys() - fresh})
+        fresh = self.model.load_state_dict(model.state_dict(), strict=False).missing_keys
         self.ema = [p.detach().clone() for p in self.model.parameters()] if self.ema else []
-        run.log.event("init_from", artifact=cfg.init_from, taken=len(own) - len(fresh), fresh=len(fresh))
+        self.run.log.event("init_from", artifact=cfg.init_from, fresh=len(fresh))
 
     def resume(self, tokenizer_sha256: str = "") -> None:
         """Continue from the checkpoint if RESUME=auto; UserError: damaged, or other training settings (named)."""
