@@ -69,6 +69,7 @@ class Config:
     seed: int = opt(1337, "fixes initial weights, data order and noise", low=0, high=2**31 - 1)
     out_dir: str = free(".", "folder of final_model.int8.ptz, logs/ and checkpoints/", "path")
     resume: str = free("no", "auto: continue from checkpoints/RUN_ID.pt if it is there", choices="no auto")
+    init_from: str = opt("", "artifact whose weights training starts from; empty: from scratch", "path")
     checkpoint_seconds: float = free(60.0, "time between checkpoints; 0: only the last", "s", low=0)
     device: str = free("auto", "where to compute", choices="auto cpu cuda")
     compile: str = free("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
@@ -108,7 +109,7 @@ class Config:
     embed_lr: float = opt(0.6, "Adam rate of an untied embedding", low=0)
     head_lr: float = opt(0.008, "Adam rate of an untied output matrix", low=0)
     scalar_lr: float = opt(0.04, "Adam rate of gains, scales and mixes", low=0)
-    condition_lr: float = opt(0.003, "Adam rate of time and self-conditioning projections", low=0)
+    adapter_lr: float = opt(0.003, "Adam rate of time, self-conditioning and low-rank projections", low=0)
     muon_momentum: float = opt(0.95, "Nesterov momentum", low=0, high=1)
     muon_backend_steps: int = opt(5, "Newton-Schulz iterations", low=1)
     muon_momentum_warmup_start: float = opt(0.85, "momentum at step 0", low=0, high=1)
@@ -121,8 +122,8 @@ class Config:
     ema_decay: float = opt(0.0, "fp32 average of weights, exported in their place; 0: off", low=0, high=0.99999)
     mercury_clean_loss_weight: float = opt(1.0, "weight of the clean stream's next-token loss", low=0)
     diffusion_loss_weight: float = opt(0.1, "weight of the windows' loss; 0: no denoiser", low=0)
-    diffusion_loss: str = opt("elbo", "row of LOSSES", choices="mean elbo middle score_entropy consistency")
-    diffusion_loss_clip: float = opt(10.0, "largest 1/t weight", low=1)
+    diffusion_loss: str = opt("elbo", "LOSSES row", choices="mean elbo middle score_entropy sedd_uniform consistency")
+    diffusion_loss_clip: float = opt(10.0, "largest 1/t weight (sedd_uniform: 1/(1-t))", low=1)
     diffusion_start_step: int = opt(0, "steps with the next-token loss alone", "steps", low=0)
     diffusion_start_frac: float = opt(0.5, "share of the run with the next-token loss alone", low=0, high=1)
     diffusion_passes: int = opt(1, "unrolled denoising passes that carry loss", "passes", low=1)
@@ -131,6 +132,7 @@ class Config:
     diffusion_windows: str = opt("8:1,16:1,32:1,64:1", "window sizes S with their shares; T: a whole row")
     diffusion_row_frac: float = opt(0.25, "share of rows that carry the noisy stream", low=1e-6, high=1)
     diffusion_causal: bool = opt(False, "attention inside a window is causal")
+    diffusion_anneal_frac: float = opt(0.0, "share of the run in which windows turn from causal", low=0, high=1)
     diffusion_shift: bool = opt(True, "in a window, too, position i predicts token i + 1")
     diffusion_corruption_mode: str = opt("mask", "what replaces a token", choices="mask uniform hybrid gaussian")
     diffusion_hybrid_mask_prob: float = opt(0.5, "hybrid: share of corrupted tokens masked", low=0, high=1)
@@ -268,8 +270,12 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (  # what must hold; w
     (lambda c: c.tiles(c.nelbo_windows), "NELBO_WINDOWS must be sizes (or T) that divide TRAIN_SEQ_LEN: 1,16,T"),
     (lambda c: c.regions() != [] and all(name in REGIONS for name, _ in c.regions()),
      f"DIFFUSION_REGIONS must name {', '.join(REGIONS)}: iid:3,infill:1"),
+    (lambda c: c.diffusion_loss != "sedd_uniform" or c.diffusion_corruption_mode == "uniform",
+     "DIFFUSION_LOSS is of uniform noise, not of DIFFUSION_CORRUPTION_MODE; make that uniform or take score_entropy"),
     (lambda c: c.diffusion_min_mask_ratio <= c.diffusion_max_mask_ratio,
      "DIFFUSION_MIN_MASK_RATIO exceeds DIFFUSION_MAX_MASK_RATIO; swap them"),
+    (lambda c: not c.diffusion_anneal_frac or c.diffusion_anneal_frac > c.diffusion_start_frac + c.diffusion_causal,
+     "DIFFUSION_ANNEAL_FRAC leaves nothing to anneal: it must exceed DIFFUSION_START_FRAC, without DIFFUSION_CAUSAL"),
     (lambda c: c.mercury_clean_loss_weight > 0 or c.diffusion,
      "MERCURY_CLEAN_LOSS_WEIGHT and DIFFUSION_LOSS_WEIGHT leave nothing to train; set one above 0"),
     (lambda c: all(int(n) >= 1 for n, _ in parse_shares(f"{c.parallel_eval_steps},{c.parallel_eval_span_len}")),
@@ -377,8 +383,8 @@ class Run:
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
         log = Log(cfg, rank, continued=cfg.resume == "auto" and cfg.path("checkpoints", ".pt").exists())
         compiled = cfg.compile == "1" or (cfg.compile == "auto" and cuda)
-        blocks = compiled and cuda and cfg.attention == "auto" and cfg.head_dim % 16 == 0  # what flex kernels take
-        run = cls(cfg, rank, world, device, log, compile=compiled, blocks=blocks)
+        flex = cfg.attention == "auto" and cfg.head_dim % 16 == 0 and not cfg.diffusion_anneal_frac  # a fixed mask
+        run = cls(cfg, rank, world, device, log, compile=compiled, blocks=compiled and cuda and flex)
         previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
         try:
             if cuda:
@@ -673,12 +679,12 @@ def tile(rows: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     return rows[:, 1:].reshape(len(rows), -1, size), rows[:, :-1:size, None], positions
 
 
-def token_nll(logits: Tensor, x0: Tensor, *_: Tensor) -> Tensor:
+def token_nll(logits: Tensor, x0: Tensor, *_: Any) -> Tensor:
     """Cross-entropy of each token, nats: (..., V) and (...) to (...)."""
     return F.cross_entropy(logits.flatten(0, -2), x0.flatten(), reduction="none").view_as(x0)
 
 
-def score_entropy(logits: Tensor, x0: Tensor, *_: Tensor) -> Tensor:
+def score_entropy(logits: Tensor, x0: Tensor, *_: Any) -> Tensor:
     """Denoising score entropy of absorbing noise (SEDD, arXiv:2310.16834) times t, at masked tokens, nats. Logits are
     log scores up to log V. With scores exp(l_y) (1 - t) / t and true ratios [y = x0] (1 - t) / t, SEDD sums (sum_y
     exp(l_y) - l_x0 - 1) / t over t: least where exp(l) is the posterior, and then its cross-entropy over t."""
@@ -686,7 +692,20 @@ def score_entropy(logits: Tensor, x0: Tensor, *_: Tensor) -> Tensor:
     return log_score.exp().sum(-1) - log_score.gather(-1, x0[..., None])[..., 0] - 1
 
 
-def clean_divergence(logits: Tensor, x0: Tensor, clean_logits: Tensor) -> Tensor:
+def sedd_uniform(logits: Tensor, x0: Tensor, _: Tensor, noisy: Corruption) -> Tensor:
+    """Denoising score entropy of uniform noise (SEDD, arXiv:2310.16834) times 1 - t, at every token, nats. p(y | x0) is
+    (1 - t) [y = x0] + t / V (iid tokens), and sigma'(t) / V = 1 / ((1 - t) V) the rate of each change. Logits are those
+    of x0 as everywhere, and score y by its p(y) / p(xt): the mean of p(y | x0) / p(xt | x0) over their softmax."""
+    size, here, t = logits.shape[-1], noisy.xt[..., None], noisy.t[..., None, None]
+    kept = 1 + (1 - t) * size / t  # how much likelier a token is to be kept than to come up by chance
+    p = torch.stack((logits.softmax(-1), F.one_hot(x0, size).to(logits.dtype)))  # what is predicted, and what is true
+    own = p.gather(-1, here.expand(2, *here.shape))
+    score, true = (1 - own) + own / kept + p * (kept - 1)  # each term is at least 0; meaningless at y = xt
+    entropy: Tensor = score - true + true * (true / score).log()
+    return entropy.scatter(-1, here, 0.0).mean(-1)
+
+
+def clean_divergence(logits: Tensor, x0: Tensor, clean_logits: Tensor, _: Corruption) -> Tensor:
     """KL divergence of a window from what the clean stream says of the same tokens, nats: (..., V) to (...)."""
     return F.kl_div(logits.log_softmax(-1), clean_logits.log_softmax(-1), reduction="none", log_target=True).sum(-1)
 
@@ -697,6 +716,7 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor, float], Tensor]
     "middle": (token_nll, lambda t, _: (6 * t * (1 - t)).clamp_min(1e-3), True),  # middle noise levels count most
     "elbo": (token_nll, lambda t, clip: (1 / t).clamp_max(clip), False),  # arXiv:2406.07524, arXiv:2406.04329
     "score_entropy": (score_entropy, lambda t, clip: (1 / t).clamp_max(clip), False),
+    "sedd_uniform": (sedd_uniform, lambda t, clip: (1 / (1 - t)).clamp_max(clip), False),
     "consistency": (clean_divergence, lambda t, _: torch.ones_like(t), True),
 }
 
@@ -704,8 +724,9 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor, float], Tensor]
 def losses(logits: Tensor, clean_logits: Tensor, x0: Tensor, noisy: Corruption, cfg: Config) -> Tensor:
     """DIFFUSION_LOSS of windows, nats a token: logits and the clean stream's (B, W, S, V) for x0 (B, W, S) to ()."""
     nats, weigh, as_mean = LOSSES[cfg.diffusion_loss]
-    weight = weigh(noisy.t, cfg.diffusion_loss_clip)[..., None] * noisy.corrupted
-    total = (nats(logits, x0, clean_logits) * weight).sum()
+    where = noisy.suspect if nats is sedd_uniform else noisy.corrupted  # there, a kept token is news, too
+    weight = weigh(noisy.t, cfg.diffusion_loss_clip)[..., None] * where
+    total = (nats(logits, x0, clean_logits, noisy) * weight).sum()
     return total / (weight.sum().clamp_min(1e-6) if as_mean else weight.numel())
 
 
@@ -731,11 +752,9 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
 
 def take(x: Tensor, rows: Tensor | None) -> Tensor:
     """Choose tokens of x (B, N, ...) by index (B, n), to (B, n, ...); None: all."""
-    return (
-        x
-        if rows is None
-        else x.gather(1, rows.view(*rows.shape, *[1] * (x.ndim - 2)).expand(*rows.shape, *x.shape[2:]))
-    )
+    if rows is None:
+        return x
+    return x.gather(1, rows.view(*rows.shape, *[1] * (x.ndim - 2)).expand(*rows.shape, *x.shape[2:]))
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -904,11 +923,12 @@ class GPT(nn.Module):
 
 
 # 6  OPTIMIZERS AND SCHEDULES -- who trains each parameter, how fast, and when =========================================
+ADAPTED = ("time_proj", "self_cond", "lora_a", "lora_b")  # the last two: scripts/finetune.py
 # A parameter goes to the first row that takes it: name, test, learning rate. Matrices train by Muon, the rest by Adam.
 GROUPS: tuple[tuple[str, Callable[[str, Tensor], bool], Callable[[Config], float]], ...] = (
     ("embed", lambda n, p: n in ("tok_emb", "mask_emb"), lambda c: c.tied_embed_lr if c.tie_embeddings else c.embed_lr),
     ("head", lambda n, p: n == "lm_head", lambda c: c.head_lr),
-    ("condition", lambda n, p: n.endswith(("time_proj", "self_cond")), lambda c: c.condition_lr),
+    ("adapter", lambda n, p: n.endswith(ADAPTED), lambda c: c.adapter_lr),
     ("scalar", lambda n, p: p.ndim < 2 or n.endswith(("_mix", "_weights", "_gain")), lambda c: c.scalar_lr),
     ("matrix", lambda n, p: p.ndim == 2, lambda c: c.matrix_lr),
 )
@@ -917,7 +937,7 @@ GROUPS: tuple[tuple[str, Callable[[str, Tensor], bool], Callable[[Config], float
 def assign_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Give every parameter to exactly one row of GROUPS; ValueError if none takes it (it would never train)."""
     groups: dict[str, list[nn.Parameter]] = {name: [] for name, _, _ in GROUPS}
-    for name, p in model.named_parameters():
+    for name, p in ((name, p) for name, p in model.named_parameters() if p.requires_grad):
         taker = next((group for group, takes, _ in GROUPS if takes(name, p)), None)
         if taker is None:
             raise ValueError(f"no optimizer group takes {name} {tuple(p.shape)}; add a row to GROUPS")
@@ -1268,6 +1288,8 @@ def evaluate_parallel(model: GPT, run: Run, val: TokenLoader) -> None:
 SIZE_LIMIT = 16_000_000  # bytes of code + model the challenge allows
 ARTIFACT_FORMAT = "text-diffusion-int8-zlib-1"
 EXPORT_LEVELS = (127, 111, 95, 79, 63)  # finest first; fewer levels compress to fewer bytes
+SHAPE = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "tie_embeddings")
+ADDED = ("time_embed_dim", "look_ahead")  # weights that only a denoiser has, and not every one
 KEEP_FLOAT_NUMEL = 65_536  # tensors of up to this many numbers stay fp16, as the predecessor's
 
 
@@ -1325,9 +1347,9 @@ def load_artifact(path: Path, device: torch.device) -> tuple[GPT, str]:
 class TrainState:
     """All that a step changes; what a checkpoint holds."""
 
-    def __init__(self, cfg: Config, run: Run, loader: TokenLoader) -> None:
+    def __init__(self, cfg: Config, run: Run, loader: TokenLoader, model: GPT | None = None) -> None:
         self.cfg, self.run, self.loader, self.step, self.seconds = cfg, run, loader, 0, 0.0
-        self.model = GPT(cfg).to(run.device)
+        self.model = (model or GPT(cfg)).to(run.device)
         groups, rates = assign_groups(self.model), {name: rate(cfg) for name, _, rate in GROUPS}
         adam = [dict(params=p, lr=0.0, base_lr=rates[name]) for name, p in groups.items() if p and name != "matrix"]
         fused = self.model.tok_emb.is_cuda
@@ -1376,10 +1398,27 @@ class TrainState:
             except UserError as error:
                 self.run.log.event("warning", reason=str(error))
 
-    def resume(self) -> None:
+    def adopt(self, tokenizer_sha256: str) -> None:
+        """Take the weights of INIT_FROM that have names of ours; UserError: damaged, other tokenizer or other shape."""
+        try:
+            model, sha256 = load_artifact(Path(self.cfg.init_from), self.run.device)
+        except UserError as error:
+            raise UserError(f"INIT_FROM: {error}; or make one: RECIPE=ar python train_gpt.py") from error
+        there, cfg, shared = vars(model.cfg), self.cfg, SHAPE + ADDED * model.cfg.diffusion * self.cfg.diffusion
+        pairs = [(n.upper(), there[n], getattr(cfg, n)) for n in shared if n in SHAPE or there[n] * getattr(cfg, n)]
+        pairs += [("SHA-256 of TOKENIZER_PATH", sha256[:12], tokenizer_sha256[:12])]
+        if differ := [f"{name} is {a} there and {b} here" for name, a, b in pairs if a != b]:
+            raise UserError(f"INIT_FROM={cfg.init_from!r} does not fit: {'; '.join(differ)}; set here what holds there")
+        fresh = self.model.load_state_dict(model.state_dict(), strict=False).missing_keys
+        self.ema = [p.detach().clone() for p in self.model.parameters()] if self.ema else []
+        self.run.log.event("init_from", artifact=cfg.init_from, fresh=len(fresh))
+
+    def resume(self, tokenizer_sha256: str = "") -> None:
         """Continue from the checkpoint if RESUME=auto; UserError: damaged, or other training settings (named)."""
         path, run = self.cfg.path("checkpoints", ".pt"), self.run
         if self.cfg.resume != "auto" or not path.exists():
+            if self.cfg.init_from:
+                self.adopt(tokenizer_sha256)
             return
         try:
             saved = torch.load(path, map_location=run.device, weights_only=True)
@@ -1407,6 +1446,16 @@ class Objective:
         sizes, how = cfg.sizes(cfg.diffusion_windows) if cfg.diffusion else [], (run.device, run.blocks)
         self.masks = {size: window_mask(cfg.train_seq_len, size, cfg.diffusion_causal, *how) for size, _ in sizes}
 
+    def mask(self, size: int, now: Moment) -> Mask:
+        """Attention of windows: over DIFFUSION_ANNEAL_FRAC of a run each pair of a query and a later key of its window
+        opens with a chance from 0 to 1, drawn at each step (arXiv:2410.17891). `next_sure` looks ahead throughout."""
+        cfg, both = self.cfg, cast(Tensor, self.masks[size])  # dense where it changes
+        if now.progress >= cfg.diffusion_anneal_frac:
+            return both
+        keys = derive(torch.arange(len(both), device=both.device), cfg.seed, now.step, -size)
+        opened = both & (uniform(keys, both.shape[1]) < now.progress / cfg.diffusion_anneal_frac)
+        return cast(Tensor, window_mask(cfg.train_seq_len, size, True, both.device)) | opened
+
     def __call__(self, rows: Tensor, part: int, size: int, now: Moment) -> tuple[Tensor, Tensor]:
         """Take part `part` of a batch, rows (B, T + 1), with windows of `size`; return the loss and what to log."""
         cfg, (logits, kvs) = self.cfg, self.clean(rows[:, :-1])
@@ -1422,7 +1471,7 @@ class Objective:
         ramp = now.progress if cfg.diffusion_ramp == "run" else now.step / cfg.iterations
         noisy = corrupt(x0, noise_level(cfg, keys, window_index, ramp), keys, cfg)
         clean_logits, past = logits[:count].detach().view(*x0.shape, -1), [(k[:count], v[:count]) for k, v in kvs]
-        window, loss = Window(before, noisy, positions, self.masks[size]), torch.zeros_like(ar_loss)
+        window, loss = Window(before, noisy, positions, self.mask(size, now)), torch.zeros_like(ar_loss)
         for i in range(0 if cfg.self_condition == "none" else -1, cfg.diffusion_passes):  # -1: without gradient
             with torch.set_grad_enabled(i >= 0):
                 logits = self.window(window, past)
@@ -1519,7 +1568,7 @@ def main() -> int:
             run.header(source, warnings)
             run.log.event("data", train_tokens=loader.total, val_tokens=val.total, train_shards=len(loader.paths))
             state = TrainState(cfg, run, loader)
-            state.resume()
+            state.resume(byte_counter.sha256)
             train(state, val, byte_counter)
             if run.rank == 0:
                 save_artifact(artifact, state.weights(), cfg, byte_counter.sha256, run.log)

@@ -48,6 +48,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--artifact", type=Path, default=Path("final_model.int8.ptz"), help="default %(default)s")
+    parser.add_argument("--adapter", type=Path, metavar="FILE", help="of scripts/finetune.py, trained beside it")
     parser.add_argument("--rows", type=int, default=64, help="validation rows of T tokens (default %(default)s)")
     parser.add_argument("--samples", type=int, default=8, help="Monte Carlo samples K of a bound (default %(default)s)")
     parser.add_argument("--windows", help=f"window sizes, T for a row (default {WINDOWS}, as far as they fit)")
@@ -101,7 +102,7 @@ class Loaded(NamedTuple):
 
 
 def load(args: argparse.Namespace) -> Loaded:
-    """Read artifact, tokenizer and rows.
+    """Read artifact, adapter if any, tokenizer and rows.
 
     Raises:
         UserError: one is missing, damaged or does not fit; no denoiser; no CUDA device.
@@ -114,6 +115,10 @@ def load(args: argparse.Namespace) -> Loaded:
         fail("--device=cuda finds no CUDA device; use --device=cpu")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     model, expected = tg.load_artifact(args.artifact, device)
+    if args.adapter is not None:
+        from finetune import load_adapter
+
+        load_adapter(args.adapter, model, args.artifact)
     if not model.cfg.diffusion:
         fail(f"{args.artifact} has no denoiser (DIFFUSION_LOSS_WEIGHT=0), so no bound; its log holds its val_bpb")
     paths = {name: os.environ.get(name.upper(), getattr(model.cfg, name)) for name in ("data_path", "tokenizer_path")}
@@ -317,6 +322,7 @@ def measure(at: Loaded, args: argparse.Namespace) -> dict[str, Any]:
     tokens = at.rows[:, 1:].numel()
     return {
         "artifact": str(args.artifact),
+        "adapter": None if args.adapter is None else str(args.adapter),
         "rows": len(at.rows),
         "tokens": tokens,
         "bytes": int(at.bytes),

@@ -83,6 +83,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, redo = parser.add_argument, MODES["draft_refine"].redo
     add("--artifact", type=Path, default=Path("final_model.int8.ptz"), help="default %(default)s")
+    add("--adapter", type=Path, metavar="FILE", help="of scripts/finetune.py, trained beside the artifact")
     add("--tokenizer", type=Path, metavar="MODEL", help="default: the one the artifact names")
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--prompt", metavar="TEXT", help="text to begin with; may be empty")
@@ -159,15 +160,19 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def load(artifact: Path, tokenizer: Path | None, device: torch.device) -> Loaded:
-    """Read an artifact and the tokenizer it was trained with.
+def load(artifact: Path, tokenizer: Path | None, device: torch.device, adapter: Path | None = None) -> Loaded:
+    """Read an artifact, the tokenizer it was trained with, and an adapter that was trained beside it, if any.
 
     Raises:
-        UserError: either is missing or damaged, or the tokenizer is another one.
+        UserError: one is missing or damaged, the tokenizer is another one, or the adapter another artifact's.
     """
     import train_gpt as tg
 
     model, expected = tg.load_artifact(artifact, device)
+    if adapter is not None:
+        from finetune import load_adapter
+
+        load_adapter(adapter, model, artifact)
     cfg = model.cfg
     path = tokenizer or Path(cfg.tokenizer_path)
     if not path.is_file():
@@ -505,7 +510,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from train_gpt import UserError  # here, so that --help and a mistyped option answer at once
 
     try:
-        loaded = load(args.artifact, args.tokenizer, pick_device(args.device))
+        loaded = load(args.artifact, args.tokenizer, pick_device(args.device), args.adapter)
         result, done = (sample if args.demo is None else demo)(loaded, args)
         if args.html:
             write_page(args.html, done)

@@ -322,7 +322,7 @@ def test_losses_by_hand() -> None:
         assert found.item() == pytest.approx(expected, rel=1e-5), overrides
 
 
-@pytest.mark.parametrize("loss", tg.LOSSES)
+@pytest.mark.parametrize("loss", [name for name in tg.LOSSES if name != "sedd_uniform"])
 def test_losses_read_corrupted_tokens_only(loss: str) -> None:
     logits, x0, noisy, cfg = by_hand(diffusion_loss=loss)
     clean = logits * 0.5
@@ -368,3 +368,108 @@ def test_score_entropy_is_least_at_the_posterior() -> None:
     # There it is the cross-entropy; and it is not blind to a constant, as a cross-entropy is.
     assert tg.score_entropy(best.expand(4, 4), x0).detach().allclose(-posterior.log())
     assert expected(best + 0.5) > expected(best)
+
+
+# One token of a tiny vocabulary: everything can be enumerated.
+PRIOR = torch.tensor([0.45, 0.3, 0.2, 0.05], dtype=torch.float64)
+
+
+def joint(t: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Under uniform noise at level t: p(xt | x0), (V0, Vt); p(x0 | xt), (Vt, V0); p(y) / p(xt), (Vt, Vy)."""
+    kernel = (1 - t) * torch.eye(4, dtype=torch.float64) + t / 4
+    both, marginal = PRIOR[:, None] * kernel, PRIOR @ kernel
+    return kernel, (both / marginal).T, marginal / marginal[:, None]
+
+
+def expected_sedd(table: Tensor, t: float) -> Tensor:
+    """Mean loss of a predictor with logits table (Vt, V) over x0 and xt, times its weight."""
+    kernel, *_ = joint(t)
+    x0, xt = (x.flatten()[:, None, None] for x in torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"))
+    everywhere = torch.ones_like(x0, dtype=torch.bool)
+    noisy = tg.Corruption(xt, everywhere, everywhere, torch.full((16, 1), t, dtype=torch.float64))
+    nats = tg.sedd_uniform(table[xt], x0, torch.empty(0), noisy).view(4, 4)
+    weight = tg.LOSSES["sedd_uniform"][1](torch.tensor(t, dtype=torch.float64), 1e12)
+    return (PRIOR[:, None] * kernel * nats).sum() * weight
+
+
+def by_the_paper(score: Tensor, t: float) -> Tensor:
+    """Equation 9 of arXiv:2310.16834, term by term: scores (Vt, Vy), the rate of uniform noise 1 / ((1 - t) V)."""
+    kernel, *_ = joint(t)
+    total = torch.zeros((), dtype=torch.float64)
+    for x0, xt, y in itertools.product(range(4), repeat=3):
+        if y != xt:
+            ratio = kernel[x0, y] / kernel[x0, xt]
+            part = score[xt, y] - ratio * score[xt, y].log() + ratio * (ratio.log() - 1)
+            total = total + PRIOR[x0] * kernel[x0, xt] * part / ((1 - t) * 4)
+    return total
+
+
+@pytest.mark.parametrize("t", [0.01, 0.3, 0.8, 0.99])
+def test_uniform_score_entropy_is_least_at_the_true_ratios(t: float) -> None:
+    _, posterior, ratios = joint(t)
+    least = by_the_paper(ratios, t)  # what no score can remove
+    best = (posterior.log() + 1.7).requires_grad_()  # a constant says nothing
+    found = expected_sedd(best, t)
+    assert found.item() - least.item() == pytest.approx(0, abs=1e-12)
+    (gradient,) = torch.autograd.grad(found, best)
+    assert gradient.abs().max() < 1e-12
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        table = best.detach() + torch.randn(4, 4, generator=generator, dtype=torch.float64) * 0.3
+        q = table.softmax(-1)
+        kernel, *_ = joint(t)
+        score = torch.einsum("xz,zy,zx->xy", q, kernel, 1 / kernel)  # the mean of p(y | x0) / p(xt | x0)
+        assert expected_sedd(table, t).item() == pytest.approx(by_the_paper(score, t).item(), rel=1e-9)
+        assert expected_sedd(table, t) - least > 1e-9
+
+
+def test_uniform_score_entropy_bounds_the_likelihood() -> None:
+    """Over all t its mean under the exact scores is the entropy of the data, as the bound is tight there."""
+    u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    points = (3 * u**2 - 2 * u**3, 6 * u * (1 - u) / 4000)  # denser at both ends
+    total = sum(
+        expected_sedd(joint(t)[1].log(), t).item() * w for t, w in zip(*(x.tolist() for x in points), strict=True)
+    )
+    assert total == pytest.approx(-(PRIOR * PRIOR.log()).sum().item(), rel=1e-4)
+
+
+def test_score_entropy_of_masks_is_the_papers() -> None:
+    """Equation 9 for absorbing noise: from [MASK], at level t, each token comes back at a rate of 1 / t."""
+    logits = torch.randn(4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for t, x0 in itertools.product((0.1, 0.5, 0.9), range(4)):
+        score = (logits - math.log(4)).exp() * (1 - t) / t
+        ratio = F.one_hot(torch.tensor(x0), 4).double() * (1 - t) / t
+        entropy = score - ratio * score.log() + torch.where(ratio > 0, ratio * (ratio.log() - 1), 0.0)
+        weight = tg.LOSSES["score_entropy"][1](torch.tensor(t, dtype=torch.float64), 1e9)
+        rate = 1 / (1 - t)  # sigma' of the log-linear schedule
+        nats = tg.score_entropy(logits[None], torch.tensor([x0])).item() * weight.item()
+        assert nats == pytest.approx(rate * entropy.sum().item(), rel=1e-9)
+
+
+def test_uniform_score_entropy_is_finite_and_counts_every_token() -> None:
+    cfg = tiny(diffusion_corruption_mode="uniform", diffusion_loss="sedd_uniform", diffusion_regions="iid")
+    x0 = random_rows(64, 16, V)[:, None]
+    for t in (1e-6, 1e-3, 0.5, 1 - 1e-7, 1.0):
+        noisy = tg.corrupt(x0, torch.full((64, 1), t), keys_of(64), cfg)
+        for scale in (0.0, 1.0, 30.0):
+            signs = torch.randn(64, 1, 16, V, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
+            logits = (signs * scale).requires_grad_()
+            loss = tg.losses(logits, logits, x0, noisy, cfg)
+            loss.backward()
+            assert loss.isfinite()
+            assert loss > 0 if t < 0.9 else loss > -1e-6
+            assert logits.grad.isfinite().all()
+            reached = logits.grad.abs().sum(-1) > 0
+            assert reached.all() or scale == 30 or t > 0.9, (t, scale)  # tokens that were kept among them
+    noisy = tg.corrupt(x0, torch.full((64, 1), 0.95), keys_of(64), cfg)
+    values = [
+        tg.losses(logits, logits, x0, noisy, dataclasses.replace(cfg, diffusion_loss_clip=clip)).item()
+        for clip in (5.0, 10.0, 1e9)
+    ]
+    assert [value / values[0] for value in values] == pytest.approx([1, 2, 4], rel=1e-4)  # 1 / (1 - 0.95) is 20
+
+
+def test_uniform_score_entropy_needs_uniform_noise() -> None:
+    for mode in ("mask", "hybrid", "gaussian"):
+        with pytest.raises(tg.UserError, match=f"DIFFUSION_LOSS='sedd_uniform' .*DIFFUSION_CORRUPTION_MODE='{mode}'"):
+            tiny(diffusion_loss="sedd_uniform", diffusion_corruption_mode=mode)

@@ -40,15 +40,15 @@ def test_every_parameter_is_in_one_group(recipe: str, self_condition: str) -> No
 
 
 def test_groups_hold_what_their_names_say() -> None:
-    state = state_of(self_condition="soft", tied_embed_lr=0.1, condition_lr=0.2, scalar_lr=0.3)
+    state = state_of(self_condition="soft", tied_embed_lr=0.1, adapter_lr=0.2, scalar_lr=0.3)
     names = {id(p): name for name, p in state.model.named_parameters()}
     groups = {group: {names[id(p)] for p in params} for group, params in tg.assign_groups(state.model).items()}
     assert groups["embed"] == {"tok_emb", "mask_emb"}
-    assert groups["condition"] == {n for n in names.values() if "time_proj" in n or n == "self_cond"}
+    assert groups["adapter"] == {n for n in names.values() if "time_proj" in n or n == "self_cond"}
     matrices = {n for n in names.values() if n.endswith(".weight")} | {"ahead_proj"}
     assert groups["matrix"] == matrices == {names[id(p)] for p in state.matrices}
     rates = {names[id(p)]: group["base_lr"] for group in state.adam.param_groups for p in group["params"]}
-    for group, rate in (("embed", 0.1), ("condition", 0.2), ("scalar", 0.3)):
+    for group, rate in (("embed", 0.1), ("adapter", 0.2), ("scalar", 0.3)):
         assert {rates[name] for name in groups[group]} == {rate}
 
 

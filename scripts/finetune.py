@@ -1,0 +1,279 @@
+"""Fine-tune an artifact on new text by low-rank updates of its matrices, which are kept in a small file beside it.
+
+    DATA_PATH=data/mine python scripts/finetune.py final_model.int8.ptz --rank 8 --out adapter.ptz
+    DATA_PATH=data/mine RECIPE=ar MAX_WALLCLOCK_SECONDS=60 python scripts/finetune.py final_model.int8.ptz
+    python scripts/sample.py --artifact final_model.int8.ptz --adapter adapter.ptz --prompt 'Dear'
+
+Settings are those of train_gpt.py, from the environment: RECIPE (default: the artifact's) chooses the loss, ADAPTER_LR
+the rate, ITERATIONS and MAX_WALLCLOCK_SECONDS the budget; logs and checkpoints go to OUT_DIR, RESUME=auto goes on. What
+a model is (its sizes, and how its windows are read) is the artifact's. Windows carry loss from the first step unless
+DIFFUSION_START_FRAC says else. New text is prepared with the artifact's tokenizer (scripts/prepare_data.py). Progress
+goes to standard error; the last line of standard output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # train_gpt.py lies beside this folder
+
+import train_gpt as tg
+
+FORMAT = "text-diffusion-adapter-1"
+MOST_BYTES = 1 << 30  # of an unpacked adapter: more than any needs
+# Settings that say what a model is; an adapter must not be trained on, or beside, another one.
+MODEL = (
+    *("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "tie_embeddings"),
+    *("rope_base", "rope_scale", "logit_softcap", "look_ahead", "time_embed_dim"),
+    *("self_condition", "diffusion_causal", "diffusion_shift", "diffusion_corruption_mode", "train_seq_len"),
+    *("init_from", "diffusion_anneal_frac"),  # of how it was made; here both are what they are by default
+)
+
+
+def fail(message: str) -> NoReturn:
+    """Raise the error that `main` prints without a traceback."""
+    raise tg.UserError(message)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; exits with 2 on a wrong one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path, help="what to fine-tune: final_model.int8.ptz of train_gpt.py")
+    parser.add_argument("--rank", type=int, default=8, help="rank of every update (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("adapter.ptz"), help="default %(default)s")
+    parser.add_argument("--window", type=int, help="window size of the bound (default 16, or T where 16 does not fit)")
+    return parser.parse_args(argv)
+
+
+# 1  ADAPTER -- low-rank updates of a frozen model, their file, and the way back =======================================
+
+
+class LowRank(nn.Module):
+    """What a matrix W is replaced by: W + B A, with B zero at the start (LoRA, arXiv:2106.09685).
+
+    Unlike the token-gated adapters inside train_gpt.Linear it acts on every token, so both ways through the model move.
+    """
+
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        start = torch.empty(rank, columns).uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
+        self.lora_a = nn.Parameter(start.to(weight.device))  # (rank, columns); names that GROUPS trains by Adam
+        self.lora_b = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.lora_b @ self.lora_a
+
+
+def matrices(model: tg.GPT) -> Iterator[tuple[str, tg.Linear]]:
+    """Yield every matrix of attention and MLP with its name."""
+    for name, module in model.named_modules():
+        if isinstance(module, tg.Linear):
+            yield name, module
+
+
+def add_updates(model: tg.GPT, rank: int, seed: int) -> None:
+    """Freeze a model and give each of its matrices a low-rank update that trains.
+
+    Raises:
+        UserError: the rank is not between 1 and the smallest dimension of a matrix.
+    """
+    found = [module for _, module in matrices(model)]
+    most = min(min(module.weight.shape) for module in found)
+    if not 1 <= rank <= most:
+        fail(f"--rank={rank} must be in [1, {most}], the smallest dimension of this model's matrices; choose another")
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for module in found:
+        parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank, generator))
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def save_adapter(path: Path, weights: Mapping[str, Tensor], cfg: tg.Config, rank: int, artifact: Path) -> int:
+    """Write the trained updates of a model with such `weights`, fp16; return the file's bytes."""
+    mark = ".parametrizations.weight.0."
+    tensors = {name.replace(mark, "."): w.detach().cpu().half() for name, w in weights.items() if mark in name}
+    about = {"format": FORMAT, "artifact_sha256": sha256_of(artifact), "rank": rank, "config": dataclasses.asdict(cfg)}
+    buffer = io.BytesIO()
+    torch.save(about | {"tensors": tensors}, buffer)
+    data = zlib.compress(buffer.getvalue(), 9)
+    tg.atomic_write(path, data, "adapter")
+    return len(data)
+
+
+def read_adapter(path: Path) -> dict[str, Any]:
+    """Unpack an adapter without running code of the file."""
+    unpacker = zlib.decompressobj()
+    raw = unpacker.decompress(path.read_bytes(), MOST_BYTES)
+    payload = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True) if unpacker.eof else None
+    if payload is None or payload["format"] != FORMAT:
+        raise ValueError("truncated" if payload is None else f"its format is not {FORMAT!r}")
+    return dict(payload)
+
+
+@torch.no_grad()
+def load_adapter(path: Path, model: tg.GPT, artifact: Path) -> dict[str, Any]:
+    """Add an adapter's updates to a model that was loaded from `artifact`, in place.
+
+    Returns:
+        What the file says of itself: rank, config (settings of the fine-tuning), artifact_sha256.
+
+    Raises:
+        UserError: the file is missing or damaged, or was trained beside another artifact.
+    """
+    again = f"train one: python scripts/finetune.py {artifact}"
+    try:
+        about = read_adapter(path)
+        tensors, own, found = about.pop("tensors"), dict(matrices(model)), sha256_of(artifact)
+        if about["artifact_sha256"] == found:
+            updates = {name: tensors[f"{name}.lora_b"].float() @ tensors[f"{name}.lora_a"].float() for name in own}
+            if len(tensors) != 2 * len(own) or any(updates[n].shape != m.weight.shape for n, m in own.items()):
+                raise ValueError("its updates do not fit the matrices")
+    except Exception as error:  # zlib, zipfile, pickle and torch each fail in their own ways on foreign bytes
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise tg.UserError(
+            f"adapter {path} is missing, damaged or not ours ({why}); copy it again, or {again}"
+        ) from error
+    if about["artifact_sha256"] != found:
+        theirs = f"{about['artifact_sha256'][:12]}, that of {artifact} is {found[:12]}"
+        fail(f"adapter {path} belongs to another artifact: its SHA-256 is {theirs}; name that artifact, or {again}")
+    for name, module in own.items():
+        module.weight.add_(updates[name].to(module.weight.device))
+    return about
+
+
+# 2  FINE-TUNING -- the training loop of train_gpt.py over a frozen model ==============================================
+
+
+def configure(model: tg.GPT, env: Mapping[str, str]) -> tuple[tg.Config, dict[str, str], list[str]]:
+    """Take what a model is from the artifact, all else from the environment; as train_gpt.Config.from_env.
+
+    Raises:
+        UserError: no DATA_PATH, a setting of the environment contradicts the artifact, or the loss needs a denoiser
+            that it does not have.
+    """
+    if "DATA_PATH" not in env:
+        fail(f"DATA_PATH is not set, so there is no new text; name a folder of shards, made by: {tg.PREPARE}")
+    default, hints = tg.Config(), get_type_hints(tg.Config)
+    made = ("init_from", "diffusion_anneal_frac")
+    fixed = {name: getattr(default if name in made else model.cfg, name) for name in MODEL}
+    faults = []
+    for name in [name for name in fixed if name.upper() in env]:
+        try:
+            same = tg.parse_value(hints[name], env[name.upper()]) == fixed[name]
+        except ValueError:
+            same = False
+        if not same:
+            faults.append(f"{name.upper()}={env[name.upper()]!r} is the artifact's, {fixed[name]!r}; leave it out")
+    if faults:
+        fail("\n".join(faults))
+    usual = {name.upper(): getattr(model.cfg, name) for name in ("recipe", "preset", "tokenizer_path")}
+    usual |= {"DIFFUSION_START_FRAC": "0", "DIFFUSION_START_STEP": "0"}  # its denoiser has begun long ago
+    text = {name.upper(): str(int(value)) if isinstance(value, bool) else str(value) for name, value in fixed.items()}
+    cfg, source, warnings = tg.Config.from_env({**usual, **env, **text})
+    if cfg.diffusion and not model.cfg.diffusion:
+        why = "and this artifact has no denoiser (DIFFUSION_LOSS_WEIGHT=0)"
+        fail(f"RECIPE={cfg.recipe!r} trains windows, {why}; use RECIPE=ar, or give it one: INIT_FROM of train_gpt.py")
+    return cfg, source | dict.fromkeys(MODEL, "artifact"), warnings
+
+
+def bound_window(args: argparse.Namespace, cfg: tg.Config) -> int:
+    """Choose the window size of the bound; UserError: it does not divide a row."""
+    T = cfg.train_seq_len
+    size = args.window if args.window is not None else 16 if T % 16 == 0 else T
+    if size < 1 or T % size:
+        fail(f"--window={size} must divide the {T} tokens of a row (TRAIN_SEQ_LEN); choose another, or leave it out")
+    return int(size)
+
+
+def scores(model: tg.GPT, run: tg.Run, val: tg.TokenLoader, counter: tg.ByteCounter, size: int) -> dict[str, Any]:
+    """Score the validation split: exact bits per byte, and the bound with its standard error if there is a denoiser."""
+    exact = tg.evaluate_bpb(model, run, val, counter)
+    found: dict[str, Any] = {"val_bpb": exact["bpb"], "bound": None, "bound_se": None}
+    if model.mask_emb is not None:  # RECIPE=ar trains no windows, but it moves them
+        bounded = tg.evaluate_bpb(model, run, val, counter, size)
+        found |= {"bound": bounded["bpb"], "bound_se": bounded["standard_error"]}
+    return found
+
+
+def finetune(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]:
+    """Train updates, write them, load them beside the artifact and score both; empty where this is not rank 0."""
+    model, expected = tg.load_artifact(args.artifact, torch.device("cpu"))
+    cfg, source, warnings = configure(model, env)
+    size, sha256 = bound_window(args, cfg), sha256_of(args.artifact)
+    loader, val, counter = tg.TokenLoader(cfg, "train"), tg.TokenLoader(cfg, "val"), tg.ByteCounter(cfg)
+    if counter.sha256 != expected:
+        fail(
+            f"TOKENIZER_PATH={cfg.tokenizer_path!r} (SHA-256 {counter.sha256[:12]}) is not the tokenizer "
+            f"{args.artifact} was trained with ({expected[:12]}); name that one, and prepare the text with it"
+        )
+    name = f"{cfg.path('', '').name}_finetune_{sha256[:8]}_r{args.rank}"  # a checkpoint is of one artifact and rank
+    cfg = dataclasses.replace(cfg, run_id=name)
+    add_updates(model, args.rank, cfg.seed)
+    model.cfg = cfg
+    with tg.Run.start(cfg) as run:
+        run.header(source, warnings)
+        run.log.event("data", train_tokens=loader.total, val_tokens=val.total, train_shards=len(loader.paths))
+        before = scores(model.to(run.device), run, val, counter, size)  # the updates are zero
+        run.log.event("before", artifact=str(args.artifact), sha256=sha256, window=size, **before)
+        state = tg.TrainState(cfg, run, loader, model)
+        state.resume()
+        tg.train(state, val, counter)
+        if run.rank == 0:
+            save_adapter(args.out, state.weights(), cfg, args.rank, args.artifact)
+        run.from_rank0(0.0)  # nobody reads the adapter before it is written
+        tuned, _ = tg.load_artifact(args.artifact, run.device)
+        load_adapter(args.out, tuned, args.artifact)  # what is scored is the file
+        after = scores(tuned, run, val, counter, size)
+        result = {"artifact": str(args.artifact), "adapter": str(args.out), "rank": args.rank, "recipe": cfg.recipe}
+        result |= {"adapter_bytes": args.out.stat().st_size, "artifact_bytes": args.artifact.stat().st_size}
+        result |= {"steps": state.step, "train_seconds": state.seconds, "window": size, "log": str(run.log.path)}
+        run.log.event("after", **after, **result)
+        return {**result, "before": before, "after": after} if run.rank == 0 else {}
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print before and after for people, then everything as one line of JSON."""
+    before, after = result["before"], result["after"]
+    print(f"val_bpb               {before['val_bpb']:.4f} -> {after['val_bpb']:.4f}")
+    if before["bound"] is not None:
+        errors = f"s.e. {before['bound_se']:.4f}, {after['bound_se']:.4f}"
+        print(f"bound, window {result['window']:<7} {before['bound']:.4f} -> {after['bound']:.4f}  ({errors})")
+    print(f"adapter {result['adapter']} of {result['adapter_bytes']:,} bytes, rank {result['rank']}")
+    print(json.dumps(result, allow_nan=False))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, or 2 after an error the user can repair."""
+    args = parse_args(argv)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # the training log is progress here
+            result = finetune(args, os.environ)
+    except (tg.UserError, OSError) as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    if result:
+        show(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

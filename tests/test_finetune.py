@@ -1,0 +1,349 @@
+"""finetune.py: only low-rank updates train, their file is small and belongs to one artifact, and bad input is named."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import finetune
+import likelihood
+import pytest
+import sample
+import torch
+from conftest import CPU, Recorder, Tokenizers, env_of, make_run, random_rows, randomise, settings, tiny
+
+import train_gpt as tg
+
+Called = tuple[int, str, str]  # exit status, standard output, standard error
+MARK = ".parametrizations.weight."
+
+
+def export(path: Path, data: dict[str, Any], recipe: str = "direct", seed: int = 0, **overrides: Any) -> Path:
+    cfg = tiny(recipe, **data, **{"train_seq_len": 64, "train_batch_tokens": 256, **overrides})
+    weights = dict(randomise(tg.GPT(cfg), seed, 0.1).named_parameters())
+    tg.save_artifact(path, weights, cfg, tg.ByteCounter(cfg).sha256, Recorder())
+    return path
+
+
+@pytest.fixture(scope="module")
+def artifact(data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(tmp_path_factory.mktemp("artifact") / "model.ptz", data)
+
+
+@pytest.fixture
+def call(
+    artifact: Path,
+    data: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., Called]:
+    """Run the command in a folder of its own; settings by keyword, None leaves one out."""
+
+    def run(*argv: str, artifact: Path = artifact, **values: Any) -> Called:
+        taken = {name for name in finetune.MODEL if name not in values}  # the artifact's, and not the environment's
+        usual = settings(train_batch_tokens=256, out_dir=str(tmp_path / "out"), nelbo_sequences=4, **data)
+        merged = {k: v for k, v in (usual | {"recipe": None} | values).items() if v is not None and k not in taken}
+        monkeypatch.setattr("os.environ", env_of(merged))
+        monkeypatch.chdir(tmp_path)
+        try:
+            status = finetune.main([str(artifact), *argv])
+        except SystemExit as error:  # of a wrong command line
+            status = int(error.code or 0)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def facts(called: Called) -> dict[str, Any]:
+    assert called[0] == 0, called[2]
+    found: dict[str, Any] = json.loads(called[1].splitlines()[-1])
+    return found
+
+
+def scored(model: tg.GPT, data: dict[str, Any], size: int = 0) -> float:
+    cfg = tiny(**data, train_seq_len=64, train_batch_tokens=256, nelbo_sequences=4)
+    values = tg.evaluate_bpb(model, make_run(cfg), tg.TokenLoader(cfg, "val"), tg.ByteCounter(cfg), size)
+    return float(values["bpb"])
+
+
+def updated(artifact: Path, rank: int = 3, seed: int = 5) -> tg.GPT:
+    """A model with random updates."""
+    model, _ = tg.load_artifact(artifact, CPU)
+    finetune.add_updates(model, rank, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if MARK in name and name.endswith("lora_b"):
+                p.normal_(0, 1.0, generator=generator)
+    return model
+
+
+def save(path: Path, model: tg.GPT, artifact: Path, rank: int = 3) -> Path:
+    finetune.save_adapter(path, dict(model.named_parameters()), model.cfg, rank, artifact)
+    return path
+
+
+# ---- training ----
+
+
+@pytest.mark.parametrize("recipe", [None, "ar", "retrograde"])
+def test_it_lowers_the_loss_of_new_text_and_leaves_the_artifact(
+    call: Callable[..., Called], artifact: Path, data: dict[str, Any], tmp_path: Path, recipe: str | None
+) -> None:
+    bytes_before = artifact.read_bytes()
+    more = dict(recipe=recipe, iterations=30, adapter_lr=0.02, diffusion_start_frac=None)
+    called = call("--rank", "4", "--out", "a.ptz", **more)
+    found = facts(called)
+    base, _ = tg.load_artifact(artifact, CPU)
+    assert found["before"]["val_bpb"] == scored(base, data)  # the updates begin at zero
+    assert found["before"]["bound"] == scored(base, data, 16)
+    assert found["after"]["val_bpb"] < found["before"]["val_bpb"] - 0.05
+    assert (found["steps"], found["rank"], found["recipe"]) == (30, 4, recipe or "direct")
+    assert artifact.read_bytes() == bytes_before
+    about = finetune.load_adapter(tmp_path / "a.ptz", base, artifact)
+    assert found["after"]["val_bpb"] == scored(base, data)  # what was scored is the file
+    assert found["after"]["bound"] == scored(base, data, 16)
+    assert (about["rank"], about["config"]["adapter_lr"]) == (4, 0.02)
+    assert found["adapter_bytes"] == (tmp_path / "a.ptz").stat().st_size < len(bytes_before)
+    lines = called[1].splitlines()
+    assert len(lines) == 4  # a table and one object; the log is progress
+    (first,) = (line for line in called[2].splitlines() if line.startswith("step:1/30 "))
+    assert ("denoise_loss:0.0000" in first) == (recipe == "ar")  # windows are not left out at first
+    assert "step:30/30" in called[2]
+    assert f"{found['before']['val_bpb']:.4f} -> {found['after']['val_bpb']:.4f}" in lines[0]
+
+
+def test_an_artifact_without_a_denoiser_is_tuned_as_what_it_is(
+    call: Callable[..., Called], data: dict[str, Any], tmp_path: Path
+) -> None:
+    plain = export(tmp_path / "ar.ptz", data, "ar")
+    found = facts(call(artifact=plain, iterations=10))
+    assert found["recipe"] == "ar"
+    assert found["after"]["val_bpb"] < found["before"]["val_bpb"]
+    assert found["before"]["bound"] is None
+    status, _, err = call(artifact=plain, recipe="direct")
+    assert status == 2
+    assert "RECIPE='direct' trains windows, and this artifact has no denoiser" in err
+    assert "use RECIPE=ar" in err
+
+
+def test_nothing_but_the_updates_trains(artifact: Path, data: dict[str, Any], tmp_path: Path) -> None:
+    cfg = tiny(**data, train_seq_len=64, train_batch_tokens=256, ema_decay=0.5, out_dir=str(tmp_path))
+    model, _ = tg.load_artifact(artifact, CPU)
+    names = [name for name, _ in finetune.matrices(model)]
+    assert len(names) == 6 * cfg.num_layers
+    finetune.add_updates(model, 3, 0)
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    state = tg.TrainState(cfg, make_run(cfg), tg.TokenLoader(cfg, "train"), model)
+    objective = tg.Objective(cfg, state.run, state.model)
+    for step in range(3):
+        tg.train_step(state, objective, tg.Moment(step, 0.9, 1.0))
+    moved = {name for name, w in model.state_dict().items() if not w.equal(before[name])}
+    assert moved == {f"{name}{MARK}0.{part}" for name in names for part in ("lora_a", "lora_b")}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == moved
+    assert sum(len(group["params"]) for group in state.adam.param_groups) == len(moved)
+    assert [group["base_lr"] for group in state.adam.param_groups] == [cfg.adapter_lr]
+    assert not state.matrices  # Muon has nothing to do
+
+
+def test_an_update_is_b_times_a(artifact: Path) -> None:
+    base, _ = tg.load_artifact(artifact, CPU)
+    weights = {name: module.weight.detach().clone() for name, module in finetune.matrices(base)}
+    finetune.add_updates(base, 3, 0)
+    own = dict(finetune.matrices(base))
+    assert all(module.weight.equal(weights[name]) for name, module in own.items())
+    model = updated(artifact)
+    for name, module in finetune.matrices(model):
+        parts = dict(module.named_parameters())
+        a, b = parts["parametrizations.weight.0.lora_a"], parts["parametrizations.weight.0.lora_b"]
+        assert a.shape == (3, weights[name].shape[1])
+        assert b.shape == (weights[name].shape[0], 3)
+        torch.testing.assert_close(module.weight, weights[name] + b @ a)
+
+
+def test_it_goes_on_from_its_checkpoint(call: Callable[..., Called], tmp_path: Path) -> None:
+    whole = facts(call("--rank", "2", "--out", "whole.ptz", iterations=6))
+    (checkpoint,) = (tmp_path / "out" / "checkpoints").iterdir()
+    saved = torch.load(checkpoint, weights_only=True)
+    assert saved["step"] == 6
+    called = call("--rank", "2", "--out", "again.ptz", iterations=6, resume="auto")
+    again = facts(called)
+    assert f"resume checkpoint:{checkpoint} step:6" in called[2]
+    assert "train_loss" not in called[2]
+    assert again["after"] == whole["after"]
+    other = facts(call("--rank", "3", iterations=6, resume="auto"))  # another rank is another run
+    assert other["log"] != whole["log"]
+    assert len(list((tmp_path / "out" / "checkpoints").iterdir())) == 2
+
+
+@pytest.mark.filterwarnings("ignore")  # the tracer hides a warning of its own, which turning it into an error defeats
+def test_a_compiled_stream_is_one_whole_graph(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    cfg = tiny(vocab_size=400, train_seq_len=64, train_batch_tokens=256)
+    totals = []
+    for compiled in (False, True):
+        run, model = make_run(cfg), updated(artifact)
+        run.compile = compiled
+        loss, _ = tg.Objective(cfg, run, model)(random_rows(2, 65, 400), 0, 8, tg.Moment(5, 0.9, 1.0))
+        loss.backward()  # type: ignore[no-untyped-call]
+        totals.append([p.grad.sum().item() for p in model.parameters() if p.grad is not None])
+    assert len(totals[0]) == 2 * 6 * cfg.num_layers
+    assert totals[0] == pytest.approx(totals[1], rel=1e-4, abs=1e-6)
+
+
+# ---- the file ----
+
+
+def test_what_is_loaded_is_what_was_trained(artifact: Path, tmp_path: Path) -> None:
+    model = updated(artifact)
+    path = save(tmp_path / "a.ptz", model, artifact)
+    loaded, _ = tg.load_artifact(artifact, CPU)
+    rows = random_rows(2, 64, 400)
+    plain = tg.score(loaded, rows)
+    finetune.load_adapter(path, loaded, artifact)
+    torch.testing.assert_close(tg.score(loaded, rows), tg.score(model, rows), rtol=1e-2, atol=2e-3)  # fp16
+    assert (tg.score(loaded, rows) - plain).abs().max() > 0.05
+    assert not any(MARK in name for name in loaded.state_dict())  # folded in: decoding costs nothing more
+
+
+def fault_of(path: Path, artifact: Path) -> str:
+    model, _ = tg.load_artifact(artifact, CPU)
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    with pytest.raises(tg.UserError) as caught:
+        finetune.load_adapter(path, model, artifact)
+    assert all(w.equal(before[name]) for name, w in model.state_dict().items())
+    assert f"python scripts/finetune.py {artifact}" in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_adapter_of_another_artifact_is_refused(artifact: Path, data: dict[str, Any], tmp_path: Path) -> None:
+    other = export(tmp_path / "other.ptz", data, seed=1)
+    path = save(tmp_path / "a.ptz", updated(artifact), artifact)
+    message = fault_of(path, other)
+    for named in ("belongs to another artifact", finetune.sha256_of(artifact)[:12], finetune.sha256_of(other)[:12]):
+        assert named in message
+    wide = export(tmp_path / "wide.ptz", data, model_dim=32)
+    assert "belongs to another artifact" in fault_of(path, wide)
+
+
+def test_a_damaged_adapter_is_refused(artifact: Path, tmp_path: Path) -> None:
+    path = save(tmp_path / "a.ptz", updated(artifact), artifact)
+    whole = path.read_bytes()
+    payload = torch.load(io.BytesIO(zlib.decompress(whole)), weights_only=True)
+
+    def packed(value: Any) -> bytes:
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        return zlib.compress(buffer.getvalue())
+
+    lacking = {name: w for name, w in payload["tensors"].items() if "c_q" not in name}
+    more = payload["tensors"] | {"x.lora_a": torch.zeros(2)}
+    cut = {name: w[:-1] if "lora_b" in name else w for name, w in payload["tensors"].items()}
+    contents = [
+        whole[:-2],
+        whole[:-9],
+        whole[: len(whole) // 2],
+        b"",
+        b"hello",
+        zlib.compress(b"hello"),
+        packed([1]),
+        packed({}),
+    ]
+    contents += [packed(payload | change) for change in ({"format": "x"}, {"tensors": lacking}, {"tensors": more})]
+    contents += [packed(payload | {"tensors": cut}), artifact.read_bytes()]
+    for content in contents:
+        path.write_bytes(content)
+        assert f"adapter {path} is missing, damaged or not ours" in fault_of(path, artifact)
+    assert "No such file" in fault_of(tmp_path / "none.ptz", artifact)
+
+
+# ---- what is refused before training ----
+
+
+@pytest.mark.parametrize("rank", [0, -3, 9])
+def test_a_rank_that_is_none_is_named(call: Callable[..., Called], rank: int, tmp_path: Path) -> None:
+    status, out, err = call("--rank", str(rank))
+    assert (status, out) == (2, "")
+    assert f"error: --rank={rank} must be in [1, 8], the smallest dimension of this model's matrices" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_is_named_with_a_remedy(
+    call: Callable[..., Called], tokenizers: Tokenizers, data: dict[str, Any], tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    cases: list[tuple[dict[str, Any], list[str], list[str]]] = [
+        ({"data_path": None}, [], ["DATA_PATH is not set", "prepare_data.py"]),
+        ({"data_path": str(empty)}, [], [f"DATA_PATH={str(empty)!r} holds no *_train_*.bin", "prepare_data.py"]),
+        (
+            {"tokenizer_path": str(tokenizers.nmt_nfkc)},
+            [],
+            ["nmt_nfkc.model", "is not the tokenizer", "name that one"],
+        ),
+        ({"model_dim": 32}, [], ["MODEL_DIM='32' is the artifact's, 16; leave it out"]),
+        (
+            {"model_dim": "x", "init_from": "y"},
+            [],
+            ["MODEL_DIM='x' is the artifact's", "INIT_FROM='y' is the artifact"],
+        ),
+        ({"num_layers": 9, "train_seq_len": 8}, [], ["NUM_LAYERS='9'", "TRAIN_SEQ_LEN='8'"]),
+        ({"adapter_lr": -1}, [], ["ADAPTER_LR=-1.0 must be in [0, inf]"]),
+        ({}, ["--window", "7"], ["--window=7 must divide the 64 tokens"]),
+        ({"recipe": "dirct"}, [], ["RECIPE='dirct' is not in RECIPES; closest: direct"]),
+    ]
+    for values, argv, named in cases:
+        status, out, err = call(*argv, **values)
+        assert (status, out) == (2, ""), values
+        for part in named:
+            assert part in err, (part, err)
+    status, _, err = call(artifact=tmp_path / "none.ptz")
+    assert status == 2
+    assert "none.ptz is missing" in err
+    assert list(tmp_path.iterdir()) == [empty]  # nothing was written
+    assert facts(call(model_dim=16, iterations=1))["steps"] == 1  # what is the same may be said
+
+
+# ---- the other commands ----
+
+
+def test_sample_decodes_with_an_adapter(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = updated(artifact)
+    path = save(tmp_path / "a.ptz", model, artifact)
+    argv = ["--artifact", str(artifact), "--device", "cpu", "--prompt", "def f", "--tokens", "24", "--temperature", "1"]
+    texts = []
+    for more in ([], ["--adapter", str(path)]):
+        assert sample.main([*argv, *more]) == 0
+        texts.append(json.loads(capsys.readouterr().out.splitlines()[-1])["text"])
+    assert texts[0] != texts[1]
+    at = sample.load(artifact, None, CPU, path)
+    ids = [at.tokenizer.bos_id(), *at.tokenizer.encode("def f")]
+    how = tg.AR._replace(temperature=1.0, end=at.tokenizer.bos_id())
+    assert texts[1] == at.tokenizer.decode(tg.generate(at.model, torch.tensor([ids]), 24, how).ids[0].tolist())
+    assert sample.main([*argv, "--adapter", str(tmp_path / "none.ptz")]) == 2
+    assert "none.ptz is missing" in capsys.readouterr().err
+
+
+def test_likelihood_scores_with_an_adapter(
+    artifact: Path, tmp_path: Path, data: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(tmp_path / "a.ptz", updated(artifact), artifact)
+    argv = ["--artifact", str(artifact), "--device", "cpu", "--rows", "4", "--windows", "16", "--samples", "2"]
+    found = []
+    for more in ([], ["--adapter", str(path)]):
+        assert likelihood.main([*argv, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert [result["adapter"] for result in found] == [None, str(path)]
+    assert abs(found[0]["causal_bpb"] - found[1]["causal_bpb"]) > 0.01
+    model, _ = tg.load_artifact(artifact, CPU)
+    finetune.load_adapter(path, model, artifact)
+    assert found[1]["causal_bpb"] == likelihood.causal(
+        likelihood.load(likelihood.parse_args([*argv, "--adapter", str(path)])), lambda: None
+    )
