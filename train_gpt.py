@@ -251,12 +251,18 @@ def parse_shares(text: str) -> list[tuple[str, float]]:
     return [(name, share / total) for name, share in shares if share > 0]
 
 
+def beside(file: str, name: str, otherwise: Any = None) -> Any:
+    """Return what `file` of the folder scripts/ beside this program calls `name`; without it, `otherwise`."""
+    path = Path(__file__).with_name("scripts") / file
+    return runpy.run_path(str(path))[name] if path.exists() else otherwise
+
+
 def all_recipes() -> dict[str, dict[str, Any]]:
-    """Return settings of RECIPES and of the rows of LADDER, by name; UserError: a row is wrong, or the file damaged."""
-    return dict(runpy.run_path(str(LADDER))["resolve"](RECIPES, Config, UserError)) if LADDER.exists() else RECIPES
+    """Return settings of RECIPES and rows of scripts/ladder.toml, by name; UserError: a row or the file is faulty."""
+    resolve = beside("ladder.py", "resolve", lambda built_in, *_: built_in)
+    return cast(dict[str, dict[str, Any]], resolve(RECIPES, Config, UserError))
 
 
-LADDER = Path(__file__).with_name("scripts") / "ladder.py"  # more recipes, where it stands beside this program
 REGIONS = ("iid", "spans", "continuation", "infill", "blocks")
 
 # fmt: off
@@ -270,6 +276,9 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (  # what must hold; w
     (lambda c: c.tiles(c.nelbo_windows), "NELBO_WINDOWS must be sizes (or T) that divide TRAIN_SEQ_LEN: 1,16,T"),
     (lambda c: c.regions() != [] and all(name in REGIONS for name, _ in c.regions()),
      f"DIFFUSION_REGIONS must name {', '.join(REGIONS)}: iid:3,infill:1"),
+    (lambda c: (c.diffusion_loss in ("mean", "elbo", "middle") and not (c.diffusion_anneal_frac or c.init_from))
+     or beside("objectives.py", "LOSSES") is not None,
+     "DIFFUSION_LOSS, DIFFUSION_ANNEAL_FRAC or INIT_FROM needs the folder scripts/ beside this program; copy it, too"),
     (lambda c: c.diffusion_loss != "sedd_uniform" or c.diffusion_corruption_mode == "uniform",
      "DIFFUSION_LOSS is of uniform noise, not of DIFFUSION_CORRUPTION_MODE; make that uniform or take score_entropy"),
     (lambda c: c.diffusion_min_mask_ratio <= c.diffusion_max_mask_ratio,
@@ -684,48 +693,25 @@ def token_nll(logits: Tensor, x0: Tensor, *_: Any) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), x0.flatten(), reduction="none").view_as(x0)
 
 
-def score_entropy(logits: Tensor, x0: Tensor, *_: Any) -> Tensor:
-    """Denoising score entropy of absorbing noise (SEDD, arXiv:2310.16834) times t, at masked tokens, nats. Logits are
-    log scores up to log V. With scores exp(l_y) (1 - t) / t and true ratios [y = x0] (1 - t) / t, SEDD sums (sum_y
-    exp(l_y) - l_x0 - 1) / t over t: least where exp(l) is the posterior, and then its cross-entropy over t."""
-    log_score = logits - math.log(logits.shape[-1])  # zero logits are a normalised score, as the paper scales them
-    return log_score.exp().sum(-1) - log_score.gather(-1, x0[..., None])[..., 0] - 1
-
-
-def sedd_uniform(logits: Tensor, x0: Tensor, _: Tensor, noisy: Corruption) -> Tensor:
-    """Denoising score entropy of uniform noise (SEDD, arXiv:2310.16834) times 1 - t, at every token, nats. p(y | x0) is
-    (1 - t) [y = x0] + t / V (iid tokens), and sigma'(t) / V = 1 / ((1 - t) V) the rate of each change. Logits are those
-    of x0 as everywhere, and score y by its p(y) / p(xt): the mean of p(y | x0) / p(xt | x0) over their softmax."""
-    size, here, t = logits.shape[-1], noisy.xt[..., None], noisy.t[..., None, None]
-    kept = 1 + (1 - t) * size / t  # how much likelier a token is to be kept than to come up by chance
-    p = torch.stack((logits.softmax(-1), F.one_hot(x0, size).to(logits.dtype)))  # what is predicted, and what is true
-    own = p.gather(-1, here.expand(2, *here.shape))
-    score, true = (1 - own) + own / kept + p * (kept - 1)  # each term is at least 0; meaningless at y = xt
-    entropy: Tensor = score - true + true * (true / score).log()
-    return entropy.scatter(-1, here, 0.0).mean(-1)
-
-
-def clean_divergence(logits: Tensor, x0: Tensor, clean_logits: Tensor, _: Corruption) -> Tensor:
-    """KL divergence of a window from what the clean stream says of the same tokens, nats: (..., V) to (...)."""
-    return F.kl_div(logits.log_softmax(-1), clean_logits.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-
-
-# Nats of a corrupted token; weight by t (1/t unclipped: negative ELBO); mean by weight, or (False) over all tokens.
-LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor, float], Tensor], bool]] = {
-    "mean": (token_nll, lambda t, _: torch.ones_like(t), True),
-    "middle": (token_nll, lambda t, _: (6 * t * (1 - t)).clamp_min(1e-3), True),  # middle noise levels count most
-    "elbo": (token_nll, lambda t, clip: (1 / t).clamp_max(clip), False),  # arXiv:2406.07524, arXiv:2406.04329
-    "score_entropy": (score_entropy, lambda t, clip: (1 / t).clamp_max(clip), False),
-    "sedd_uniform": (sedd_uniform, lambda t, clip: (1 / (1 - t)).clamp_max(clip), False),
-    "consistency": (clean_divergence, lambda t, _: torch.ones_like(t), True),
+# Nats of each token; weight by t (1/t unclipped: negative ELBO); mean by weight, or (False) over all tokens; whether
+# tokens that could be wrong but are not carry loss, too. scripts/objectives.py has more.
+Loss = tuple[Callable[..., Tensor], Callable[[Tensor, float], Tensor], bool, bool]
+LOSSES: dict[str, Loss] = {
+    "mean": (token_nll, lambda t, _: torch.ones_like(t), True, False),
+    "middle": (token_nll, lambda t, _: (6 * t * (1 - t)).clamp_min(1e-3), True, False),  # middle levels count most
+    "elbo": (token_nll, lambda t, clip: (1 / t).clamp_max(clip), False, False),  # arXiv:2406.07524, arXiv:2406.04329
 }
+
+
+@functools.cache
+def all_losses() -> dict[str, Loss]:
+    return LOSSES | beside("objectives.py", "LOSSES", {})
 
 
 def losses(logits: Tensor, clean_logits: Tensor, x0: Tensor, noisy: Corruption, cfg: Config) -> Tensor:
     """DIFFUSION_LOSS of windows, nats a token: logits and the clean stream's (B, W, S, V) for x0 (B, W, S) to ()."""
-    nats, weigh, as_mean = LOSSES[cfg.diffusion_loss]
-    where = noisy.suspect if nats is sedd_uniform else noisy.corrupted  # there, a kept token is news, too
-    weight = weigh(noisy.t, cfg.diffusion_loss_clip)[..., None] * where
+    nats, weigh, as_mean, everywhere = all_losses()[cfg.diffusion_loss]
+    weight = weigh(noisy.t, cfg.diffusion_loss_clip)[..., None] * (noisy.suspect if everywhere else noisy.corrupted)
     total = (nats(logits, x0, clean_logits, noisy) * weight).sum()
     return total / (weight.sum().clamp_min(1e-6) if as_mean else weight.numel())
 
@@ -1288,8 +1274,6 @@ def evaluate_parallel(model: GPT, run: Run, val: TokenLoader) -> None:
 SIZE_LIMIT = 16_000_000  # bytes of code + model the challenge allows
 ARTIFACT_FORMAT = "text-diffusion-int8-zlib-1"
 EXPORT_LEVELS = (127, 111, 95, 79, 63)  # finest first; fewer levels compress to fewer bytes
-SHAPE = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "tie_embeddings")
-ADDED = ("time_embed_dim", "look_ahead")  # weights that only a denoiser has, and not every one
 KEEP_FLOAT_NUMEL = 65_536  # tensors of up to this many numbers stay fp16, as the predecessor's
 
 
@@ -1398,27 +1382,12 @@ class TrainState:
             except UserError as error:
                 self.run.log.event("warning", reason=str(error))
 
-    def adopt(self, tokenizer_sha256: str) -> None:
-        """Take the weights of INIT_FROM that have names of ours; UserError: damaged, other tokenizer or other shape."""
-        try:
-            model, sha256 = load_artifact(Path(self.cfg.init_from), self.run.device)
-        except UserError as error:
-            raise UserError(f"INIT_FROM: {error}; or make one: RECIPE=ar python train_gpt.py") from error
-        there, cfg, shared = vars(model.cfg), self.cfg, SHAPE + ADDED * model.cfg.diffusion * self.cfg.diffusion
-        pairs = [(n.upper(), there[n], getattr(cfg, n)) for n in shared if n in SHAPE or there[n] * getattr(cfg, n)]
-        pairs += [("SHA-256 of TOKENIZER_PATH", sha256[:12], tokenizer_sha256[:12])]
-        if differ := [f"{name} is {a} there and {b} here" for name, a, b in pairs if a != b]:
-            raise UserError(f"INIT_FROM={cfg.init_from!r} does not fit: {'; '.join(differ)}; set here what holds there")
-        fresh = self.model.load_state_dict(model.state_dict(), strict=False).missing_keys
-        self.ema = [p.detach().clone() for p in self.model.parameters()] if self.ema else []
-        self.run.log.event("init_from", artifact=cfg.init_from, fresh=len(fresh))
-
     def resume(self, tokenizer_sha256: str = "") -> None:
         """Continue from the checkpoint if RESUME=auto; UserError: damaged, or other training settings (named)."""
         path, run = self.cfg.path("checkpoints", ".pt"), self.run
         if self.cfg.resume != "auto" or not path.exists():
             if self.cfg.init_from:
-                self.adopt(tokenizer_sha256)
+                beside("start_from.py", "adopt")(self, tokenizer_sha256, load_artifact, UserError)
             return
         try:
             saved = torch.load(path, map_location=run.device, weights_only=True)
@@ -1443,18 +1412,13 @@ class Objective:
             torch._dynamo.config.recompile_limit = 64
             self.clean = torch.compile(model.clean, dynamic=False, fullgraph=True)
             self.window = torch.compile(model.window, dynamic=False, fullgraph=True)
+        self.anneal: Callable[..., Mask] = beside("objectives.py", "anneal")
         sizes, how = cfg.sizes(cfg.diffusion_windows) if cfg.diffusion else [], (run.device, run.blocks)
         self.masks = {size: window_mask(cfg.train_seq_len, size, cfg.diffusion_causal, *how) for size, _ in sizes}
 
     def mask(self, size: int, now: Moment) -> Mask:
-        """Attention of windows: over DIFFUSION_ANNEAL_FRAC of a run each pair of a query and a later key of its window
-        opens with a chance from 0 to 1, drawn at each step (arXiv:2410.17891). `next_sure` looks ahead throughout."""
-        cfg, both = self.cfg, cast(Tensor, self.masks[size])  # dense where it changes
-        if now.progress >= cfg.diffusion_anneal_frac:
-            return both
-        keys = derive(torch.arange(len(both), device=both.device), cfg.seed, now.step, -size)
-        opened = both & (uniform(keys, both.shape[1]) < now.progress / cfg.diffusion_anneal_frac)
-        return cast(Tensor, window_mask(cfg.train_seq_len, size, True, both.device)) | opened
+        mask, frac = self.masks[size], self.cfg.diffusion_anneal_frac
+        return mask if now.progress >= frac else self.anneal(mask, now.progress / frac, self.cfg.seed, now.step, size)
 
     def __call__(self, rows: Tensor, part: int, size: int, now: Moment) -> tuple[Tensor, Tensor]:
         """Take part `part` of a batch, rows (B, T + 1), with windows of `size`; return the loss and what to log."""

@@ -7,6 +7,7 @@ import itertools
 import math
 from typing import Any
 
+import objectives
 import pytest
 import torch
 import torch.nn.functional as F
@@ -322,7 +323,7 @@ def test_losses_by_hand() -> None:
         assert found.item() == pytest.approx(expected, rel=1e-5), overrides
 
 
-@pytest.mark.parametrize("loss", [name for name in tg.LOSSES if name != "sedd_uniform"])
+@pytest.mark.parametrize("loss", [name for name in tg.all_losses() if name != "sedd_uniform"])
 def test_losses_read_corrupted_tokens_only(loss: str) -> None:
     logits, x0, noisy, cfg = by_hand(diffusion_loss=loss)
     clean = logits * 0.5
@@ -337,7 +338,7 @@ def test_losses_read_corrupted_tokens_only(loss: str) -> None:
 
 def test_every_loss_is_a_row() -> None:
     choices = tg.Config.__dataclass_fields__["diffusion_loss"].metadata["choices"]
-    assert sorted(tg.LOSSES) == sorted(choices)
+    assert sorted(tg.all_losses()) == sorted(choices)
 
 
 def test_consistency_is_the_divergence_from_the_clean_stream() -> None:
@@ -356,7 +357,7 @@ def test_score_entropy_is_least_at_the_posterior() -> None:
     x0 = torch.arange(4)
 
     def expected(logits: Tensor) -> Tensor:
-        return (posterior * tg.score_entropy(logits.expand(4, 4), x0)).sum()
+        return (posterior * objectives.score_entropy(logits.expand(4, 4), x0)).sum()
 
     best = (posterior.log() + math.log(4)).requires_grad_()
     (gradient,) = torch.autograd.grad(expected(best), best)
@@ -366,7 +367,7 @@ def test_score_entropy_is_least_at_the_posterior() -> None:
         shift = torch.randn(4, generator=generator, dtype=torch.float64) * 0.3
         assert expected(best + shift) > expected(best)
     # There it is the cross-entropy; and it is not blind to a constant, as a cross-entropy is.
-    assert tg.score_entropy(best.expand(4, 4), x0).detach().allclose(-posterior.log())
+    assert objectives.score_entropy(best.expand(4, 4), x0).detach().allclose(-posterior.log())
     assert expected(best + 0.5) > expected(best)
 
 
@@ -387,8 +388,8 @@ def expected_sedd(table: Tensor, t: float) -> Tensor:
     x0, xt = (x.flatten()[:, None, None] for x in torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"))
     everywhere = torch.ones_like(x0, dtype=torch.bool)
     noisy = tg.Corruption(xt, everywhere, everywhere, torch.full((16, 1), t, dtype=torch.float64))
-    nats = tg.sedd_uniform(table[xt], x0, torch.empty(0), noisy).view(4, 4)
-    weight = tg.LOSSES["sedd_uniform"][1](torch.tensor(t, dtype=torch.float64), 1e12)
+    nats = objectives.sedd_uniform(table[xt], x0, torch.empty(0), noisy).view(4, 4)
+    weight = tg.all_losses()["sedd_uniform"][1](torch.tensor(t, dtype=torch.float64), 1e12)
     return (PRIOR[:, None] * kernel * nats).sum() * weight
 
 
@@ -440,9 +441,9 @@ def test_score_entropy_of_masks_is_the_papers() -> None:
         score = (logits - math.log(4)).exp() * (1 - t) / t
         ratio = F.one_hot(torch.tensor(x0), 4).double() * (1 - t) / t
         entropy = score - ratio * score.log() + torch.where(ratio > 0, ratio * (ratio.log() - 1), 0.0)
-        weight = tg.LOSSES["score_entropy"][1](torch.tensor(t, dtype=torch.float64), 1e9)
+        weight = tg.all_losses()["score_entropy"][1](torch.tensor(t, dtype=torch.float64), 1e9)
         rate = 1 / (1 - t)  # sigma' of the log-linear schedule
-        nats = tg.score_entropy(logits[None], torch.tensor([x0])).item() * weight.item()
+        nats = objectives.score_entropy(logits[None], torch.tensor([x0])).item() * weight.item()
         assert nats == pytest.approx(rate * entropy.sum().item(), rel=1e-9)
 
 

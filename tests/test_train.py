@@ -138,7 +138,7 @@ def test_a_run_without_windows_does_not_read_their_sizes(windows: str, synthetic
 VARIANTS: list[dict[str, Any]] = [
     dict(self_condition="soft"), dict(self_condition="commit"), dict(diffusion_passes=2),
     dict(self_condition="soft", diffusion_passes=2), dict(self_condition="commit", diffusion_passes=2),
-    *(dict(diffusion_loss=name) for name in tg.LOSSES if name != "sedd_uniform"),
+    *(dict(diffusion_loss=name) for name in tg.all_losses() if name != "sedd_uniform"),
     dict(diffusion_loss="sedd_uniform", diffusion_corruption_mode="uniform"), dict(diffusion_anneal_frac=0.6),
     *(dict(diffusion_corruption_mode=mode) for mode in ("mask", "uniform", "hybrid", "gaussian")),
     *(dict(diffusion_regions=name) for name in tg.REGIONS),
