@@ -251,9 +251,12 @@ def parse_shares(text: str) -> list[tuple[str, float]]:
     return [(name, share / total) for name, share in shares if share > 0]
 
 
+SCRIPTS = Path(__file__).with_name("scripts")  # more recipes, losses and the like, where it stands beside this program
+
+
 def beside(file: str, name: str, otherwise: Any = None) -> Any:
     """Return what `file` of the folder scripts/ beside this program calls `name`; without it, `otherwise`."""
-    path = Path(__file__).with_name("scripts") / file
+    path = SCRIPTS / file
     return runpy.run_path(str(path))[name] if path.exists() else otherwise
 
 
@@ -295,20 +298,9 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (  # what must hold; w
     (lambda c: bool(re.fullmatch(r"[\w.-]*", c.run_id)), "RUN_ID names files; use letters, digits, '.', '_' and '-'"),
 )
 
-RECIPES: dict[str, dict[str, Any]] = {  # only what differs from the defaults, which are `direct`
+RECIPES: dict[str, dict[str, Any]] = {  # only what differs from the defaults; scripts/ladder.toml has those published
     "direct": dict(),
     "ar": dict(diffusion_loss_weight=0.0),  # the naive baseline of the challenge
-    "retrograde": dict(  # "Mercury in Retrograde" and its defects; own-position targets fit its 12.97 bpb of denoising
-        mercury_clean_loss_weight=0.1, diffusion_loss_weight=1.0, diffusion_loss="mean", diffusion_start_step=100,
-        diffusion_start_frac=0.0, diffusion_windows="T", diffusion_row_frac=1.0, diffusion_causal=True,
-        diffusion_shift=False, diffusion_corruption_mode="hybrid", mercury_task_mode="mixed", diffusion_rate="fixed",
-        diffusion_min_mask_ratio=0.25, diffusion_max_mask_ratio=0.35, diffusion_ramp="iterations",
-        diffusion_full_prob=0.0, look_ahead=0,
-        self_condition="commit", mercury_self_condition_prob=1.0, mercury_self_condition_fraction=0.75),
-    "mdlm_30_70": dict(  # PR 1194: next-token + masked diffusion; its cosine schedule has the ELBO of the uniform t
-        mercury_clean_loss_weight=0.3, diffusion_loss_weight=0.7, diffusion_loss_clip=100.0, diffusion_windows="T",
-        diffusion_start_frac=0.0, diffusion_row_frac=1.0, diffusion_shift=False, diffusion_regions="iid",
-        diffusion_full_prob=0.0, look_ahead=0),
 }
 
 PRESETS: dict[str, dict[str, Any]] = {  # how large: model, batch and time, never the objective

@@ -8,6 +8,7 @@ whether it is a mean by weight (or over all tokens), and whether tokens that wer
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import torch
@@ -60,5 +61,6 @@ def anneal(both: Tensor, share: float, seed: int, step: int, size: int) -> Tenso
     """
     noisy, keys = (torch.arange(n) for n in both.shape)
     earlier = keys - (len(keys) - len(noisy)) <= noisy[:, None]
-    generator = torch.Generator().manual_seed((seed << 32) + (step << 12) + size)
+    own_seed = random.Random(f"anneal {seed} {step} {size}").randrange(1 << 31)
+    generator = torch.Generator().manual_seed(own_seed)
     return both & (earlier | (torch.rand(both.shape, generator=generator) < share)).to(both.device)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TINY, env_of, make_run, tiny
+from conftest import MAIN, ROOT, TINY, env_of, make_run, tiny
 
 import train_gpt as tg
 
@@ -58,17 +58,17 @@ def test_default_is_overridden_by_recipe_then_preset_then_environment(monkeypatc
 
 
 @pytest.mark.parametrize("preset", tg.PRESETS)
-@pytest.mark.parametrize("recipe", tg.RECIPES)
+@pytest.mark.parametrize("recipe", MAIN)
 def test_every_recipe_and_preset_is_consistent(recipe: str, preset: str) -> None:
     cfg, source, _ = tg.Config.from_env({"RECIPE": recipe, "PRESET": preset})
-    for name, value in tg.RECIPES[recipe].items():
+    for name, value in MAIN[recipe].items():
         assert getattr(cfg, name) == value
         assert source[name] == f"recipe {recipe}"
-    assert not tg.RECIPES[recipe].keys() & tg.PRESETS[preset].keys()  # a size is no objective
+    assert not MAIN[recipe].keys() & tg.PRESETS[preset].keys()  # a size is no objective
 
 
 def test_presets_hold_sizes_and_recipes_do_not() -> None:
-    objective = {name for row in tg.RECIPES.values() for name in row}
+    objective = {name for row in MAIN.values() for name in row}
     assert not objective & {name for row in tg.PRESETS.values() for name in row}
 
 
@@ -232,8 +232,8 @@ def test_the_name_of_a_run_follows_what_it_trains() -> None:
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The file that this test's rows are read from; nothing is there yet."""
-    shutil.copy(tg.LADDER, tmp_path)
-    monkeypatch.setattr(tg, "LADDER", tmp_path / "ladder.py")
+    shutil.copy(tg.SCRIPTS / "ladder.py", tmp_path)
+    monkeypatch.setattr(tg, "SCRIPTS", tmp_path)
     return tmp_path / "ladder.toml"
 
 
@@ -247,7 +247,8 @@ published = { "1" = 2.0 }
 diffusion_causal = true
 diffusion_loss_weight = 0.5
 [rows.middle]
-base = "retrograde"
+base = "ar"
+mercury_clean_loss_weight = 0.1
 diffusion_loss_weight = 0.25
 diffusion_windows = "8"
 """,
@@ -259,8 +260,9 @@ diffusion_windows = "8"
     named = ("diffusion_causal", "mercury_clean_loss_weight", "diffusion_windows", "diffusion_span_len")
     assert [source[name] for name in named] == ["recipe top"] * 3 + ["env"]
     assert cfg.path("logs", ".txt").name.startswith("top_seed1337_")
-    env = {"RECIPE": "retrograde", "PRESET": "cpu", "DIFFUSION_SPAN_LEN": "16", "DIFFUSION_WINDOWS": "8"}
-    same = dataclasses.replace(cfg, recipe="retrograde", diffusion_loss_weight=1.0)
+    env = {"RECIPE": "ar", "PRESET": "cpu", "DIFFUSION_SPAN_LEN": "16", "DIFFUSION_WINDOWS": "8"}
+    env |= {"MERCURY_CLEAN_LOSS_WEIGHT": "0.1", "DIFFUSION_CAUSAL": "1"}
+    same = dataclasses.replace(cfg, recipe="ar", diffusion_loss_weight=0.0)
     assert same == tg.Config.from_env(env)[0]
     assert tg.all_recipes().keys() == tg.RECIPES.keys() | {"top", "middle"}
 
@@ -312,7 +314,7 @@ def test_the_program_alone_keeps_its_own_recipes(tmp_path: Path) -> None:
         assert done.returncode == 2
         return done.stderr
 
-    for recipe in ("retrograde", "ar"):
+    for recipe in ("direct", "ar"):
         assert said(recipe).startswith("error: DATA_PATH='nowhere' holds no")
     known = ", ".join(tg.RECIPES)
     assert said("td_late05").startswith("error: RECIPE='td_late05' is not in RECIPES; closest: ")

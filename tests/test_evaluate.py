@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, make_run, random_rows, randomise, recorded, tiny
+from conftest import CPU, MAIN, make_run, random_rows, randomise, recorded, tiny
 from torch import Tensor
 
 import train_gpt as tg
@@ -26,7 +26,7 @@ def evaluation(recipe: str = "direct", **overrides: Any) -> tuple[tg.GPT, tg.Run
 
 @pytest.mark.parametrize(
     ("recipe", "size"),
-    [(recipe, size) for recipe in tg.RECIPES for size in (0, 1, 4, 16) if not size or tiny(recipe).diffusion],
+    [(recipe, size) for recipe in MAIN for size in (0, 1, 4, 16) if not size or tiny(recipe).diffusion],
 )
 def test_the_uniform_predictor_scores_the_size_of_the_vocabulary(recipe: str, size: int, data: dict[str, Any]) -> None:
     model, run, loader, counter = evaluation(recipe, **data)

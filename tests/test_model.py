@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, random_rows, randomise, tiny
+from conftest import CPU, MAIN, random_rows, randomise, tiny
 from torch import Tensor
 
 import train_gpt as tg
 
 T, V = 16, 64
-RECIPES_WITH_DENOISER = [name for name in tg.RECIPES if tiny(name).diffusion]
+RECIPES_WITH_DENOISER = [name for name in MAIN if tiny(name).diffusion]
 
 
 def model_of(recipe: str = "direct", **overrides: Any) -> tg.GPT:
@@ -52,7 +52,7 @@ def test_an_untied_model_predicts_through_its_own_matrix() -> None:
     assert not fresh.clean(ids)[0].any()
 
 
-@pytest.mark.parametrize("recipe", tg.RECIPES)
+@pytest.mark.parametrize("recipe", MAIN)
 def test_predictions_are_distributions(recipe: str) -> None:
     model, rows = model_of(recipe), random_rows(2, T + 1, V)
     logits, kvs = model.clean(rows[:, :-1])

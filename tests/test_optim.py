@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_run, random_rows, tiny
+from conftest import MAIN, make_run, random_rows, tiny
 from torch import Tensor, nn
 
 import train_gpt as tg
@@ -29,7 +29,7 @@ def state_of(recipe: str = "direct", **overrides: Any) -> tg.TrainState:
 
 
 @pytest.mark.parametrize("self_condition", ["none", "soft"])
-@pytest.mark.parametrize("recipe", tg.RECIPES)
+@pytest.mark.parametrize("recipe", MAIN)
 def test_every_parameter_is_in_one_group(recipe: str, self_condition: str) -> None:
     state = state_of(recipe, self_condition=self_condition)
     expected = {id(p): name for name, p in state.model.named_parameters()}

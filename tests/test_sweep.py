@@ -92,6 +92,8 @@ PROMISES: dict[str, dict[str, Any]] = {
     "bd3_4": dict(MASKED, diffusion_windows="4"),
     "bd3_16": dict(MASKED, diffusion_windows="16"),
     "bd3_64": dict(MASKED, diffusion_windows="64"),
+    "sedd_uniform": dict(PURE, diffusion_loss="sedd_uniform", diffusion_corruption_mode="uniform", time_embed_dim=32),
+    "adapt_ar": dict(MASKED, diffusion_anneal_frac=0.5, diffusion_shift=True),
     "sedd_absorb": dict(MASKED, diffusion_loss="score_entropy", time_embed_dim=32),
     "gidd_20": dict(PURE, diffusion_corruption_mode="hybrid", diffusion_hybrid_mask_prob=0.8),
     "gaussian_emb": dict(PURE, diffusion_corruption_mode="gaussian", diffusion_loss="mean", time_embed_dim=32),
@@ -522,7 +524,7 @@ def test_an_interrupted_sweep_ends_its_run_and_says_how_to_go_on(
     [
         (["defect_caus"], "NAME='defect_caus' is no row or ladder; closest: defect_causal, defects"),
         (["ar", "~~~"], "NAME='~~~' is no row or ladder; closest: none"),
-        (["sedd_uniform"], "NAME='sedd_uniform' is left out: the score entropy"),
+        (["defect_nocache"], "NAME='defect_nocache' is left out: it concerns"),
         (["ar", "--set", "NUM_LAYER=2"], "--set NUM_LAYER=2: must be NAME=VALUE of a setting"),
         (["ar", "--set", "MATRIX_LR"], "--set MATRIX_LR: must be NAME=VALUE"),
         (["ar", "--set", "SEED=3"], "--set SEED=3: a sweep sets SEED itself; use rows, --seeds and --out"),

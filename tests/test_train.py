@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import (
     CPU,
+    MAIN,
     ROOT,
     env_of,
     make_run,
@@ -112,7 +113,7 @@ def test_an_evaluation_moves_nothing(synthetic: dict[str, Any]) -> None:
     assert all(w.equal(often.weights()[name]) for name, w in state.weights().items())
 
 
-@pytest.mark.parametrize("recipe", tg.RECIPES)
+@pytest.mark.parametrize("recipe", MAIN)
 def test_every_recipe_trains(recipe: str, synthetic: dict[str, Any]) -> None:
     for start in (0, 2):
         cfg = tiny(recipe, **synthetic, iterations=3, diffusion_start_step=start)
