@@ -208,13 +208,14 @@ class Config:
             values |= rows.get(chosen, {})
             source |= dict.fromkeys(rows.get(chosen, {}), f"{key.lower()} {chosen}")
         for key in sorted(env.keys() & known.keys()):
-            with contextlib.suppress(ValueError, KeyError):
-                value = {"0": False, "1": True}[env[key]] if known[key] is bool else known[key](env[key])
-                if known[key] is not float or math.isfinite(value):
-                    values[key.lower()], source[key.lower()] = value, "env"
-                    continue
-            rule = {bool: "must be 0 or 1", int: "must be a whole number"}.get(known[key], "must be a finite number")
-            faults.append(f"{key}={env[key]!r} {rule}")
+            kind, text, value = known[key], env[key], math.nan
+            with contextlib.suppress(ValueError):  # what does not parse stays NaN
+                value = {"0": False, "1": True}.get(text, value) if kind is bool else kind(text)
+            if kind is str or -math.inf < value < math.inf:
+                values[key.lower()], source[key.lower()] = value, "env"
+            else:
+                rule = {bool: "0 or 1", int: "a whole number"}.get(kind, "a finite number")
+                faults.append(f"{key}={text!r} must be {rule}")
         try:
             cfg = cls(**values | {"preset": preset, "recipe": recipe})
         except UserError as error:
@@ -381,16 +382,15 @@ class Run:
         found = torch.cuda.device_count() if cfg.device != "cpu" and torch.cuda.is_available() else 0
         if (cuda := cfg.device == "cuda" or found > 0) and local >= found:
             raise UserError(f"DEVICE={cfg.device}: {found} CUDA devices, local rank {local} has none; use DEVICE=cpu")
-        device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        device = torch.device("cuda", local) if cuda else CPU
         log = Log(cfg, rank, continued=cfg.resume == "auto" and cfg.path("checkpoints", ".pt").exists())
         compiled = cfg.compile == "1" or (cfg.compile == "auto" and cuda)
         flex = cfg.attention == "auto" and cfg.head_dim % 16 == 0 and not cfg.diffusion_anneal_frac  # a fixed mask
         run = cls(cfg, rank, world, device, log, compile=compiled, blocks=compiled and cuda and flex)
         previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
         try:
-            if cuda:
-                torch.cuda.set_device(device)
-                torch.set_float32_matmul_precision("high")
+            torch.get_device_module(device).set_device(device)
+            torch.set_float32_matmul_precision("high" if cuda else "highest")
             torch.use_deterministic_algorithms(not cuda)
             if world > 1:
                 dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
@@ -416,8 +416,7 @@ class Run:
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
 
     def clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        torch.get_device_module(self.device).synchronize()
         return time.perf_counter()
 
     def sum(self, values: Tensor) -> Tensor:
@@ -730,9 +729,7 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
 
 def take(x: Tensor, rows: Tensor | None) -> Tensor:
     """Choose tokens of x (B, N, ...) by index (B, n), to (B, n, ...); None: all."""
-    if rows is None:
-        return x
-    return x.gather(1, rows.view(*rows.shape, *[1] * (x.ndim - 2)).expand(*rows.shape, *x.shape[2:]))
+    return x if rows is None else x.take_along_dim(rows.view(*rows.shape, *[1] * (x.ndim - 2)), dim=1)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -890,10 +887,11 @@ class GPT(nn.Module):
             at, far = next_sure(gate[..., 0] == 0, window.positions, cfg.look_ahead)
             ahead = take(emb, at) * F.embedding(far, F.pad(self.ahead_gain, (0, 0, 1, 0)))  # nothing at distance 0
             emb = emb + F.linear(ahead, self.ahead_proj)
-        times, places = take(time, window.only) if cfg.time_embed_dim else None, take(window.positions, window.only)
+        emb, time, places = (take(x, window.only) for x in (emb, time, window.positions))
+        times = time if cfg.time_embed_dim else None
         stream = Stream(rotary(places, cfg), window.mask, False, times, scale, window.slots)
         past = past and [(scale_gradient(k, s), scale_gradient(v, s)) for k, v in past]
-        return self.trunk(take(emb, window.only), stream, past)[0]
+        return self.trunk(emb, stream, past)[0]
 
     def expected_embedding(self, logits: Tensor) -> Tensor:
         """Mean normalised embedding under a prediction, (..., V) to (..., D): soft self-conditioning's input."""
@@ -1081,20 +1079,12 @@ class Decoder(NamedTuple):
     keys: Tensor  # (B, 1) randomness of each row
 
     def denoise(
-        self,
-        clean: Tensor,
-        at: Tensor,
-        ids: Tensor,
-        hole: Tensor,
-        first: Tensor,
-        salt: int = 0,
-        previous: Tensor | None = None,
-        only: Tensor | None = None,
+        self, clean: Tensor, at: Tensor, ids: Tensor, hole: Tensor, first: Tensor, salt: int = 0, **fed: Any
     ) -> tuple[Tensor, Tensor]:
         """Take one pass over clean tokens (B, n) at positions `at`, which enter the cache, and over windows ids (B, W,
         S + 1), each after its clean token at position `first` (B, W), with holes (B, W, S) bool to be found. Returns
-        logits of the tokens after the clean ones, (B, n, V), and of the windows' own, (B, W, S, V). `only` reads some
-        of all these tokens, by index (B, m); the others keep the keys and values of an earlier pass, and get 0."""
+        logits of the tokens after the clean ones, (B, n, V), and of the windows' own, (B, W, S, V). `fed`: fields of
+        Window, `previous` and `only`, (B, m) of these tokens; others keep keys and values of an earlier pass, get 0."""
         cfg, size, num, length = self.model.cfg, hole.shape[2], clean.shape[1], self.past[0][0].shape[2]
         index, slot = (torch.arange(n, device=ids.device) for n in (hole.shape[1] * (size + 1), length))
         rule = may_read(lambda w: first[:, w], size, length - len(index), cfg.diffusion_causal)
@@ -1106,9 +1096,9 @@ class Decoder(NamedTuple):
         t, blank = (hole.sum(-1) / inside.sum()).clamp_min(1e-6), float(cfg.diffusion_corruption_mode != "uniform")
         noisy = apply_noise(tokens[..., 1:], hole, t, derive(self.keys, first[:, :1], salt), cfg, blank)
         noisy = noisy._replace(suspect=noisy.suspect & inside)  # never clean tokens, nor the ones before windows
+        only = fed.get("only")
         mask, places = take(mask, only)[:, None], take(places, only)
-        window = Window(tokens[..., :1], noisy, positions, mask, previous, places, only)
-        logits = self.model.read(window, self.past)
+        logits = self.model.read(Window(tokens[..., :1], noisy, positions, mask, slots=places, **fed), self.past)
         if only is not None:
             whole = logits.new_zeros(len(ids), tokens.shape[2], logits.shape[2])
             logits = whole.scatter(1, only[..., None].expand_as(logits), logits)
@@ -1118,13 +1108,13 @@ class Decoder(NamedTuple):
         """Fill the holes of one window a row, the most confident first, in at most `how.steps` passes: ids (B, 1 + S),
         clean token, at `first` (B, 1), and window; hole (B, S) bool; shown (B, n), text after. Returns the tokens and
         the passes that each row took (B, 1)."""
-        how, size, none, previous, only = self.how, hole.shape[1], ids[:, :0], None, None
+        how, size, none, fed = self.how, hole.shape[1], ids[:, :0], dict[str, Tensor | None]()
         x, hole = torch.cat((ids, shown), dim=1), F.pad(hole, (0, shown.shape[1]))
         total, passes, used = hole.sum(1, keepdim=True), torch.zeros_like(first), 0
         places = first + torch.arange(1, x.shape[1], device=ids.device)
         while bool(hole.any()):
             passes = passes + hole.any(1, keepdim=True)
-            logits = self.denoise(none, none, x[:, None], hole[:, None], first, used, previous, only)[1]
+            logits = self.denoise(none, none, x[:, None], hole[:, None], first, used, **fed)[1]
             token, log_p = pick(logits[:, 0], how, derive(self.keys, places))
             x[:, 1:], used = torch.where(hole, token, x[:, 1:]), used + 1
             rank = log_p.masked_fill(~hole, math.inf).argsort(dim=-1).argsort(dim=-1)
@@ -1133,8 +1123,8 @@ class Decoder(NamedTuple):
             if how.reuse:  # tokens that were filled in, and those at whose place the next token is predicted
                 due = F.pad(before, (1, 0)) | F.pad(hole, (0, 1))
                 order, count = due.int().argsort(dim=1, descending=True), due.sum(1, keepdim=True)
-                only = order.gather(1, torch.arange(int(count.max())).to(order) % count.clamp(min=1))  # a row's own
-            previous = self.model.expected_embedding(logits) if self.model.cfg.self_condition == "soft" else None
+                fed["only"] = order.gather(1, torch.arange(int(count.max())).to(order) % count.clamp(1))  # a row's own
+            fed["previous"] = self.model.expected_embedding(logits) if self.model.cfg.self_condition == "soft" else None
             if how.watch:
                 how.watch(places, x[:, 1:], log_p, hole)
         return x[:, 1 : size + 1], passes

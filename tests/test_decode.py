@@ -191,7 +191,7 @@ def test_drafts_are_those_of_a_window_of_their_own(recipe: str, mode: str) -> No
     windows = torch.nn.functional.pad(ids.gather(1, at)[..., None], (0, 3))
     hole = torch.ones(3, 4, 3, dtype=torch.bool)
     with torch.no_grad():
-        clean, guess = run.denoise(ids.gather(1, at), at, windows, hole, at, 0, None)
+        clean, guess = run.denoise(ids.gather(1, at), at, windows, hole, at)
         torch.testing.assert_close(clean, model.clean(ids[:, :8])[0][:, 4:], atol=1e-4, rtol=1e-4)
         for end in range(4):
             places = torch.arange(4 + end, 8 + end)
