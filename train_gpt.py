@@ -125,7 +125,7 @@ class Config:
     diffusion_loss: str = opt("elbo", "LOSSES row", choices="mean elbo middle score_entropy sedd_uniform consistency")
     diffusion_loss_clip: float = opt(10.0, "largest 1/t weight (sedd_uniform: 1/(1-t))", low=1)
     diffusion_start_step: int = opt(0, "steps with the next-token loss alone", "steps", low=0)
-    diffusion_start_frac: float = opt(0.5, "share of the run with the next-token loss alone", low=0, high=1)
+    diffusion_start_frac: float = opt(0.6, "share of the run with the next-token loss alone", low=0, high=1)
     diffusion_passes: int = opt(1, "unrolled denoising passes that carry loss", "passes", low=1)
     diffusion_backbone_grad: float = opt(1.0, "windows' gradient scale into shared weights", low=0, high=1)
     diffusion_cache_grad: float = opt(1.0, "windows' gradient scale into clean keys and values", low=0, high=1)
