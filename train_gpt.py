@@ -41,7 +41,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
 
 
@@ -73,7 +72,6 @@ class Config:
     checkpoint_seconds: float = free(60.0, "time between checkpoints; 0: only the last", "s", low=0)
     device: str = free("auto", "where to compute", choices="auto cpu cuda")
     compile: str = free("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
-    attention: str = free("auto", "windows' kernel; auto: flex where compiled on CUDA", choices="auto sdpa")
     data_path: str = free("./data/datasets/fineweb10B_sp1024", "folder of *_train_*.bin and *_val_*.bin", "path")
     tokenizer_path: str = free("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model", "path")
     vocab_size: int = opt(1024, "tokens V; must equal the tokenizer's", "tokens", low=2, high=65535)
@@ -127,8 +125,6 @@ class Config:
     diffusion_start_step: int = opt(0, "steps with the next-token loss alone", "steps", low=0)
     diffusion_start_frac: float = opt(0.6, "share of the run with the next-token loss alone", low=0, high=1)
     diffusion_passes: int = opt(1, "unrolled denoising passes that carry loss", "passes", low=1)
-    diffusion_backbone_grad: float = opt(1.0, "windows' gradient scale into shared weights", low=0, high=1)
-    diffusion_cache_grad: float = opt(1.0, "windows' gradient scale into clean keys and values", low=0, high=1)
     diffusion_windows: str = opt("8:1,16:1,32:1,64:1", "window sizes S with their shares; T: a whole row")
     diffusion_row_frac: float = opt(0.25, "share of rows that carry the noisy stream", low=1e-6, high=1)
     diffusion_causal: bool = opt(False, "attention inside a window is causal")
@@ -366,7 +362,6 @@ class Run:
     log: Log
     control: dist.ProcessGroup | None = None  # gloo: host decisions travel without a device sync
     compile: bool = False
-    blocks: bool = False  # windows attend by FlexAttention with a block mask; otherwise SDPA with a dense one
 
     @classmethod
     @contextlib.contextmanager
@@ -385,8 +380,7 @@ class Run:
         device = torch.device("cuda", local) if cuda else CPU
         log = Log(cfg, rank, continued=cfg.resume == "auto" and cfg.path("checkpoints", ".pt").exists())
         compiled = cfg.compile == "1" or (cfg.compile == "auto" and cuda)
-        flex = cfg.attention == "auto" and cfg.head_dim % 16 == 0 and not cfg.diffusion_anneal_frac  # a fixed mask
-        run = cls(cfg, rank, world, device, log, compile=compiled, blocks=compiled and cuda and flex)
+        run = cls(cfg, rank, world, device, log, compile=compiled)
         previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
         try:
             torch.get_device_module(device).set_device(device)
@@ -441,11 +435,11 @@ class Run:
             machine = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t :")
         machine = torch.cuda.get_device_name(self.device) if cuda else f"{machine}, {os.cpu_count()} cores"
         self.log.write(code + "=" * 100, echo=False)
-        facts: dict[str, Any] = {"time": time.strftime("%FT%TZ", time.gmtime()), "commit": commit}
-        facts |= {"machine": machine, "device": str(self.device), "world_size": self.world_size, "flex": self.blocks}
-        facts |= {"threads": torch.get_num_threads(), "precision": "bf16" if cuda else "fp32", "compile": self.compile}
-        facts |= {"python": sys.version.split()[0], "torch": torch.__version__, "command": " ".join(sys.argv)}
-        self.log.event("header", **facts, sha256=hashlib.sha256(code.encode()).hexdigest())
+        kernels = {"precision": "bf16" if cuda else "fp32", "compile": self.compile, "threads": torch.get_num_threads()}
+        facts = {"time": time.strftime("%FT%TZ", time.gmtime()), "commit": commit, "machine": machine, **kernels}
+        facts |= {"device": str(self.device), "world_size": self.world_size, "python": sys.version.split()[0]}
+        about = {"torch": torch.__version__, "sha256": hashlib.sha256(code.encode()).hexdigest()}
+        self.log.event("header", **facts, **about, command=" ".join(sys.argv))
         self.log.event("config", table=self.cfg.table(source), values=dataclasses.asdict(self.cfg), source=dict(source))
         for warning in warnings:
             self.log.event("warning", reason=warning)
@@ -558,7 +552,6 @@ def bits_per_byte(sum_nats: float, sum_bytes: float) -> float:
 
 
 # 4  NOISE, MASKS, LOSSES -- pure functions of tensors; nothing here knows about devices or ranks ======================
-Mask = Tensor | BlockMask  # (queries, keys) bool, or the blocks of it that FlexAttention visits
 MIX1, MIX2, GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB  # as signed int64
 
 
@@ -652,12 +645,10 @@ def may_read(first: Callable[[Tensor], Tensor], size: int, before: int, causal: 
     return rule
 
 
-def window_mask(seq_len: int, size: int, causal: bool, device: torch.device, blocks: bool = False) -> Mask:
+def window_mask(seq_len: int, size: int, causal: bool, device: torch.device) -> Tensor:
     """Which keys of [clean ; noisy] may each noisy query read? (N, T + N) bool for windows that tile a row: window w
-    covers tokens w S + 1 .. w S + S, after the clean token w S. `blocks`: as a BlockMask for FlexAttention."""
+    covers tokens w S + 1 .. w S + S, after the clean token w S."""
     num, rule = seq_len // size * (size + 1), may_read(lambda w: w * size, size, seq_len, causal)
-    if blocks:
-        return create_block_mask(rule, None, None, num, seq_len + num, device=str(device))
     return rule(0, 0, torch.arange(num, device=device)[:, None], torch.arange(seq_len + num, device=device))
 
 
@@ -694,14 +685,10 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-@functools.cache
-def all_losses() -> dict[str, Loss]:
-    return LOSSES | beside("objectives.py", "LOSSES", {})
-
-
 def losses(logits: Tensor, clean_logits: Tensor, x0: Tensor, noisy: Corruption, cfg: Config) -> Tensor:
     """DIFFUSION_LOSS of windows, nats a token: logits and the clean stream's (B, W, S, V) for x0 (B, W, S) to ()."""
-    nats, weigh, as_mean, everywhere = all_losses()[cfg.diffusion_loss]
+    row = LOSSES.get(cfg.diffusion_loss) or beside("objectives.py", "LOSSES")[cfg.diffusion_loss]
+    nats, weigh, as_mean, everywhere = row
     weight = weigh(noisy.t, cfg.diffusion_loss_clip)[..., None] * (noisy.suspect if everywhere else noisy.corrupted)
     total = (nats(logits, x0, clean_logits, noisy) * weight).sum()
     return total / (weight.sum().clamp_min(1e-6) if as_mean else weight.numel())
@@ -712,19 +699,13 @@ KV = tuple[Tensor, Tensor]  # rotated keys and values of a layer, each (B, G, to
 
 
 class Stream(NamedTuple):
-    """How tokens pass the trunk. The clean stream is causal; a window has a mask and a gradient scale."""
+    """How tokens pass the trunk. The clean stream is causal; a window has a mask."""
 
     rotary: Tensor  # from `rotary`
-    mask: Mask | None = None
+    mask: Tensor | None = None
     causal: bool = False  # without a mask: a token reads those up to itself, not all
     time: Tensor | None = None  # (B, N, F) features of the noise level, 0 where a token is not suspect; None if F is 0
-    scale: float = 1.0  # of gradients into shared weights
     slots: Tensor | None = None  # (B, tokens): where keys and values go in buffers; None: they follow `past`
-
-
-def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """The same numbers, exactly, with their gradient multiplied by `scale`."""
-    return x if scale == 1 else x.detach() if scale == 0 else x.detach() + scale * (x - x.detach())
 
 
 def take(x: Tensor, rows: Tensor | None) -> Tensor:
@@ -743,10 +724,6 @@ def rotary(positions: Tensor, cfg: Config) -> Tensor:
     return torch.stack((angle.cos(), angle.sin()))
 
 
-def linear(x: Tensor, matrix: nn.Linear, stream: Stream) -> Tensor:
-    return F.linear(x, scale_gradient(matrix.weight, stream.scale))
-
-
 class Attention(nn.Module):
     """Grouped-query attention with QK-norm, a gain per head and rotary positions."""
 
@@ -758,24 +735,21 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream, past: KV | None) -> tuple[Tensor, KV]:
         heads = (*x.shape[:2], -1, self.cfg.head_dim)
-        q, k, v = (linear(x, m, stream).view(heads).transpose(1, 2) for m in (self.c_q, self.c_k, self.c_v))
+        q, k, v = (m(x).view(heads).transpose(1, 2) for m in (self.c_q, self.c_k, self.c_v))
         (cos, sin), pairs = stream.rotary, (rms_norm(x).chunk(2, dim=-1) for x in (q, k))  # norms are fp32
         q, k = (torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1) for x1, x2 in pairs)  # (B, H or G, T, C)
-        q, k = (q * scale_gradient(self.q_gain, stream.scale)[:, None, None]).to(v.dtype), k.to(v.dtype)
+        q, k = (q * self.q_gain[:, None, None]).to(v.dtype), k.to(v.dtype)
         own = k, v
         if past is not None and stream.slots is not None:
             index = stream.slots[:, None, :, None].expand_as(k)
             k, v = past[0].scatter_(2, index, k), past[1].scatter_(2, index, v)
         elif past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-        if q.is_cuda and isinstance(stream.mask, Tensor):  # the fused kernel with a dense mask there knows no groups
+        if q.is_cuda and stream.mask is not None:  # the fused kernel with a dense mask there knows no groups
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        grouped = q.shape[1] != k.shape[1]
-        if isinstance(stream.mask, BlockMask):
-            y = flex_attention(q, k, v, block_mask=stream.mask, enable_gqa=grouped)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, stream.mask, is_causal=stream.causal, enable_gqa=grouped)
-        return linear(y.transpose(1, 2).flatten(2), self.proj, stream), own
+        how: dict[str, Any] = {"is_causal": stream.causal, "enable_gqa": q.shape[1] != k.shape[1]}
+        y = F.scaled_dot_product_attention(q, k, v, stream.mask, **how)
+        return self.proj(y.transpose(1, 2).flatten(2)), own
 
 
 class Block(nn.Module):
@@ -791,15 +765,15 @@ class Block(nn.Module):
         self.time_proj = nn.Parameter(torch.zeros(4 * dim, features)) if features else None
 
     def forward(self, x: Tensor, emb0: Tensor, stream: Stream, past: KV | None) -> tuple[Tensor, KV]:
-        own, embedded = scale_gradient(self.resid_mix, stream.scale)
-        x = own * x + embedded * emb0
-        mods = None if stream.time is None else F.linear(stream.time, cast(Tensor, self.time_proj)).chunk(4, dim=-1)
+        x = self.resid_mix[0] * x + self.resid_mix[1] * emb0
+        has_time = stream.time is not None and self.time_proj is not None
+        mods = F.linear(stream.time, self.time_proj).chunk(4, dim=-1) if has_time else None
         h = rms_norm(x)
         y, kv = self.attn(h if mods is None else h * (1 + mods[0]) + mods[1], stream, past)
-        x = x + scale_gradient(self.attn_scale, stream.scale) * y
+        x = x + self.attn_scale * y
         h = rms_norm(x)
-        h = F.relu(linear(h if mods is None else h * (1 + mods[2]) + mods[3], self.fc, stream)).square()
-        return x + scale_gradient(self.mlp_scale, stream.scale) * linear(h, self.proj, stream), kv
+        h = F.relu(self.fc(h if mods is None else h * (1 + mods[2]) + mods[3])).square()
+        return x + self.mlp_scale * self.proj(h), kv
 
 
 class Window(NamedTuple):
@@ -808,7 +782,7 @@ class Window(NamedTuple):
     before: Tensor  # (B, W, 1) int64
     noisy: Corruption
     positions: Tensor  # (N,) or (B, N) true positions in the text
-    mask: Mask | None  # None: every token reads all of past and window
+    mask: Tensor | None  # None: every token reads all of past and window
     previous: Tensor | None = None  # (B, W, S, D) expected embedding under the last pass; zero where there was none
     slots: Tensor | None = None  # (B, N) scratch places in the buffers of `past`
     only: Tensor | None = None  # (B, n) read these of the N tokens; mask and slots have just their rows
@@ -844,13 +818,12 @@ class GPT(nn.Module):
         x, skips, kvs = emb0, [], []  # type: ignore[var-annotated]
         for i, block in enumerate(self.blocks):
             if i >= self.num_down and skips:
-                x = x + scale_gradient(self.skip_weights[i - self.num_down], stream.scale) * skips.pop()
+                x = x + self.skip_weights[i - self.num_down] * skips.pop()
             x, kv = block(x, emb0, stream, None if past is None else past[i])
             kvs.append(kv)
             if i < self.num_down:
                 skips.append(x)
-        head = scale_gradient(self.tok_emb if self.lm_head is None else self.lm_head, stream.scale)
-        logits = F.linear(rms_norm(x), head).float()
+        logits = F.linear(rms_norm(x), self.tok_emb if self.lm_head is None else self.lm_head).float()
         return self.cfg.logit_softcap * torch.tanh(logits / self.cfg.logit_softcap), kvs
 
     def clean(self, ids: Tensor, past: list[KV] | None = None, at: Tensor | None = None) -> tuple[Tensor, list[KV]]:
@@ -870,8 +843,7 @@ class GPT(nn.Module):
     def read(self, window: Window, past: Sequence[KV] | None) -> Tensor:
         """Logits (B, N, V) at every token of windows, the clean one before included, or at those of `only`."""
         assert self.mask_emb is not None, "read() needs a model built with diffusion on"
-        cfg, noisy, scale, s = self.cfg, window.noisy, self.cfg.diffusion_backbone_grad, self.cfg.diffusion_cache_grad
-        table = torch.cat((scale_gradient(self.tok_emb, scale), self.mask_emb[None]))
+        cfg, noisy, table = self.cfg, window.noisy, torch.cat((self.tok_emb, self.mask_emb[None]))
         emb = rms_norm(F.embedding(torch.cat((window.before, noisy.xt), dim=-1), table))  # (B, W, S + 1, D)
         if noisy.noise is not None:
             level, own = noisy.t[..., None, None], emb[:, :, 1:]
@@ -888,9 +860,7 @@ class GPT(nn.Module):
             ahead = take(emb, at) * F.embedding(far, F.pad(self.ahead_gain, (0, 0, 1, 0)))  # nothing at distance 0
             emb = emb + F.linear(ahead, self.ahead_proj)
         emb, time, places = (take(x, window.only) for x in (emb, time, window.positions))
-        times = time if cfg.time_embed_dim else None
-        stream = Stream(rotary(places, cfg), window.mask, False, times, scale, window.slots)
-        past = past and [(scale_gradient(k, s), scale_gradient(v, s)) for k, v in past]
+        stream = Stream(rotary(places, cfg), window.mask, time=time, slots=window.slots)
         return self.trunk(emb, stream, past)[0]
 
     def expected_embedding(self, logits: Tensor) -> Tensor:
@@ -899,12 +869,11 @@ class GPT(nn.Module):
 
 
 # 6  OPTIMIZERS AND SCHEDULES -- who trains each parameter, how fast, and when =========================================
-ADAPTED = ("time_proj", "self_cond", "lora_a", "lora_b")  # the last two: scripts/finetune.py
 # A parameter goes to the first row that takes it: name, test, learning rate. Matrices train by Muon, the rest by Adam.
 GROUPS: tuple[tuple[str, Callable[[str, Tensor], bool], Callable[[Config], float]], ...] = (
     ("embed", lambda n, p: n in ("tok_emb", "mask_emb"), lambda c: c.tied_embed_lr if c.tie_embeddings else c.embed_lr),
     ("head", lambda n, p: n == "lm_head", lambda c: c.head_lr),
-    ("adapter", lambda n, p: n.endswith(ADAPTED), lambda c: c.adapter_lr),
+    ("adapter", lambda n, p: n.endswith(("time_proj", "self_cond", "lora_a", "lora_b")), lambda c: c.adapter_lr),
     ("scalar", lambda n, p: p.ndim < 2 or n.endswith(("_mix", "_weights", "_gain")), lambda c: c.scalar_lr),
     ("matrix", lambda n, p: p.ndim == 2, lambda c: c.matrix_lr),
 )
@@ -975,7 +944,7 @@ def score(model: GPT, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def window_bounds(model: GPT, rows: Tensor, keys: Tensor, size: int, samples: int, mask: Mask) -> Tensor:
+def window_bounds(model: GPT, rows: Tensor, keys: Tensor, size: int, samples: int, mask: Tensor) -> Tensor:
     """Sample upper bounds of the windows' negative log-likelihood, nats: (K, B, W) float64 for rows (B, T + 1), keys
     (B, W). The chain rule in a random order of a window's S tokens: for m = S .. 1 still masked, the nats of the next.
     With m uniform, stratified over samples, S / m * (sum of masked nats) is unbiased for an upper bound (Jensen, over
@@ -1035,17 +1004,7 @@ class Decoding(NamedTuple):
     watch: Callable[..., None] | None = None  # gets of a pass: places, tokens, log-probabilities, still open: (B, n)
 
 
-AR = Decoding(window=0)
-MODES = {
-    "ar": AR,
-    "refine": Decoding(),
-    "refine_cached": Decoding(reuse=True),
-    "block": Decoding(window=8, steps=4),
-    "threshold": Decoding(window=8, threshold=0.9),
-    "remask": Decoding(window=8, steps=4, redo=0.02),
-    "draft_refine": Decoding(draft="ar", redo=0.02),
-    "speculative": Decoding(window=4, verify=True, lookup=2),
-}
+AR, REFINE, REPAIR = Decoding(window=0), Decoding(), Decoding(redo=0.02)  # more, by name: MODES of scripts/policy.py
 
 
 def pick(logits: Tensor, how: Decoding, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -1218,13 +1177,13 @@ def generate(model: GPT, prompt: Tensor, count: int, how: Decoding = AR) -> Deco
     return decode(model, F.pad(prompt, (0, count)), prompt.shape[1], prompt.shape[1] + count, how)
 
 
-def infill(model: GPT, prefix: Tensor, suffix: Tensor, count: int, how: Decoding = MODES["refine"]) -> Decoded:
+def infill(model: GPT, prefix: Tensor, suffix: Tensor, count: int, how: Decoding = REFINE) -> Decoded:
     """Fill `count` tokens between prefixes (B, P) and suffixes (B, Q), reading both."""
     ids = torch.cat((F.pad(prefix, (0, count)), suffix), dim=1)
     return decode(model, ids, prefix.shape[1], prefix.shape[1] + count, how)
 
 
-def edit(model: GPT, ids: Tensor, start: int, stop: int, how: Decoding = MODES["draft_refine"]) -> Decoded:
+def edit(model: GPT, ids: Tensor, start: int, stop: int, how: Decoding = REPAIR) -> Decoded:
     """Revise tokens [start, stop) of rows (B, L): those less probable than `redo` are filled in from both sides."""
     return decode(model, ids, start, stop, how._replace(draft="given"))
 
@@ -1318,8 +1277,8 @@ class TrainState:
         self.model = (model or GPT(cfg)).to(run.device)
         groups, rates = assign_groups(self.model), {name: rate(cfg) for name, _, rate in GROUPS}
         adam = [dict(params=p, lr=0.0, base_lr=rates[name]) for name, p in groups.items() if p and name != "matrix"]
-        fused = self.model.tok_emb.is_cuda
-        self.adam = torch.optim.Adam(adam, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=fused)
+        how = {"betas": (cfg.beta1, cfg.beta2), "eps": cfg.adam_eps, "fused": self.model.tok_emb.is_cuda}
+        self.adam = torch.optim.Adam(adam, **how)
         self.matrices, self.momenta = groups["matrix"], [torch.zeros_like(p) for p in groups["matrix"]]
         self.ema = [p.detach().clone() for p in self.model.parameters()] if cfg.ema_decay else []
         counts = {name: sum(p.numel() for p in params) for name, params in groups.items()}
@@ -1394,11 +1353,11 @@ class Objective:
             torch._dynamo.config.recompile_limit = 64
             self.clean = torch.compile(model.clean, dynamic=False, fullgraph=True)
             self.window = torch.compile(model.window, dynamic=False, fullgraph=True)
-        self.anneal: Callable[..., Mask] = beside("objectives.py", "anneal")
-        sizes, how = cfg.sizes(cfg.diffusion_windows) if cfg.diffusion else [], (run.device, run.blocks)
-        self.masks = {size: window_mask(cfg.train_seq_len, size, cfg.diffusion_causal, *how) for size, _ in sizes}
+        self.anneal: Callable[..., Tensor] = beside("objectives.py", "anneal")
+        sizes, how = cfg.sizes(cfg.diffusion_windows) if cfg.diffusion else [], (cfg.diffusion_causal, run.device)
+        self.masks = {size: window_mask(cfg.train_seq_len, size, *how) for size, _ in sizes}
 
-    def mask(self, size: int, now: Moment) -> Mask:
+    def mask(self, size: int, now: Moment) -> Tensor:
         mask, frac = self.masks[size], self.cfg.diffusion_anneal_frac
         return mask if now.progress >= frac else self.anneal(mask, now.progress / frac, self.cfg.seed, now.step, size)
 

@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import bench_infill as shared
+import policy
 import torch
 from bench_infill import fail
 from torch import Tensor
@@ -59,7 +60,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.error = fail  # type: ignore[method-assign]  # report a wrong command line as any other mistake
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--judge", type=Path, metavar="ARTIFACT", help="another model of the same tokenizer")
-    parser.add_argument("--modes", default=",".join(tg.MODES), help="default all; ar is always measured")
+    parser.add_argument("--modes", default=",".join(policy.MODES), help="default all; ar is always measured")
     parser.add_argument("--passes", type=shared.counts, default="1,2,4,8,12,20,30", help="default %(default)s")
     parser.add_argument("--batch", type=shared.counts, default="1,32", help="examples at once (default %(default)s)")
     parser.add_argument("--examples", type=int, default=32, help="default %(default)s")
@@ -84,9 +85,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if odd := [size for size in args.batch if args.examples % size]:
         fail(f"--examples={args.examples} must be a multiple of --batch={odd[0]}, so that all batches are alike")
     for name in args.modes.split(","):
-        if name not in tg.MODES:
-            near = ", ".join(difflib.get_close_matches(name, tg.MODES, cutoff=0.4)) or "none"
-            fail(f"--modes: no mode is called {name!r}; closest: {near}; all: {', '.join(tg.MODES)}")
+        if name not in policy.MODES:
+            near = ", ".join(difflib.get_close_matches(name, policy.MODES, cutoff=0.4)) or "none"
+            fail(f"--modes: no mode is called {name!r}; closest: {near}; all: {', '.join(policy.MODES)}")
     args.modes = list(dict.fromkeys(["ar", *args.modes.split(",")]))
     return args
 
@@ -130,7 +131,7 @@ def plan_jobs(modes: Sequence[str], args: argparse.Namespace) -> list[Job]:
     jobs = []
     for batch in args.batch:
         for mode in modes:
-            how = tg.MODES[mode]._replace(temperature=args.temperature)
+            how = policy.MODES[mode]._replace(temperature=args.temperature)
             stepped = reads_suffix(how) and how.threshold == math.inf
             steps = sorted({min(n, how.window, args.target) for n in args.passes}) if stepped else [0]
             jobs += [Job(mode, n, batch, how._replace(steps=n or how.steps)) for n in steps]
@@ -230,7 +231,7 @@ def predecessor(at: Bench, bar: Any) -> list[dict[str, Any]]:
         "ar": decoder(at, tg.AR),
     }
     if at.model.mask_emb is not None:
-        once, twice = (tg.MODES["refine"]._replace(steps=n) for n in (1, 2))
+        once, twice = (policy.MODES["refine"]._replace(steps=n) for n in (1, 2))
         decoders |= {"1 pass": decoder(at, once), "2 passes": decoder(at, twice)}
         decoders["1 pass, infill"] = decoder(at, once, suffix=True)
     found = list[dict[str, Any]]()

@@ -1,4 +1,4 @@
-"""Watch what is decoded, fall back where it is bad, and choose the mode that meets a target of time or likelihood.
+"""Decode in modes that have names; watch it, fall back where it is bad, and choose the mode that meets a target.
 
     guard(model, ids, start, stop, MODES["block"])     rows outside the limits get the tokens of mode ar instead
     choose(model, ids, start, stop, seconds=0.5)       the likeliest mode that takes at most half a second a call
@@ -26,7 +26,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from train_gpt import AR, GPT, MODES, Decoded, Decoding, UserError, decode, score
+from train_gpt import AR, GPT, Decoded, Decoding, UserError, decode, score
+
+MODES = {  # ways to decode, by name
+    "ar": AR,
+    "refine": Decoding(),
+    "refine_cached": Decoding(reuse=True),
+    "block": Decoding(window=8, steps=4),
+    "threshold": Decoding(window=8, threshold=0.9),
+    "remask": Decoding(window=8, steps=4, redo=0.02),
+    "draft_refine": Decoding(draft="ar", redo=0.02),
+    "speculative": Decoding(window=4, verify=True, lookup=2),
+}
 
 PASSES, THRESHOLDS = (1, 2, 4, 8, 12, 20, 30), (0.5, 0.7, 0.9)
 TIMED = 3  # calls whose median counts, after one that does not

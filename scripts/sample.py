@@ -78,7 +78,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
-    from train_gpt import MODES
+    from policy import MODES
 
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, redo = parser.add_argument, MODES["draft_refine"].redo
@@ -314,7 +314,7 @@ def settle(at: Loaded, job: Job, ids: torch.Tensor, args: argparse.Namespace) ->
     if not job.suffix and not job.draft:
         given["end"] = at.tokenizer.bos_id()  # text that continues ends where the model begins another document
     if mode == "auto":
-        from policy import choose
+        from policy import MODES, choose
 
         like = tg.AR._replace(**given)
         try:
@@ -324,7 +324,7 @@ def settle(at: Loaded, job: Job, ids: torch.Tensor, args: argparse.Namespace) ->
         mode, how, more["auto"] = found.mode, found.how, {"seconds": found.seconds, "nats": found.nats}
         print(f"--- auto: {mode}, {found.seconds:.3g} s, {found.nats:.3f} nats a token, of {len(found.table)} tried")
     else:
-        how = tg.MODES[mode]._replace(**given)
+        how = MODES[mode]._replace(**given)
     if how.window > 0 and at.model.mask_emb is None:
         fail(
             f"{'--edit' if job.draft else f'--mode={mode}'} needs a denoiser, and this model was trained without one "

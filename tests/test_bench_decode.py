@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_decode as bench
+import policy
 import pytest
 import sentencepiece as spm
 import torch
@@ -46,7 +47,9 @@ def test_every_mode_has_the_passes_its_windows_can_take() -> None:
     stepped = [(mode, n) for mode in ("refine", "block") for n in (1, 6, 8)]  # 30 on eight tokens are eight
     assert [job[:2] for job in jobs] == [("ar", 0), *stepped, ("threshold", 0), ("speculative", 0)]
     for job in jobs:
-        assert job.how == tg.MODES[job.mode]._replace(temperature=0.5, steps=job.passes or tg.MODES[job.mode].steps)
+        assert job.how == policy.MODES[job.mode]._replace(
+            temperature=0.5, steps=job.passes or policy.MODES[job.mode].steps
+        )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -67,7 +70,7 @@ def test_what_is_decoded_is_not_seen(suffix: bool) -> None:
     at = bench_of()
     other = at.rows.clone()
     other[:, PREFIX : PREFIX + TARGET] = random_rows(6, TARGET, V, seed=9)
-    for how in tg.MODES.values():
+    for how in policy.MODES.values():
         decode = bench.decoder(at, how, suffix)
         assert decode(at.rows, 0).ids.equal(decode(other, 0).ids)
         assert decode(at.rows, 0).ids.shape[1] == PREFIX + TARGET + suffix * SUFFIX
@@ -183,12 +186,14 @@ def test_all_modes_from_end_to_end(data: Any, tmp_path: Path, capsys: Any, monke
     found = json.loads(printed.splitlines()[-1])
     assert json.loads(out.read_text(encoding="utf-8")) == found
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert [(row["batch"], row["mode"]) for row in found["rows"]] == [(n, mode) for n in (1, 4) for mode in tg.MODES]
+    assert [(row["batch"], row["mode"]) for row in found["rows"]] == [
+        (n, mode) for n in (1, 4) for mode in policy.MODES
+    ]
     assert all(row["judge_nats"]["mean"] > 0 and row["python"] is not None for row in [*found["rows"], found["text"]])
     slow, cached, *windows = found["predecessor"]
     assert (slow["times_uncached_ar"], cached["times_cached_ar"], slow["right"]) == (1, 1, cached["right"])
     assert [round(row["published_times_uncached_ar"], 1) for row in windows] == [21.9, 34.5, 97.3]
-    assert all(f" {mode} | " in printed for mode in [*tg.MODES, "the text", "1 pass, infill"])
+    assert all(f" {mode} | " in printed for mode in [*policy.MODES, "the text", "1 pass, infill"])
 
 
 def test_a_compiled_pass_says_the_same(data: dict[str, Any], tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import policy
 import pytest
 import torch
 from conftest import random_rows, randomise, tiny
@@ -139,10 +140,10 @@ def test_a_rows_result_does_not_depend_on_its_batch(window: int, mode: str, samp
 @pytest.mark.parametrize(
     "how",
     [
-        tg.MODES["threshold"]._replace(threshold=0.15),
+        policy.MODES["threshold"]._replace(threshold=0.15),
         tg.Decoding(12, steps=12, threshold=0.14, reuse=True),
-        tg.MODES["remask"],
-        tg.MODES["draft_refine"]._replace(redo=0.05, temperature=1.0),
+        policy.MODES["remask"],
+        policy.MODES["draft_refine"]._replace(redo=0.05, temperature=1.0),
     ],
 )
 def test_a_rows_passes_do_not_depend_on_its_batch(how: tg.Decoding) -> None:
@@ -218,7 +219,7 @@ def test_sampling_has_the_exact_distribution_of_the_chain_rule(mode: str) -> Non
     every = torch.cartesian_prod(*[torch.arange(3)] * 3)  # (27, 3)
     p = torch.exp(-tg.score(model, torch.cat((prompt.expand(27, -1), every), dim=1))[:, 1:].double().sum(1))
     torch.testing.assert_close(p.sum(), torch.ones((), dtype=torch.float64))
-    how = tg.MODES[mode]._replace(temperature=1.0, lookup=int(mode == "speculative"))
+    how = policy.MODES[mode]._replace(temperature=1.0, lookup=int(mode == "speculative"))
     found = tg.generate(model, prompt.expand(rows, -1), 3, how).ids[:, 2:]
     count = torch.bincount((found * torch.tensor([9, 3, 1])).sum(1), minlength=27)
     assert ((count - rows * p) ** 2 / (rows * p)).sum() < 64  # chi-square, 26 degrees of freedom: p = 5e-5
@@ -259,9 +260,9 @@ def test_lookup_saves_passes_where_text_repeats(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("mode", ["ar", "speculative", "refine", "block", "remask", "draft_refine"])
 def test_a_row_stops_at_its_end(mode: str) -> None:
     model, ids = model_of(), random_rows(6, 5, V)
-    whole = tg.generate(model, ids, 16, tg.MODES[mode])
+    whole = tg.generate(model, ids, 16, policy.MODES[mode])
     end = int(whole.ids[0, 11])
-    found = tg.generate(model, ids, 16, tg.MODES[mode]._replace(end=end))
+    found = tg.generate(model, ids, 16, policy.MODES[mode]._replace(end=end))
     for row, expected in zip(found.ids[:, 5:].tolist(), whole.ids[:, 5:].tolist(), strict=True):
         cut = expected.index(end) if end in expected else 16
         assert row[: cut + 1] == expected[: cut + 1]
@@ -273,7 +274,7 @@ def test_a_row_stops_at_its_end(mode: str) -> None:
 
 def test_an_edit_changes_what_is_improbable_and_nothing_else() -> None:
     model, ids = model_of(), random_rows(4, 20, V)
-    how = tg.MODES["draft_refine"]._replace(redo=0.01)
+    how = policy.MODES["draft_refine"]._replace(redo=0.01)
     nats = tg.score(model, ids)[:, 3:15]
     found = tg.edit(model, ids, 4, 16, how).ids
     hole = windows_of(model)[0][0].noisy.corrupted[:, 0, :12]
@@ -294,15 +295,15 @@ def test_a_draft_of_ar_is_repaired() -> None:
     model, ids = model_of(), random_rows(4, 20, V)
     written = tg.decode(model, ids, 4, 16)
     expected = tg.edit(model, written.ids, 4, 16)
-    found = tg.decode(model, ids, 4, 16, tg.MODES["draft_refine"])
+    found = tg.decode(model, ids, 4, 16, policy.MODES["draft_refine"])
     assert found.ids.equal(expected.ids)
     assert found.forwards.equal(written.forwards + expected.forwards)
 
 
-@pytest.mark.parametrize("mode", tg.MODES)
+@pytest.mark.parametrize("mode", policy.MODES)
 def test_a_watcher_is_told_of_every_pass(mode: str) -> None:
     model, ids, seen = model_of(), random_rows(2, 5, V), list[Any]()
-    how = tg.MODES[mode]._replace(watch=lambda *told: seen.append([x.clone() for x in told]))
+    how = policy.MODES[mode]._replace(watch=lambda *told: seen.append([x.clone() for x in told]))
     found = tg.generate(model, ids, 12, how).ids
     text, left = torch.full_like(found, -1), torch.ones_like(found, dtype=torch.bool)
     for positions, tokens, log_p, still_open in seen:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import CPU, random_rows, randomise, tiny
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
 import train_gpt as tg
 
@@ -32,23 +31,6 @@ def test_mask_cell_by_cell(seq_len: int, size: int, causal: bool) -> None:
     x0, before, positions = tg.tile(row, size)
     assert positions.tolist() == [position for _, position in places]
     assert torch.cat((before, x0), dim=-1).flatten().equal(positions)  # of a row whose tokens are their positions
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without")  # unfused: slow, and the same numbers
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("size", [1, 4, 8])
-def test_blocks_for_flex_attention_equal_the_dense_mask(size: int, causal: bool) -> None:
-    model = randomise(tg.GPT(tiny(model_dim=32, diffusion_causal=causal, train_seq_len=T, parallel_eval_examples=0)))
-    rows = random_rows(2, T + 1, 64)
-    x0, before, positions = tg.tile(rows, size)
-    keys = tg.derive(torch.arange(2)[:, None], torch.arange(T // size))
-    noisy = tg.corrupt(x0, torch.full(keys.shape, 0.5), keys, model.cfg)
-    past = model.clean(rows[:, :-1])[1]
-    dense, blocks = (tg.window_mask(T, size, causal, CPU, how) for how in (False, True))
-    assert isinstance(blocks, BlockMask)
-    with torch.no_grad():
-        expected, found = (model.window(tg.Window(before, noisy, positions, mask), past) for mask in (dense, blocks))
-    assert torch.allclose(found, expected, atol=1e-4)
 
 
 def model_of(**overrides: Any) -> tg.GPT:

@@ -17,6 +17,7 @@ from torch import Tensor
 import train_gpt as tg
 
 V = 64
+LOSSES: dict[str, Any] = tg.LOSSES | objectives.LOSSES
 
 
 def keys_of(rows: int, windows: int = 1, seed: int = 0) -> Tensor:
@@ -323,7 +324,7 @@ def test_losses_by_hand() -> None:
         assert found.item() == pytest.approx(expected, rel=1e-5), overrides
 
 
-@pytest.mark.parametrize("loss", [name for name in tg.all_losses() if name != "sedd_uniform"])
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "sedd_uniform"])
 def test_losses_read_corrupted_tokens_only(loss: str) -> None:
     logits, x0, noisy, cfg = by_hand(diffusion_loss=loss)
     clean = logits * 0.5
@@ -338,7 +339,7 @@ def test_losses_read_corrupted_tokens_only(loss: str) -> None:
 
 def test_every_loss_is_a_row() -> None:
     choices = tg.Config.__dataclass_fields__["diffusion_loss"].metadata["choices"]
-    assert sorted(tg.all_losses()) == sorted(choices)
+    assert sorted(LOSSES) == sorted(choices)
 
 
 def test_consistency_is_the_divergence_from_the_clean_stream() -> None:
@@ -389,7 +390,7 @@ def expected_sedd(table: Tensor, t: float) -> Tensor:
     everywhere = torch.ones_like(x0, dtype=torch.bool)
     noisy = tg.Corruption(xt, everywhere, everywhere, torch.full((16, 1), t, dtype=torch.float64))
     nats = objectives.sedd_uniform(table[xt], x0, torch.empty(0), noisy).view(4, 4)
-    weight = tg.all_losses()["sedd_uniform"][1](torch.tensor(t, dtype=torch.float64), 1e12)
+    weight = LOSSES["sedd_uniform"][1](torch.tensor(t, dtype=torch.float64), 1e12)
     return (PRIOR[:, None] * kernel * nats).sum() * weight
 
 
@@ -441,7 +442,7 @@ def test_score_entropy_of_masks_is_the_papers() -> None:
         score = (logits - math.log(4)).exp() * (1 - t) / t
         ratio = F.one_hot(torch.tensor(x0), 4).double() * (1 - t) / t
         entropy = score - ratio * score.log() + torch.where(ratio > 0, ratio * (ratio.log() - 1), 0.0)
-        weight = tg.all_losses()["score_entropy"][1](torch.tensor(t, dtype=torch.float64), 1e9)
+        weight = LOSSES["score_entropy"][1](torch.tensor(t, dtype=torch.float64), 1e9)
         rate = 1 / (1 - t)  # sigma' of the log-linear schedule
         nats = objectives.score_entropy(logits[None], torch.tensor([x0])).item() * weight.item()
         assert nats == pytest.approx(rate * entropy.sum().item(), rel=1e-9)

@@ -126,16 +126,16 @@ def test_the_fate_of_a_row_does_not_depend_on_the_others() -> None:
 def test_what_is_ars_output_has_nothing_to_fall_back_on() -> None:
     model, ids = model_of(), random_rows(3, 12, V)
     for mode in ("ar", "speculative"):
-        got = policy.guard(model, ids, 4, 12, tg.MODES[mode], Limits(nats=0))
+        got = policy.guard(model, ids, 4, 12, policy.MODES[mode], Limits(nats=0))
         assert not got.fell_back.any()
         assert got.decoded.ids.equal(tg.decode(model, ids, 4, 12).ids)
 
 
 TABLE = [
     Measured("ar", tg.AR, 4.0, 2.0, 0.0),
-    Measured("refine", tg.MODES["refine"], 1.0, 5.0, 0.0),
-    Measured("block", tg.MODES["block"], 2.0, 3.0, 0.0),
-    Measured("remask", tg.MODES["remask"], 3.0, 3.0, 0.0),
+    Measured("refine", policy.MODES["refine"], 1.0, 5.0, 0.0),
+    Measured("block", policy.MODES["block"], 2.0, 3.0, 0.0),
+    Measured("remask", policy.MODES["remask"], 3.0, 3.0, 0.0),
 ]
 
 
@@ -158,7 +158,7 @@ def test_a_target_out_of_reach_names_the_closest() -> None:
 
 def test_candidates_can_read_what_there_is() -> None:
     modes = [{mode for mode, _ in policy.candidates(d, s, 9)} for d, s in ((1, 0), (1, 1), (0, 0), (0, 1))]
-    assert modes == [set(tg.MODES), set(tg.MODES) - {"ar", "speculative"}, {"ar", "speculative"}, set()]
+    assert modes == [set(policy.MODES), set(policy.MODES) - {"ar", "speculative"}, {"ar", "speculative"}, set()]
     assert {how.window for _, how in policy.candidates(False, False, 9)} == {0}
     steps = [how.steps for mode, how in policy.candidates(True, True, 9, HOT) if mode == "refine" and how.seed == 5]
     assert steps == [1, 2, 4, 8]

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import policy
 import pytest
 import sample
 import sentencepiece as spm
@@ -64,11 +65,11 @@ def at(artifact: Path) -> sample.Loaded:
 # ---- decoding ----
 
 
-@pytest.mark.parametrize("mode", tg.MODES)
+@pytest.mark.parametrize("mode", policy.MODES)
 def test_the_command_decodes_as_the_program_does(call: Callable[..., Called], at: sample.Loaded, mode: str) -> None:
     found = facts(call("--prompt", PROMPT, "--tokens", "12", "--mode", mode, "--temperature", "1", "--seed", "5"))
     ids = [BOS, *at.tokenizer.encode(PROMPT)]
-    how = tg.MODES[mode]._replace(temperature=1.0, seed=5, end=BOS)
+    how = policy.MODES[mode]._replace(temperature=1.0, seed=5, end=BOS)
     expected = tg.generate(at.model, torch.tensor([ids]), 12, how)
     assert found["text"] == PROMPT + found["completion"] == at.tokenizer.decode(expected.ids[0].tolist())
     assert (found["mode"], found["forwards"]) == (mode, int(expected.forwards))
@@ -106,7 +107,7 @@ def test_a_revision_fills_in_what_is_improbable(call: Callable[..., Called], at:
     found = facts(call("--prompt", text, "--edit", "--redo", str(redo)))
     ids = torch.tensor([[BOS, *at.tokenizer.encode(text)]])
     low = tg.score(at.model, ids)[0] > -math.log(redo)
-    edited = tg.edit(at.model, ids, 1, ids.shape[1], tg.MODES["draft_refine"]._replace(redo=redo)).ids
+    edited = tg.edit(at.model, ids, 1, ids.shape[1], policy.MODES["draft_refine"]._replace(redo=redo)).ids
     assert 0 < found["masked"] == int(low.sum()) < len(low)
     assert found["changed"] == int((edited != ids).sum()) > 0
     assert not ((edited != ids)[0, 1:] & ~low).any()  # what was probable stays
@@ -120,7 +121,7 @@ def test_auto_and_guard(call: Callable[..., Called], tmp_path: Path) -> None:
     pytest.importorskip("policy")
     argv = ("--prompt", PROMPT, "--tokens", "12")
     found = facts(call(*argv, "--mode", "auto", "--latency", "60"))
-    assert found["mode"] in tg.MODES
+    assert found["mode"] in policy.MODES
     assert 0 < found["auto"]["seconds"] < 60
     status, _, err = call(*argv, "--nats", "1e-9")
     assert status == 2
@@ -138,12 +139,12 @@ def test_auto_and_guard(call: Callable[..., Called], tmp_path: Path) -> None:
 # ---- passes ----
 
 
-@pytest.mark.parametrize("mode", tg.MODES)
+@pytest.mark.parametrize("mode", policy.MODES)
 def test_a_film_ends_with_what_was_decoded(at: sample.Loaded, mode: str) -> None:
     film = Film(4, [Cell(-1, 0.0, True, 0)] * 12, None)
     film.add("masked")
     ids = torch.tensor([[BOS, 100, 101, 102, *[0] * 12, *([] if mode in ("ar", "speculative") else [100, 101])]])
-    out = tg.decode(at.model, ids, 4, 16, tg.MODES[mode]._replace(watch=film))
+    out = tg.decode(at.model, ids, 4, 16, policy.MODES[mode]._replace(watch=film))
     assert [cell.token for cell in film.cells] == out.ids[0, 4:16].tolist()
     assert not any(cell.open for cell in film.cells)
     assert {cell.at for cell in film.cells} <= set(range(1, film.passes + 1))

@@ -237,16 +237,6 @@ def test_an_annealed_run_resumes_to_the_bit(text: dict[str, Any]) -> None:
     assert all(w.equal(rest.weights()[name]) for name, w in whole.weights().items())
 
 
-def test_annealing_takes_dense_masks(text: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("torch.cuda.set_device", lambda _: None)
-    wide = dict(text, device="auto", compile="auto", model_dim=64, num_heads=2)  # what FlexAttention takes
-    for frac, blocks in ((0.0, True), (0.5, False)):
-        with tg.Run.start(tiny(**{**wide, "diffusion_anneal_frac": frac})) as run:
-            assert run.blocks == blocks
-
-
 def test_settings_that_leave_nothing_to_anneal_are_refused() -> None:
     for overrides in (dict(diffusion_start_frac=0.5), dict(diffusion_causal=True)):
         with pytest.raises(tg.UserError, match=r"DIFFUSION_ANNEAL_FRAC=0\.4 leaves nothing to anneal"):

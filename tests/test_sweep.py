@@ -49,7 +49,7 @@ MERCURY = dict(diffusion_loss_weight=1.0, mercury_clean_loss_weight=0.1, diffusi
 PURE = dict(mercury_clean_loss_weight=0.0, diffusion_causal=False, diffusion_min_mask_ratio=0.0,
             diffusion_max_mask_ratio=1.0, diffusion_rate="uniform", diffusion_passes=1, self_condition="none",
             look_ahead=0, diffusion_row_frac=1.0, diffusion_start_frac=0.0, diffusion_start_step=0,
-            mercury_task_mode="none", diffusion_regions="iid", diffusion_backbone_grad=1.0, diffusion_cache_grad=1.0)
+            mercury_task_mode="none", diffusion_regions="iid")
 MASKED = dict(PURE, diffusion_corruption_mode="mask", diffusion_loss="elbo")
 PROMISES: dict[str, dict[str, Any]] = {
     "td_control": dict(diffusion_loss_weight=0.0, mercury_clean_loss_weight=1.0),
