@@ -309,13 +309,13 @@ def settle(at: Loaded, job: Job, ids: torch.Tensor, args: argparse.Namespace) ->
     start, goal, more = len(job.prompt) + 1, (args.latency, args.nats), dict[str, Any]()
     mode = args.mode or ("auto" if goal != (None, None) else "refine" if job.suffix else "ar")
     mode = "draft_refine" if job.draft else mode
+    from policy import MODES, choose
+
     names = SAMPLING if mode in ("ar", "auto") else SAMPLING + DENOISING
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if not job.suffix and not job.draft:
         given["end"] = at.tokenizer.bos_id()  # text that continues ends where the model begins another document
     if mode == "auto":
-        from policy import MODES, choose
-
         like = tg.AR._replace(**given)
         try:
             found = choose(at.model, ids, start, start + job.num, seconds=args.latency, nats=args.nats, like=like)
