@@ -24,7 +24,7 @@ import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -80,10 +80,10 @@ class LowRank(nn.Module):
         return weight + self.lora_b @ self.lora_a
 
 
-def matrices(model: tg.GPT) -> Iterator[tuple[str, tg.Linear]]:
+def matrices(model: tg.GPT) -> Iterator[tuple[str, nn.Linear]]:
     """Yield every matrix of attention and MLP with its name."""
     for name, module in model.named_modules():
-        if isinstance(module, tg.Linear):
+        if isinstance(module, nn.Linear):
             yield name, module
 
 
@@ -172,13 +172,14 @@ def configure(model: tg.GPT, env: Mapping[str, str]) -> tuple[tg.Config, dict[st
     """
     if "DATA_PATH" not in env:
         fail(f"DATA_PATH is not set, so there is no new text; name a folder of shards, made by: {tg.PREPARE}")
-    default, hints = tg.Config(), get_type_hints(tg.Config)
+    default = tg.Config()
     made = ("init_from", "diffusion_anneal_frac")
     fixed = {name: getattr(default if name in made else model.cfg, name) for name in MODEL}
     faults = []
     for name in [name for name in fixed if name.upper() in env]:
         try:
-            same = tg.parse_value(hints[name], env[name.upper()]) == fixed[name]
+            given, kind = env[name.upper()], type(fixed[name])
+            same = given == str(int(fixed[name])) if kind is bool else kind(given) == fixed[name]
         except ValueError:
             same = False
         if not same:

@@ -158,7 +158,8 @@ def candidates(denoiser: bool, suffix: bool, span: int, like: Decoding = AR) -> 
         speculative = MODES["speculative"]  # without a denoiser it proposes what it looks up
         rows += [("ar", AR), ("speculative", speculative if denoiser else speculative._replace(window=0))]
     if denoiser:
-        rows += [("refine", MODES["refine"]._replace(steps=steps)) for steps in PASSES if steps <= span]
+        few = [steps for steps in PASSES if steps <= span]
+        rows += [(mode, MODES[mode]._replace(steps=n)) for mode in ("refine", "refine_cached") for n in few]
         rows += [("threshold", MODES["threshold"]._replace(threshold=p)) for p in THRESHOLDS]
         rows += [(mode, MODES[mode]) for mode in ("block", "remask", "draft_refine")]
     return [(mode, with_sampling(how, like)) for mode, how in rows]

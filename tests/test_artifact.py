@@ -217,7 +217,7 @@ def drop_scale(payload: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (change_format, "its format is not 'text-diffusion-int8-zlib-1'"),
+        (change_format, "its format is not 'text-diffusion-int8-zlib-2'"),
         (drop_format, "format"),
         (change_width, "tok_emb"),
         (change_recipe, "mask_emb"),

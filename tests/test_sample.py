@@ -128,7 +128,9 @@ def test_auto_and_guard(call: Callable[..., Called], tmp_path: Path) -> None:
     assert err.startswith("error: --nats=1e-09: ")
     ar = facts(call(*argv))["completion"]
     path = tmp_path / "a.html"
-    found = facts(call(*argv, "--mode", "refine", "--guard", "--html", str(path)))  # random windows are poor
+    found = facts(
+        call(*argv, "--mode", "refine", "--steps", "1", "--guard", "--html", str(path))
+    )  # random windows are poor
     assert (found["fell_back"], found["completion"]) == (True, ar)
     (reel,) = reels(path)
     assert reel["frames"][-1][0] == "left to right instead"
