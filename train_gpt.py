@@ -248,13 +248,14 @@ def parse_shares(text: str) -> list[tuple[str, float]]:
     return [(name, share / total) for name, share in shares if share > 0]
 
 
+run_once = functools.cache(runpy.run_path)
 SCRIPTS = Path(__file__).with_name("scripts")  # more recipes, losses and the like, where it stands beside this program
 
 
 def beside(file: str, name: str, otherwise: Any = None) -> Any:
     """Return what `file` of the folder scripts/ beside this program calls `name`; without it, `otherwise`."""
     path = SCRIPTS / file
-    return runpy.run_path(str(path))[name] if path.exists() else otherwise
+    return run_once(str(path))[name] if path.exists() else otherwise
 
 
 def all_recipes() -> dict[str, dict[str, Any]]:

@@ -118,6 +118,24 @@ def randomise(model: tg.GPT, seed: int = 0, std: float = 0.3) -> tg.GPT:
     return model.eval()
 
 
+Called = tuple[int, str, str]  # of a script: status, what it printed, what it complained of
+
+
+def outcome(main: Callable[[list[str]], int], argv: list[str], capsys: pytest.CaptureFixture[str]) -> Called:
+    """Run a script's `main` in this process."""
+    try:
+        status = main(argv)
+    except SystemExit as error:  # of a wrong command line
+        status = int(error.code or 0)
+    return status, *capsys.readouterr()
+
+
+def facts(called: Called) -> dict[str, Any]:
+    assert called[0] == 0, called[2]
+    found: dict[str, Any] = json.loads(called[1].splitlines()[-1])
+    return found
+
+
 def random_rows(batch: int, length: int, vocab: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
 

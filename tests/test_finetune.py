@@ -15,11 +15,23 @@ import likelihood
 import pytest
 import sample
 import torch
-from conftest import CPU, Recorder, Tokenizers, env_of, make_run, random_rows, randomise, settings, tiny
+from conftest import (
+    CPU,
+    Called,
+    Recorder,
+    Tokenizers,
+    env_of,
+    facts,
+    make_run,
+    outcome,
+    random_rows,
+    randomise,
+    settings,
+    tiny,
+)
 
 import train_gpt as tg
 
-Called = tuple[int, str, str]  # exit status, standard output, standard error
 MARK = ".parametrizations.weight."
 
 
@@ -51,19 +63,9 @@ def call(
         merged = {k: v for k, v in (usual | {"recipe": None} | values).items() if v is not None and k not in taken}
         monkeypatch.setattr("os.environ", env_of(merged))
         monkeypatch.chdir(tmp_path)
-        try:
-            status = finetune.main([str(artifact), *argv])
-        except SystemExit as error:  # of a wrong command line
-            status = int(error.code or 0)
-        return status, *capsys.readouterr()
+        return outcome(finetune.main, [str(artifact), *argv], capsys)
 
     return run
-
-
-def facts(called: Called) -> dict[str, Any]:
-    assert called[0] == 0, called[2]
-    found: dict[str, Any] = json.loads(called[1].splitlines()[-1])
-    return found
 
 
 def scored(model: tg.GPT, data: dict[str, Any], size: int = 0) -> float:

@@ -17,13 +17,25 @@ import pytest
 import sample
 import sentencepiece as spm
 import torch
-from conftest import BOS, CPU, HARD_TEXTS, IDENTITY, Recorder, Tokenizers, randomise, tiny, train_tokenizer
+from conftest import (
+    BOS,
+    CPU,
+    HARD_TEXTS,
+    IDENTITY,
+    Called,
+    Recorder,
+    Tokenizers,
+    facts,
+    outcome,
+    randomise,
+    tiny,
+    train_tokenizer,
+)
 from sample_page import Cell, Film, character, join, page, spell
 
 import train_gpt as tg
 
 PROMPT = "def f(x):\n    "
-Called = tuple[int, str, str]  # exit status, standard output, standard error
 
 
 def export(data: dict[str, Any], path: Path, recipe: str = "direct") -> Path:
@@ -42,19 +54,9 @@ def call(artifact: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ca
     """Run the command; `artifact` may be another."""
 
     def run(*argv: str, artifact: Path = artifact) -> Called:
-        try:
-            status = sample.main(["--artifact", str(artifact), "--device", "cpu", *argv])
-        except SystemExit as error:  # of a wrong command line
-            status = int(error.code or 0)
-        return status, *capsys.readouterr()
+        return outcome(sample.main, ["--artifact", str(artifact), "--device", "cpu", *argv], capsys)
 
     return run
-
-
-def facts(called: Called) -> dict[str, Any]:
-    assert called[0] == 0, called[2]
-    found: dict[str, Any] = json.loads(called[1].splitlines()[-1])
-    return found
 
 
 @pytest.fixture
