@@ -20,6 +20,7 @@ import functools
 import hashlib
 import io
 import json
+import lzma
 import math
 import os
 import random
@@ -27,7 +28,6 @@ import re
 import resource
 import runpy
 import signal
-import subprocess
 import sys
 import time
 import zlib
@@ -132,7 +132,7 @@ class Config:
     diffusion_shift: bool = opt(True, "in a window, too, position i predicts token i + 1")
     diffusion_corruption_mode: str = opt("mask", "what replaces a token", choices="mask uniform hybrid gaussian")
     diffusion_hybrid_mask_prob: float = opt(0.5, "hybrid: share of corrupted tokens masked", low=0, high=1)
-    diffusion_regions: str = opt("iid:3,infill:1", "where: iid spans continuation infill blocks, with their shares")
+    diffusion_regions: str = opt("iid:3,infill:1", "where: iid spans continuation infill, with their shares")
     mercury_task_mode: str = opt("none", "overrides regions", choices="none mixed continuation infill")
     mercury_continuation_prob: float = opt(0.75, "mixed: share of continuation, the rest infill", low=0, high=1)
     diffusion_rate: str = opt("uniform", "how t is chosen in [min, max]", choices="uniform fixed")
@@ -141,12 +141,13 @@ class Config:
     diffusion_max_mask_ratio: float = opt(1.0, "greatest noise level", low=1e-6, high=1)
     diffusion_ramp: str = opt("run", "progressive over what will be run, or ITERATIONS", choices="run iterations")
     diffusion_full_prob: float = opt(0.3, "share of windows at t = 1", low=0, high=1)
-    diffusion_span_len: int = opt(8, "tokens a span or block", "tokens", low=1)
+    diffusion_span_len: int = opt(8, "tokens a span", "tokens", low=1)
     diffusion_spans_per_seq: int = opt(8, "most spans a window", "spans", low=1)
-    export_levels: int = free(0, "largest int8 value; 0: the finest of EXPORT_LEVELS that fits", low=0, high=127)
+    export_scheme: str = free("int8+zlib", "SCHEMES row", choices="int8+zlib int6+lzma")
     nelbo_windows: str = free("1,16,T", "window sizes of nelbo_bpb; empty: none")
     nelbo_samples: int = free(8, "Monte Carlo samples K a window", "samples", low=2)
     nelbo_sequences: int = free(0, "validation rows scored, evenly spaced; 0: all", "rows", low=0)
+    eval_stride: int = free(64, "val_bpb_sliding: tokens that a row scores; 0: none", "tokens", low=0)
     parallel_eval_examples: int = free(16, "examples a task; 0: no parallel_eval", low=0)
     parallel_eval_prefix_len: int = free(128, "visible tokens before the span", "tokens", low=2)
     parallel_eval_span_len: str = free("64,8", "decoded tokens, one table each", "tokens")
@@ -264,9 +265,8 @@ def all_recipes() -> dict[str, dict[str, Any]]:
     return cast(dict[str, dict[str, Any]], resolve(RECIPES, Config, UserError))
 
 
-REGIONS = ("iid", "spans", "continuation", "infill", "blocks")
-
 # fmt: off
+REGIONS = ("iid", "spans", "continuation", "infill")
 RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (  # what must hold; what is said if not, values added
     (lambda c: c.model_dim % (2 * c.num_heads) == 0, "MODEL_DIM must be a multiple of 2 x NUM_HEADS; change either"),
     (lambda c: c.num_heads % c.num_kv_heads == 0, "NUM_HEADS must be a multiple of NUM_KV_HEADS; change either"),
@@ -277,9 +277,10 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (  # what must hold; w
     (lambda c: c.tiles(c.nelbo_windows), "NELBO_WINDOWS must be sizes (or T) that divide TRAIN_SEQ_LEN: 1,16,T"),
     (lambda c: c.regions() != [] and all(name in REGIONS for name, _ in c.regions()),
      f"DIFFUSION_REGIONS must name {', '.join(REGIONS)}: iid:3,infill:1"),
-    (lambda c: (c.diffusion_loss in ("mean", "elbo", "middle") and not (c.diffusion_anneal_frac or c.init_from))
-     or beside("objectives.py", "LOSSES") is not None,
-     "DIFFUSION_LOSS, DIFFUSION_ANNEAL_FRAC or INIT_FROM needs the folder scripts/ beside this program; copy it, too"),
+    (lambda c: SCRIPTS.exists() or not (
+        c.diffusion_loss not in ("mean", "elbo") or c.diffusion_corruption_mode == "gaussian" or c.diffusion_passes > 1
+        or c.self_condition != "none" or "spans" in dict(c.regions()) or c.diffusion_anneal_frac or c.init_from),
+     f"RECIPE or a setting needs files of {SCRIPTS}, which is not there; copy that folder, too, or take RECIPE=direct"),
     (lambda c: c.diffusion_loss != "sedd_uniform" or c.diffusion_corruption_mode == "uniform",
      "DIFFUSION_LOSS is of uniform noise, not of DIFFUSION_CORRUPTION_MODE; make that uniform or take score_entropy"),
     (lambda c: c.diffusion_min_mask_ratio <= c.diffusion_max_mask_ratio,
@@ -307,16 +308,16 @@ PRESETS: dict[str, dict[str, Any]] = {  # how large: model, batch and time, neve
     "cpu": dict(
         num_layers=4, model_dim=160, num_heads=4, num_kv_heads=2, train_seq_len=256, train_batch_tokens=4096,
         micro_batches=4, max_wallclock_seconds=150.0, matrix_lr=0.02, tied_embed_lr=0.03, train_log_every=20,
-        muon_momentum_warmup_steps=100, val_batch_size=8192, val_loss_every=0, nelbo_sequences=256),
+        muon_momentum_warmup_steps=100, val_batch_size=8192, val_loss_every=0, nelbo_sequences=256, eval_stride=0),
 }
 # fmt: on
 
 # 2  RUN CONTEXT AND LOG -- device, precision, kernels and ranks, chosen once; one call writes both logs ===============
 LINES = {  # what other programs parse, in the challenge's and the predecessor's form; the rest is `name key:value`
     "train": "step:{step}/{iterations} train_loss:{train_loss:.4f} train_time:{train_ms:.0f}ms step_avg:{step_ms:.2f}ms"
-    " denoise_loss:{denoise_loss:.4f} tok_per_sec:{tok_per_sec:.0f}",
+    " denoise_loss:{denoise_loss:.4f} tok_per_sec:{tok_per_sec:.0f} mfu:{mfu:.3f}",
     "val": "step:{step}/{iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{train_ms:.0f}ms",
-    "size": "Total submission size int8+zlib: {total_bytes} bytes (code {code_bytes} + model {model_bytes})",
+    "size": "Total submission size {scheme}: {total_bytes} bytes (code {code_bytes} + model {model_bytes})",
     "final": "final_int8_zlib_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}",
     "nelbo": "nelbo_bpb window:{window} bound:{bpb:.6f} se:{standard_error:.6f} K:{samples} tokens:{tokens}",
     "config": "{table}",
@@ -428,19 +429,16 @@ class Run:
 
     def header(self, source: Mapping[str, str], warnings: Sequence[str]) -> None:
         """Open the log with the program itself, the machine, versions, kernels and settings."""
-        here, commit, machine, cuda = Path(__file__), "none", os.uname().machine, self.device.type == "cuda"
-        code, git = here.read_text(encoding="utf-8"), ["git", "describe", "--always", "--dirty"]
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            commit = subprocess.check_output(git, cwd=here.parent, stderr=subprocess.DEVNULL, text=True).strip()
+        code, machine, cuda = Path(__file__).read_text(encoding="utf-8"), os.uname().machine, self.device.type == "cuda"
         with contextlib.suppress(OSError, IndexError):
             machine = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t :")
         machine = torch.cuda.get_device_name(self.device) if cuda else f"{machine}, {os.cpu_count()} cores"
         self.log.write(code + "=" * 100, echo=False)
         kernels = {"precision": "bf16" if cuda else "fp32", "compile": self.compile, "threads": torch.get_num_threads()}
-        facts = {"time": time.strftime("%FT%TZ", time.gmtime()), "commit": commit, "machine": machine, **kernels}
-        facts |= {"device": str(self.device), "world_size": self.world_size, "python": sys.version.split()[0]}
-        about = {"torch": torch.__version__, "sha256": hashlib.sha256(code.encode()).hexdigest()}
-        self.log.event("header", **facts, **about, command=" ".join(sys.argv))
+        kernels |= {"device": str(self.device), "world_size": self.world_size, "python": sys.version.split()[0]}
+        about = {"time": time.strftime("%FT%TZ", time.gmtime()), "command": " ".join(sys.argv), "machine": machine}
+        sha256 = hashlib.sha256(code.encode()).hexdigest()
+        self.log.event("header", **about, **kernels, torch=torch.__version__, sha256=sha256)
         self.log.event("config", table=self.cfg.table(source), values=dataclasses.asdict(self.cfg), source=dict(source))
         for warning in warnings:
             self.log.event("warning", reason=warning)
@@ -595,17 +593,15 @@ def noise_level(cfg: Config, keys: Tensor, window_index: Tensor, ramp: float) ->
 
 def region_mask(name: str, t: Tensor, keys: Tensor, size: int, cfg: Config) -> Tensor:
     """Mark the tokens to corrupt in each window, (B, W, S) bool, for one of REGIONS at noise level t (B, W)."""
-    i, span = torch.arange(size, device=t.device), min(cfg.diffusion_span_len, 1 if name == "iid" else size)
+    i, span = torch.arange(size, device=t.device), min(cfg.diffusion_span_len, size)
     length = (t * size).round().clamp(1, size).long()[..., None]
     if name in ("continuation", "infill"):  # one run, up to the end or with text after it
         start = (uniform(keys, 1) * (size - length)).long() if name == "infill" else size - length
         return (i >= start) & (i < start + length)
-    if name == "spans":  # runs at random places, as many as make up t
-        starts = (uniform(keys, cfg.diffusion_spans_per_seq) * (size - span + 1)).long()[..., None]
-        wanted = torch.arange(cfg.diffusion_spans_per_seq, device=t.device) * span < length
-        return ((i >= starts) & (i < starts + span) & wanted[..., None]).any(dim=-2)
-    marked = uniform(keys, -(-size // span)) < t[..., None]  # iid: tokens, blocks: aligned runs, with probability t
-    return marked.repeat_interleave(span, dim=-1)[..., :size]
+    if name == "spans":
+        draws, mark = uniform(keys, cfg.diffusion_spans_per_seq), beside("objectives.py", "spans")
+        return cast(Tensor, mark(draws, length, i, span))
+    return uniform(keys, size) < t[..., None]  # iid
 
 
 def corrupt(x0: Tensor, t: Tensor, keys: Tensor, cfg: Config) -> Corruption:
@@ -625,8 +621,7 @@ def apply_noise(x0: Tensor, corrupted: Tensor, t: Tensor, keys: Tensor, cfg: Con
     if mode == "gaussian":  # arXiv:2205.14217, drawn after Box and Muller 1958
         t = torch.ones_like(t) if mask_share else t  # what should be masked becomes pure noise: no trace of the token
         u = uniform(derive(keys, 1), 2 * size * cfg.model_dim).view(*x0.shape, cfg.model_dim, 2)
-        noise = (-2 * torch.log1p(-u[..., 0])).sqrt() * torch.cos(2 * math.pi * u[..., 1])
-        return Corruption(x0, corrupted, corrupted, t, noise)
+        return Corruption(x0, corrupted, corrupted, t, beside("objectives.py", "gaussian")(u))
     random_token = (uniform(derive(keys, 2), size) * cfg.vocab_size).long()
     masked = uniform(derive(keys, 3), size) < mask_share  # all or none: arXiv:2107.03006, a share: arXiv:2503.04482
     xt = torch.where(corrupted, torch.where(masked, cfg.vocab_size, random_token), x0)
@@ -681,7 +676,6 @@ def token_nll(logits: Tensor, x0: Tensor, *_: Any) -> Tensor:
 Loss = tuple[Callable[..., Tensor], Callable[[Tensor, float], Tensor], bool, bool]
 LOSSES: dict[str, Loss] = {
     "mean": (token_nll, lambda t, _: torch.ones_like(t), True, False),
-    "middle": (token_nll, lambda t, _: (6 * t * (1 - t)).clamp_min(1e-3), True, False),  # middle levels count most
     "elbo": (token_nll, lambda t, clip: (1 / t).clamp_max(clip), False, False),  # arXiv:2406.07524, arXiv:2406.04329
 }
 
@@ -908,9 +902,7 @@ def muon_step(params: Sequence[Tensor], buffers: Sequence[Tensor], lr: float, mo
     """Nesterov momentum kept in `buffers`, then an orthogonal update; matrices of one shape go together."""
     live = [(p, p.grad, v) for p, v in zip(params, buffers, strict=True) if p.grad is not None]
     for shape in dict.fromkeys(p.shape for p, _, _ in live):
-        group, grads, velocity = (
-            list(column) for column in zip(*(m for m in live if m[0].shape == shape), strict=True)
-        )
+        group, grads, velocity = zip(*(m for m in live if m[0].shape == shape), strict=True)
         torch._foreach_mul_(velocity, momentum)
         torch._foreach_add_(velocity, grads)
         nesterov = torch.stack(torch._foreach_add(grads, velocity, alpha=momentum))  # (n, rows, cols)
@@ -961,28 +953,33 @@ def window_bounds(model: GPT, rows: Tensor, keys: Tensor, size: int, samples: in
     return torch.stack(estimates)
 
 
-def evaluate_bpb(model: GPT, run: Run, loader: TokenLoader, byte_counter: ByteCounter, size: int = 0) -> dict[str, Any]:
-    """Score validation rows of T tokens: size 0 exactly, left to right; size S by the bound over windows of S tokens.
-    Size 0 takes the whole split, a bound NELBO_SEQUENCES evenly spaced rows; ranks share them. Returns loss (nats a
-    token), bpb, its standard error over K samples (0 where exact: sizes 0, 1), samples K, tokens, bytes."""
-    cfg, T, total = run.cfg, run.cfg.train_seq_len, (loader.total - 1) // run.cfg.train_seq_len
+def evaluate_bpb(
+    model: GPT, run: Run, val: TokenLoader, counter: ByteCounter, size: int = 0, stride: int = 0
+) -> dict[str, Any]:
+    """Score validation rows of T tokens: size 0 exactly (all rows; with a stride they overlap, and all but the first
+    score their last `stride` tokens), size S by the bound over windows of S (NELBO_SEQUENCES rows, evenly apart). Ranks
+    share them. Returns loss (nats a token), bpb, its standard error (0 where exact: sizes 0, 1), K, tokens, bytes."""
+    cfg, T, step = run.cfg, run.cfg.train_seq_len, min(stride or 1 << 30, run.cfg.train_seq_len)
+    total = (val.total - 1 - T) // step + 1
     num_rows = min(cfg.nelbo_sequences or total, total) if size else total
     mine = torch.arange(num_rows)[run.rank :: run.world_size] * total // num_rows
-    at_once, samples = max(cfg.val_batch_size // (T * run.world_size), 1), cfg.nelbo_samples if size > 1 else 1
+    at_once, K = max(cfg.val_batch_size // (T * run.world_size), 1), cfg.nelbo_samples if size > 1 else 1
     mask = window_mask(T, size, cfg.diffusion_causal, run.device) if size else None
     sums = torch.zeros(4, dtype=torch.float64, device=run.device)
     for index in tqdm(torch.split(mine, at_once)[: len(mine)], "eval", leave=False, disable=run.rank > 0 or None):
-        rows = torch.cat([loader.rows(j * T, 1, T) for j in index.tolist()])
-        num_bytes, rows = byte_counter.count(rows[:, :-1], rows[:, 1:]).sum().to(sums), rows.to(run.device)
+        rows = torch.cat([val.rows(j * step, 1, T) for j in index.tolist()])
+        scored = (index[:, None] == 0) | (torch.arange(T) >= T - step)  # (B, T)
+        num_bytes = (counter.count(rows[:, :-1], rows[:, 1:]) * scored).sum().to(sums)
+        count, rows, scored = int(scored.sum()), rows.to(run.device), scored.to(run.device)
         keys = derive(index[:, None], cfg.eval_seed, torch.arange(T // (size or T))).to(run.device)
         with run.autocast():
-            nats = score(model, rows)[None] if mask is None else window_bounds(model, rows, keys, size, samples, mask)
-        nats = nats.double().sum(-1)  # (K, B)
-        variance = nats.var(dim=0).sum() / samples if samples > 1 else sums.new_zeros(())
-        sums += torch.stack([nats.mean(0).sum(), variance, sums.new_tensor(len(rows) * T), num_bytes])
+            nats = score(model, rows)[None] if mask is None else window_bounds(model, rows, keys, size, K, mask)
+        nats = (nats.double() if size else nats.double() * scored).sum(-1)  # (K, B)
+        variance = nats.var(dim=0).sum() / K if K > 1 else sums.new_zeros(())
+        sums += torch.stack([nats.mean(0).sum(), variance, sums.new_tensor(count), num_bytes])
     mean, spread, tokens, num = run.sum(sums).tolist()
     values = {"loss": mean / tokens, "bpb": bits_per_byte(mean, num), "standard_error": bits_per_byte(spread**0.5, num)}
-    return values | {"samples": samples, "tokens": int(tokens), "bytes": int(num)}
+    return values | {"samples": K, "tokens": int(tokens), "bytes": int(num), "stride": step}
 
 
 class Decoding(NamedTuple):
@@ -1212,11 +1209,15 @@ def evaluate_parallel(model: GPT, run: Run, val: TokenLoader) -> None:
             run.log.event("parallel_eval", **about, **found, **speed, tokens=right.numel())
 
 
-# 8  ARTIFACT -- int8 rows and fp16 rest, zlib, its own settings inside; size = code + model ===========================
+# 8  ARTIFACT -- integer rows and fp16 rest, compressed, its own settings inside; size = code + model ==================
 SIZE_LIMIT = 16_000_000  # bytes of code + model the challenge allows
 ARTIFACT_FORMAT = "text-diffusion-int8-zlib-2"
-EXPORT_LEVELS = (127, 111, 95, 79, 63)  # finest first; fewer levels compress to fewer bytes
 KEEP_FLOAT_NUMEL = 65_536  # tensors of up to this many numbers stay fp16, as the predecessor's
+# Largest integers of matrices (the first that fits is taken), that of embeddings (0: the same), compression.
+SCHEMES: dict[str, tuple[tuple[int, ...], int, Callable[[bytes], bytes]]] = {
+    "int8+zlib": ((127, 111, 95, 79, 63), 0, functools.partial(zlib.compress, level=9)),
+    "int6+lzma": ((31, 27, 23, 19, 15), 127, functools.partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME)),
+}
 
 
 def quantize_rows(w: Tensor, levels: int) -> tuple[Tensor, Tensor]:
@@ -1226,36 +1227,39 @@ def quantize_rows(w: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 
 
 def pack(weights: Mapping[str, Tensor], cfg: Config, tokenizer_sha256: str, levels: int) -> bytes:
-    tensors, scales, buffer = {}, {}, io.BytesIO()
+    tensors, scales, buffer, (_, embedding, compress) = {}, {}, io.BytesIO(), SCHEMES[cfg.export_scheme]
     for name, w in weights.items():
         tensors[name] = w.detach().cpu().half()
         if w.ndim == 2 and w.numel() > KEEP_FLOAT_NUMEL:
-            tensors[name], scales[name] = quantize_rows(w.detach().cpu(), levels)
+            most = embedding if embedding and name in ("tok_emb", "lm_head") else levels
+            tensors[name], scales[name] = quantize_rows(w.detach().cpu(), most)
     about = {"format": ARTIFACT_FORMAT, "config": dataclasses.asdict(cfg), "tokenizer_sha256": tokenizer_sha256}
     torch.save(about | {"tensors": tensors, "scales": scales}, buffer)
-    return zlib.compress(buffer.getvalue(), 9)
+    return compress(buffer.getvalue())
 
 
 def save_artifact(path: Path, weights: Mapping[str, Tensor], cfg: Config, tokenizer_sha256: str, log: Log) -> None:
     """Write the artifact with the finest levels that fit the limit, atomically; UserError: none fits, or disk full."""
-    code = Path(__file__).stat().st_size
-    for levels in (cfg.export_levels,) if cfg.export_levels else EXPORT_LEVELS:
+    code, scheme = Path(__file__).stat().st_size, cfg.export_scheme
+    for levels in SCHEMES[scheme][0]:
         data = pack(weights, cfg, tokenizer_sha256, levels)
         if (total := code + len(data)) <= SIZE_LIMIT:
             break
     atomic_write(path, data, "artifact")
-    log.event("size", levels=levels, total_bytes=total, code_bytes=code, model_bytes=len(data), limit_bytes=SIZE_LIMIT)
+    sizes = {"total_bytes": total, "code_bytes": code, "model_bytes": len(data), "limit_bytes": SIZE_LIMIT}
+    log.event("size", scheme=scheme, levels=levels, **sizes)
     if total > SIZE_LIMIT:
-        parts = f"code {code:,} + model {len(data):,} bytes (int8 levels {levels})"
-        remedy = "shrink NUM_LAYERS or MODEL_DIM, or RESUME=auto with fewer EXPORT_LEVELS (the checkpoint is kept)"
+        parts = f"code {code:,} + model {len(data):,} bytes ({scheme}, levels {levels})"
+        remedy = "shrink NUM_LAYERS or MODEL_DIM, or RESUME=auto (the checkpoint is kept) with EXPORT_SCHEME=int6+lzma"
         raise UserError(f"submission of {total:,} bytes exceeds {SIZE_LIMIT:,}: {parts}; {remedy}")
 
 
 def load_artifact(path: Path, device: torch.device) -> tuple[GPT, str]:
     """Rebuild a model (settings: model.cfg) and its tokenizer's sha256, running no code of the file; else UserError."""
-    unpacker = zlib.decompressobj()
     try:
-        raw = unpacker.decompress(path.read_bytes(), 1 << 31)  # more than any needs
+        data = path.read_bytes()
+        unpacker = lzma.LZMADecompressor() if data.startswith(b"\xfd7zXZ") else zlib.decompressobj()
+        raw = unpacker.decompress(data, 1 << 31)  # more than any needs
         payload = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True) if unpacker.eof else None
         if payload is None or payload["format"] != ARTIFACT_FORMAT:
             raise UserError("truncated" if payload is None else f"its format is not {ARTIFACT_FORMAT!r}")
@@ -1274,7 +1278,7 @@ class TrainState:
     """All that a step changes; what a checkpoint holds."""
 
     def __init__(self, cfg: Config, run: Run, loader: TokenLoader, model: GPT | None = None) -> None:
-        self.cfg, self.run, self.loader, self.step, self.seconds = cfg, run, loader, 0, 0.0
+        self.cfg, self.run, self.loader, self.step, self.seconds, self.operations = cfg, run, loader, 0, 0.0, 0.0
         self.model = (model or GPT(cfg)).to(run.device)
         groups, rates = assign_groups(self.model), {name: rate(cfg) for name, _, rate in GROUPS}
         adam = [dict(params=p, lr=0.0, base_lr=rates[name]) for name, p in groups.items() if p and name != "matrix"]
@@ -1308,6 +1312,7 @@ class TrainState:
     def log(self, event: str, values: dict[str, float]) -> None:
         tokens, ms = self.cfg.train_batch_tokens * self.step, max(self.seconds, 1e-9) * 1e3
         pace = {"train_ms": ms, "step_ms": ms / max(self.step, 1), "tok_per_sec": tokens / ms * 1e3}
+        pace["mfu"] = self.operations / ms * 1e3 / beside("flops.py", "peak", lambda _: math.nan)(str(self.run.device))
         self.run.log.event(event, step=self.step, iterations=self.cfg.iterations, **values, **pace)
 
     def save(self) -> None:
@@ -1318,7 +1323,8 @@ class TrainState:
         if self.run.rank == 0:
             buffer, states = io.BytesIO(), {"model": self.model.state_dict(), "adam": self.adam.state_dict()}
             kept = {"momenta": self.momenta, "ema": self.ema, "config": dataclasses.asdict(self.cfg), "step": self.step}
-            torch.save(states | kept | {"seconds": self.seconds, "position": self.loader.position}, buffer)
+            kept |= {"seconds": self.seconds, "operations": self.operations, "position": self.loader.position}
+            torch.save(states | kept, buffer)
             try:
                 atomic_write(path, buffer.getvalue(), "checkpoint")
             except UserError as error:
@@ -1341,7 +1347,8 @@ class TrainState:
         self.model.load_state_dict(saved["model"])
         self.adam.load_state_dict(saved["adam"])
         self.momenta, self.ema = saved["momenta"], saved["ema"]
-        self.step, self.seconds, self.loader.position = saved["step"], saved["seconds"], saved["position"]
+        self.step, self.seconds, self.operations = saved["step"], saved["seconds"], saved["operations"]
+        self.loader.position = saved["position"]
         run.log.event("resume", checkpoint=str(path), step=self.step, train_seconds=self.seconds)
 
 
@@ -1354,22 +1361,17 @@ class Objective:
             torch._dynamo.config.recompile_limit = 64
             self.clean = torch.compile(model.clean, dynamic=False, fullgraph=True)
             self.window = torch.compile(model.window, dynamic=False, fullgraph=True)
-        self.anneal: Callable[..., Tensor] = beside("objectives.py", "anneal")
         sizes, how = cfg.sizes(cfg.diffusion_windows) if cfg.diffusion else [], (cfg.diffusion_causal, run.device)
         self.masks = {size: window_mask(cfg.train_seq_len, size, *how) for size, _ in sizes}
 
-    def mask(self, size: int, now: Moment) -> Tensor:
-        mask, frac = self.masks[size], self.cfg.diffusion_anneal_frac
-        return mask if now.progress >= frac else self.anneal(mask, now.progress / frac, self.cfg.seed, now.step, size)
-
     def __call__(self, rows: Tensor, part: int, size: int, now: Moment) -> tuple[Tensor, Tensor]:
-        """Take part `part` of a batch, rows (B, T + 1), with windows of `size`; return the loss and what to log."""
+        """Take part `part` of a batch, rows (B, T + 1), and windows of `size`, 0: none; return loss and what to log."""
         cfg, (logits, kvs) = self.cfg, self.clean(rows[:, :-1])
         ar_loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-        if not cfg.diffusion or now.step < cfg.diffusion_start_step or now.progress < cfg.diffusion_start_frac:
+        if not size:
             return ar_loss, torch.stack((ar_loss.detach(), torch.zeros_like(ar_loss)))
         count = max(round(len(rows) * cfg.diffusion_row_frac), 1)
-        x0, before, positions = tile(rows[:count], size)
+        (x0, before, positions), mask = tile(rows[:count], size), self.masks[size]
         row = part * len(rows) + torch.arange(count, device=rows.device)[:, None]  # (B, 1), place in the global batch
         windows = torch.arange(x0.shape[1], device=rows.device)
         keys = derive(row, cfg.seed, now.step, windows)
@@ -1377,39 +1379,35 @@ class Objective:
         ramp = now.progress if cfg.diffusion_ramp == "run" else now.step / cfg.iterations
         noisy = corrupt(x0, noise_level(cfg, keys, window_index, ramp), keys, cfg)
         clean_logits, past = logits[:count].detach().view(*x0.shape, -1), [(k[:count], v[:count]) for k, v in kvs]
-        window, loss = Window(before, noisy, positions, self.mask(size, now)), torch.zeros_like(ar_loss)
+        if now.progress < (frac := cfg.diffusion_anneal_frac):
+            mask = beside("objectives.py", "anneal")(mask, now.progress / frac, cfg.seed, now.step, size)
+        window, loss = Window(before, noisy, positions, mask), torch.zeros_like(ar_loss)
         for i in range(0 if cfg.self_condition == "none" else -1, cfg.diffusion_passes):  # -1: without gradient
             with torch.set_grad_enabled(i >= 0):
                 logits = self.window(window, past)
             if i >= 0:
                 loss = loss + losses(logits, clean_logits, x0, noisy, cfg) / cfg.diffusion_passes
             if i + 1 < cfg.diffusion_passes:
-                window = self.feed_back(window, logits.detach(), derive(keys, 8 + i))
+                draws = [uniform(derive(keys, 8 + i, part), n) for part, n in ((1, 1), (2, size))]
+                window = beside("objectives.py", "feed_back")(self.model, window, logits.detach(), *draws)
         total = cfg.mercury_clean_loss_weight * ar_loss + cfg.diffusion_loss_weight * loss
         return total, torch.stack((ar_loss, loss)).detach()
-
-    def feed_back(self, window: Window, logits: Tensor, keys: Tensor) -> Window:
-        """Give a pass's prediction to the next: expected embeddings (soft), or tokens for corrupted ones (commit)."""
-        cfg, noisy = self.cfg, window.noisy
-        p, fraction = cfg.mercury_self_condition_prob, cfg.mercury_self_condition_fraction
-        chosen = uniform(derive(keys, 1), 1) < (1.0 if cfg.self_condition == "none" else p)  # (B, W, 1)
-        if cfg.self_condition == "soft":
-            return window._replace(previous=self.model.expected_embedding(logits) * chosen[..., None])
-        hit = chosen & (uniform(derive(keys, 2), noisy.xt.shape[-1]) < fraction) & noisy.corrupted
-        return window._replace(noisy=noisy._replace(xt=torch.where(hit, logits.argmax(-1), noisy.xt)))
 
 
 def train_step(state: TrainState, objective: Objective, now: Moment) -> Tensor:
     """Take one optimizer step, without a device sync; return this rank's next-token and windows' loss, (2,)."""
     cfg, run, sums = state.cfg, state.run, torch.zeros(2, device=state.run.device)
     num_rows, T = cfg.train_batch_tokens // cfg.micro_batches // cfg.train_seq_len, cfg.train_seq_len
-    sizes, shares = zip(*cfg.sizes(cfg.diffusion_windows if cfg.diffusion else "T"), strict=True)
+    noisy = cfg.diffusion and now.step >= cfg.diffusion_start_step and now.progress >= cfg.diffusion_start_frac
+    sizes, shares = zip(*cfg.sizes(cfg.diffusion_windows) if noisy else [(0, 1.0)], strict=True)
+    count_operations = beside("flops.py", "per_token", lambda *_: math.nan)
     for part in range(run.rank, cfg.micro_batches, run.world_size):
         rows = state.loader.rows(state.loader.position + part * num_rows * T, num_rows, T, run.device)
         size = random.Random(f"window {cfg.seed} {now.step} {part}").choices(sizes, shares)[0]
         with run.autocast():
             loss, terms = objective(rows, part, size, now)
         (loss / cfg.micro_batches).backward()  # type: ignore[no-untyped-call]
+        state.operations += count_operations(cfg, size) * rows[:, 1:].numel()
         sums += terms / cfg.micro_batches
     if run.world_size > 1:  # one transfer for all gradients
         grads = [p.grad for p in state.model.parameters() if p.grad is not None]
@@ -1469,7 +1467,7 @@ def main() -> int:
     try:
         cfg, source, warnings = Config.from_env(os.environ)
         loader, val, byte_counter = TokenLoader(cfg, "train"), TokenLoader(cfg, "val"), ByteCounter(cfg)
-        artifact = Path(cfg.out_dir) / "final_model.int8.ptz"
+        artifact = Path(cfg.out_dir) / f"final_model.{cfg.export_scheme[:4]}.ptz"
         with Run.start(cfg) as run:
             run.header(source, warnings)
             run.log.event("data", train_tokens=loader.total, val_tokens=val.total, train_shards=len(loader.paths))
@@ -1481,6 +1479,8 @@ def main() -> int:
             run.from_rank0(0.0)  # nobody reads the artifact before it is written
             model, _ = load_artifact(artifact, run.device)  # what is scored and decoded is the file
             run.log.event("final", **evaluate_bpb(model, run, val, byte_counter))
+            if cfg.eval_stride:
+                run.log.event("val_bpb_sliding", **evaluate_bpb(model, run, val, byte_counter, stride=cfg.eval_stride))
             for size, _ in cfg.sizes(cfg.nelbo_windows) if cfg.diffusion else []:
                 run.log.event("nelbo", window=size, **evaluate_bpb(model, run, val, byte_counter, size))
             if run.rank == 0 and cfg.parallel_eval_examples:

@@ -5,10 +5,11 @@
     python scripts/sample.py --artifact final_model.int8.ptz --adapter adapter.ptz --prompt 'Dear'
 
 Settings are those of train_gpt.py, from the environment: RECIPE (default: the artifact's) chooses the loss, ADAPTER_LR
-the rate, ITERATIONS and MAX_WALLCLOCK_SECONDS the budget; logs and checkpoints go to OUT_DIR, RESUME=auto goes on. What
-a model is (its sizes, and how its windows are read) is the artifact's. Windows carry loss from the first step unless
-DIFFUSION_START_FRAC says else. New text is prepared with the artifact's tokenizer (scripts/prepare_data.py). Progress
-goes to standard error; the last line of standard output is one JSON object.
+the rate, LORA_RANK the rank of the updates (as --rank), ITERATIONS and MAX_WALLCLOCK_SECONDS the budget; logs and
+checkpoints go to OUT_DIR, RESUME=auto goes on. What a model is (its sizes, and how its windows are read) is the
+artifact's. Windows carry loss from the first step unless DIFFUSION_START_FRAC says else. New text is prepared with the
+artifact's tokenizer (scripts/prepare_data.py). Progress goes to standard error; the last line of standard output is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -54,10 +55,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path, help="what to fine-tune: final_model.int8.ptz of train_gpt.py")
-    parser.add_argument("--rank", type=int, default=8, help="rank of every update (default %(default)s)")
+    parser.add_argument("--rank", type=int, help="rank of every update (default: LORA_RANK, or 8 without it)")
     parser.add_argument("--out", type=Path, default=Path("adapter.ptz"), help="default %(default)s")
     parser.add_argument("--window", type=int, help="window size of the bound (default 16, or T where 16 does not fit)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.rank is None and not (text := os.environ.get("LORA_RANK", "8")).isdecimal():
+        parser.error(f"LORA_RANK={text!r} must be a whole number from 1; set another, or name one by --rank")
+    args.rank = int(text) if args.rank is None else args.rank
+    return args
 
 
 # 1  ADAPTER -- low-rank updates of a frozen model, their file, and the way back =======================================
@@ -66,7 +71,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 class LowRank(nn.Module):
     """What a matrix W is replaced by: W + B A, with B zero at the start (LoRA, arXiv:2106.09685).
 
-    Unlike the token-gated adapters inside train_gpt.Linear it acts on every token, so both ways through the model move.
+    It acts on every token, so both ways through the model move.
     """
 
     def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
@@ -96,7 +101,8 @@ def add_updates(model: tg.GPT, rank: int, seed: int) -> None:
     found = [module for _, module in matrices(model)]
     most = min(min(module.weight.shape) for module in found)
     if not 1 <= rank <= most:
-        fail(f"--rank={rank} must be in [1, {most}], the smallest dimension of this model's matrices; choose another")
+        limit = f"[1, {most}], the smallest dimension of this model's matrices"
+        fail(f"--rank={rank} (or LORA_RANK) must be in {limit}; choose another")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for module in found:

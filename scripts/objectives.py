@@ -1,4 +1,4 @@
-"""Losses and masks of windows that only recipes of the ladder use; train_gpt.py runs this file, beside itself.
+"""Losses, noise and masks of windows that only recipes of the ladder use; train_gpt.py runs this file, beside itself.
 
 A loss takes logits (..., V), the true tokens (...), the clean stream's logits (..., V) and the corrupted windows, and
 returns nats of each token (...). LOSSES has the rows of train_gpt.LOSSES: that function, its weight by noise level t,
@@ -37,16 +37,41 @@ def sedd_uniform(logits: Tensor, x0: Tensor, _: Tensor, noisy: Any) -> Tensor:
     return entropy.scatter(-1, here, 0.0).mean(-1)
 
 
+def cross_entropy(logits: Tensor, x0: Tensor, *_: Any) -> Tensor:
+    """Nats of each token, as train_gpt.token_nll: (..., V) and (...) to (...)."""
+    return F.cross_entropy(logits.flatten(0, -2), x0.flatten(), reduction="none").view_as(x0)
+
+
 def clean_divergence(logits: Tensor, x0: Tensor, clean_logits: Tensor, _: Any) -> Tensor:
     """KL divergence of a window from what the clean stream says of the same tokens, nats: (..., V) to (...)."""
     return F.kl_div(logits.log_softmax(-1), clean_logits.log_softmax(-1), reduction="none", log_target=True).sum(-1)
 
 
 LOSSES = {
+    "middle": (cross_entropy, lambda t, _: (6 * t * (1 - t)).clamp_min(1e-3), True, False),  # middle levels count most
     "score_entropy": (score_entropy, lambda t, clip: (1 / t).clamp_max(clip), False, False),
     "sedd_uniform": (sedd_uniform, lambda t, clip: (1 / (1 - t)).clamp_max(clip), False, True),
     "consistency": (clean_divergence, lambda t, _: torch.ones_like(t), True, False),
 }
+
+
+def spans(u: Tensor, length: Tensor, i: Tensor, span: int) -> Tensor:
+    """Mark runs at random places, as many as make up a length.
+
+    Args:
+        u: a draw in [0, 1) for each run, (B, W, n).
+        length: tokens to mark, (B, W, 1); fewer where runs overlap or n is too small.
+        i: places in the window, 0 .. S - 1.
+        span: tokens of a run.
+    """
+    starts = (u * (len(i) - span + 1)).long()[..., None]
+    wanted = torch.arange(u.shape[-1], device=u.device) * span < length
+    return ((i >= starts) & (i < starts + span) & wanted[..., None]).any(dim=-2)
+
+
+def gaussian(u: Tensor) -> Tensor:
+    """Turn pairs of draws in [0, 1), (..., 2), into standard normal numbers (...), after Box and Muller 1958."""
+    return (-2 * torch.log1p(-u[..., 0])).sqrt() * torch.cos(2 * math.pi * u[..., 1])
 
 
 def anneal(both: Tensor, share: float, seed: int, step: int, size: int) -> Tensor:
@@ -64,3 +89,21 @@ def anneal(both: Tensor, share: float, seed: int, step: int, size: int) -> Tenso
     own_seed = random.Random(f"anneal {seed} {step} {size}").randrange(1 << 31)
     generator = torch.Generator().manual_seed(own_seed)
     return both & (earlier | (torch.rand(both.shape, generator=generator) < share)).to(both.device)
+
+
+def feed_back(model: Any, window: Any, logits: Tensor, u: Tensor, v: Tensor) -> Any:
+    """Give a pass's prediction to the next: expected embeddings (soft), or tokens for corrupted ones (commit).
+
+    Args:
+        model: train_gpt.GPT.
+        window: train_gpt.Window (B, W, S) that the pass read.
+        logits: what it predicted, (B, W, S, V), without gradient.
+        u: draws in [0, 1), (B, W, 1), of which windows get it.
+        v: draws in [0, 1), (B, W, S), of which corrupted tokens do (commit).
+    """
+    cfg, noisy = model.cfg, window.noisy
+    chosen = u < (1.0 if cfg.self_condition == "none" else cfg.mercury_self_condition_prob)
+    if cfg.self_condition == "soft":
+        return window._replace(previous=model.expected_embedding(logits) * chosen[..., None])
+    hit = chosen & (v < cfg.mercury_self_condition_fraction) & noisy.corrupted
+    return window._replace(noisy=noisy._replace(xt=torch.where(hit, logits.argmax(-1), noisy.xt)))

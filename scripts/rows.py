@@ -11,7 +11,7 @@ from runlog import NONE, REFINE, Group, Key, RunLog, group_runs, markdown, mean_
 
 import train_gpt as tg
 
-INFILL_SPAN, INFILL_PASSES = 8, (1, 4)
+INFILL_SPAN, INFILL_PASSES = 8, (1, 8)
 
 Rows = dict[str, Group]  # of one data set, machine and settings, in the order of the ladder, by row
 

@@ -43,7 +43,7 @@ PROGRAM = Path(tg.__file__)
 
 OWN = ("RECIPE", "SEED", "RUN_ID", "OUT_DIR", "RESUME")  # what a sweep sets in each run
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # of whatever started this process
-SCORING = ("nelbo_", "parallel_eval_", "eval_seed", "export_levels")  # settings that change scores but no training
+SCORING = ("nelbo_", "parallel_eval_", "eval_", "export_")  # settings that change scores but no training
 
 
 def rows() -> dict[str, dict[str, Any]]:

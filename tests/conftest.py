@@ -47,7 +47,7 @@ TINY: dict[str, Any] = dict(
     train_log_every=1, val_loss_every=0, val_batch_size=256, diffusion_windows="4:1,8:1,T:1", diffusion_row_frac=1.0,
     diffusion_span_len=2, diffusion_spans_per_seq=4, nelbo_windows="1,4", nelbo_samples=4, nelbo_sequences=8,
     parallel_eval_examples=2, parallel_eval_prefix_len=4, parallel_eval_span_len="4", parallel_eval_suffix_len=4,
-    parallel_eval_steps="1,2", diffusion_start_frac=0.0, device="cpu", compile="0")
+    parallel_eval_steps="1,2", diffusion_start_frac=0.0, eval_stride=8, device="cpu", compile="0")
 # fmt: on
 
 

@@ -30,6 +30,11 @@ def model(monkeypatch: pytest.MonkeyPatch) -> tg.GPT:
     return randomise(tg.GPT(tiny()))
 
 
+def big(**overrides: Any) -> tg.GPT:
+    """A model with matrices that are quantised."""
+    return randomise(tg.GPT(tiny(**{"model_dim": 256, "mlp_mult": 4, **overrides})))
+
+
 def weights_of(model: tg.GPT) -> dict[str, Tensor]:
     return dict(model.named_parameters())
 
@@ -258,7 +263,7 @@ def test_over_the_limit_is_an_error_and_the_file_is_there(
         tg.save_artifact(path, weights_of(model), model.cfg, "abc", log)
     code_bytes, model_bytes = (ROOT / "train_gpt.py").stat().st_size, path.stat().st_size
     (size,) = log.of("size")
-    assert size["levels"] == tg.EXPORT_LEVELS[-1]
+    assert (size["scheme"], size["levels"]) == ("int8+zlib", tg.SCHEMES["int8+zlib"][0][-1])
     assert (size["code_bytes"], size["model_bytes"]) == (code_bytes, model_bytes)
     for named in (
         f"submission of {code_bytes + model_bytes:,} bytes exceeds 1,000",
@@ -270,20 +275,37 @@ def test_over_the_limit_is_an_error_and_the_file_is_there(
     tg.load_artifact(path, CPU)
 
 
+@pytest.mark.parametrize("scheme", list(tg.SCHEMES))
 def test_levels_are_coarsened_only_as_far_as_it_takes(
-    tmp_path: Path, model: tg.GPT, monkeypatch: pytest.MonkeyPatch
+    scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code_bytes = (ROOT / "train_gpt.py").stat().st_size
-    sizes = {n: code_bytes + len(tg.pack(weights_of(model), model.cfg, "abc", n)) for n in tg.EXPORT_LEVELS}
+    code_bytes, model = (ROOT / "train_gpt.py").stat().st_size, big(export_scheme=scheme)
+    sizes = {n: code_bytes + len(tg.pack(weights_of(model), model.cfg, "abc", n)) for n in tg.SCHEMES[scheme][0]}
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
     assert len(set(sizes.values())) == len(sizes)
     for levels, total in sizes.items():
         monkeypatch.setattr(tg, "SIZE_LIMIT", total)
         (size,) = save(tmp_path / "a.ptz", model).of("size")
-        assert (size["levels"], size["total_bytes"]) == (levels, total)
-    monkeypatch.setattr(tg, "SIZE_LIMIT", 10**9)
-    chosen = randomise(tg.GPT(tiny(export_levels=15)))  # the user's own choice
-    assert save(tmp_path / "a.ptz", chosen).of("size")[0]["levels"] == 15
+        assert (size["scheme"], size["levels"], size["total_bytes"]) == (scheme, levels, total)
+
+
+def test_six_bits_are_fewer_bytes_and_spare_the_embedding(tmp_path: Path) -> None:
+    found = {}
+    for scheme in tg.SCHEMES:
+        model, path = big(export_scheme=scheme), tmp_path / scheme
+        save(path, model)
+        again, sha256 = tg.load_artifact(path, CPU)
+        assert (sha256, again.cfg.export_scheme) == ("abc", scheme)
+        for (name, ours), theirs in zip(model.named_parameters(), again.parameters(), strict=True):
+            if ours.ndim == 2 and ours.numel() > tg.KEEP_FLOAT_NUMEL:
+                levels = 127 if scheme == "int8+zlib" or name == "tok_emb" else 31
+                step = ours.abs().amax(dim=1, keepdim=True) / levels
+                assert ((ours - theirs).abs() <= 0.502 * step).all()  # half a step; scales are fp16
+                assert ((ours - theirs).abs() > 0.4 * step).any()  # and of no finer one
+        found[scheme] = path.stat().st_size
+        path.write_bytes(path.read_bytes()[:-40])
+        assert "truncated" in fault_of(path) or "Error" in fault_of(path)
+    assert found["int6+lzma"] < 0.85 * found["int8+zlib"]
 
 
 def full_disk(*_: Any) -> None:

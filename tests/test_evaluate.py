@@ -244,6 +244,30 @@ def test_rows_of_a_bound_are_evenly_spaced_over_the_split(data: dict[str, Any]) 
     assert len(seen) == 21  # the exact score always takes the whole split
 
 
+@pytest.mark.parametrize("stride", [1, 5, 16, 99])
+def test_a_sliding_score_gives_every_token_its_longest_context(stride: int, data: dict[str, Any]) -> None:
+    model, run, loader, counter = evaluation(**data, val_batch_size=80)
+    loader.shards, loader.ends, loader.total = [loader.shards[0][:70]], [70], 70  # 69 tokens to predict
+    found = tg.evaluate_bpb(model, run, loader, counter, stride=stride)
+    stride = min(stride, 16)
+    rows = (69 - 16) // stride + 1
+    text, ends = torch.tensor(loader.shards[0].astype("int64")), [16 + stride * i for i in range(rows)]
+    nats, num_bytes, scored = 0.0, 0, 0
+    for place in range(1, ends[-1] + 1):  # the first row that reaches it has the longest context
+        end = next(end for end in ends if end >= place)
+        nats += tg.score(model, text[None, end - 16 : end + 1])[0, place - 1 - end].item()
+        num_bytes += int(counter.count(text[place - 1], text[place]))
+        scored += 1
+    assert (found["tokens"], found["bytes"], found["stride"]) == (scored, num_bytes, stride)
+    assert found["loss"] == pytest.approx(nats / scored, rel=1e-6)
+    if stride == 16:
+        assert found["bpb"] == tg.evaluate_bpb(model, run, loader, counter)["bpb"]
+    ranks = type("Ranks", (OneOf,), {})
+    for rank in range(3):
+        shared = tg.evaluate_bpb(model, ranks(**vars(make_run(run.cfg, rank, 3))), loader, counter, stride=stride)
+    assert shared == pytest.approx(found, rel=1e-6)
+
+
 def test_a_bound_converges_and_knows_its_error(data: dict[str, Any]) -> None:
     model, run, loader, counter = evaluation(**data, nelbo_sequences=4)
 

@@ -273,7 +273,7 @@ def test_a_damaged_adapter_is_refused(artifact: Path, tmp_path: Path) -> None:
 def test_a_rank_that_is_none_is_named(call: Callable[..., Called], rank: int, tmp_path: Path) -> None:
     status, out, err = call("--rank", str(rank))
     assert (status, out) == (2, "")
-    assert f"error: --rank={rank} must be in [1, 8], the smallest dimension of this model's matrices" in err
+    assert f"error: --rank={rank} (or LORA_RANK) must be in [1, 8], the smallest dimension of this model's" in err
     assert not list(tmp_path.iterdir())
 
 
@@ -349,3 +349,11 @@ def test_likelihood_scores_with_an_adapter(
     assert found[1]["causal_bpb"] == likelihood.causal(
         likelihood.load(likelihood.parse_args([*argv, "--adapter", str(path)])), lambda: None
     )
+
+
+def test_the_rank_comes_from_the_environment_too(call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert facts(call(iterations=1, lora_rank=2))["rank"] == 2
+    assert facts(call("--rank", "3", iterations=1, lora_rank=2))["rank"] == 3  # the command line says more
+    monkeypatch.setenv("LORA_RANK", "two")
+    with pytest.raises(SystemExit, match="2"):
+        finetune.parse_args(["final_model.int8.ptz"])

@@ -40,7 +40,7 @@ def logs(tmp_path: Path) -> Path:
     folder = tmp_path / "logs"
     write(folder, "d1", lines_of(seed=1, bpb=2.0))
     second = lines_of(seed=2, bpb=2.2)
-    next(line for line in second if line.get("task") == "infill" and line["steps"] == 4)["token_acc"] = 0.6
+    next(line for line in second if line.get("task") == "infill" and line["steps"] == 8)["token_acc"] = 0.6
     write(folder, "d2", second)
     write(folder, "d3", lines_of(seed=3, bpb=9.0)[:7])
     unable = ("nelbo", "parallel_eval")
@@ -73,10 +73,10 @@ def test_infill_is_drawn_against_passes_as_mean_and_deviation(logs: Path) -> Non
     plot_runs.draw_infill(panel, rows_in(logs), 8, "token_acc", STYLE)
     (container,) = panel.containers  # ar has filled no hole
     line, _, (bars,) = container
-    assert points(line) == [(1.0, 0.375), (4.0, 0.5)]
+    assert points(line) == [(1.0, 0.375), (8.0, 0.5)]
     low, high = bars.get_segments()[1][:, 1]
     assert (low, high) == (pytest.approx(0.5 - 0.02**0.5), pytest.approx(0.5 + 0.02**0.5))
-    assert [tick.get_text() for tick in panel.get_xticklabels()] == ["1", "4"]
+    assert [tick.get_text() for tick in panel.get_xticklabels()] == ["1", "8"]
     plot_runs.draw_infill(panel, rows_in(logs), 64, "token_acc", STYLE)
     assert len(panel.containers) == 1
 

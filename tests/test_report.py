@@ -48,7 +48,7 @@ def events(
                 ("continuation", "ar_cached", 8, {"token_acc": 0.5, "tok_per_sec": 100.0}),
                 ("continuation", "refine", 1, {"token_acc": 0.25, "tok_per_sec": 800.0}),
                 ("infill", "refine", 1, {"token_acc": 0.375, "tok_per_sec": 700.0}),
-                ("infill", "refine", 4, {"token_acc": 0.4, "tok_per_sec": 200.0}),
+                ("infill", "refine", 8, {"token_acc": 0.4, "tok_per_sec": 200.0}),
             )
         ),
         {"event": "done", "artifact": "a", "log": "b", "steps": 10, "peak_memory_mib": 300 + seed},
@@ -114,7 +114,7 @@ def test_seeds_are_averaged_into_one_row(project: Project) -> None:
     assert continuation[3:] == ["continuation", "8", "0.250 ± 0.000 (800/s)", "-", "0.500 ± 0.000 (100/s)"]
     assert infill[3:] == ["infill", "8", "0.375 ± 0.000 (700/s)", "0.400 ± 0.000 (200/s)", "-"]
     assert "| bound, window 1 | bound, window 16 |" in out
-    assert "| 1 pass | 4 passes | left to right |" in out
+    assert "| 1 pass | 8 passes | left to right |" in out
     assert "standard error of one run's bound: 0.0123" in out
 
 
@@ -407,12 +407,12 @@ def test_submission_holds_every_field_whatever_was_measured(project: Project) ->
     ranked: dict[str, Any] = {"data": "/x/fineweb10B_sp1024", "ranks": 8, "preset": "8xh100"}
     project.log("a", events(seed=1, bpb=1.2, **ranked))
     lines = events(seed=2, bpb=1.3, **ranked)
-    lines[-2]["token_acc"] = 0.5  # infill in 4 passes
+    lines[-2]["token_acc"] = 0.5  # infill in 8 passes
     project.log("b", lines)
     entry = project.entry()
     assert all(entry[name] is not None for name in fields - {"decode_benchmark"})
     assert entry["seeds"]["2"] == {"val_bpb": 1.3, "val_loss": 1.5, "bytes_total": 1_000_002, "log": "b"}
-    infill = {"task": "infill", "span": 8, "mode": "refine", "steps": 4}
+    infill = {"task": "infill", "span": 8, "mode": "refine", "steps": 8}
     assert entry["parallel_eval"][-1] == {**infill, "token_acc": 0.45, "exact_seq": 0.0, "tok_per_sec": 200.0}
     (here,) = entry["measured_here"]["fineweb10B_sp1024"]
     assert here["per_seed"] == entry["seeds"]

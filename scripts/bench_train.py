@@ -1,0 +1,295 @@
+"""Time training steps and scoring: recipes x sizes x processes, each in a process of its own, turn by turn.
+
+    python scripts/bench_train.py --recipes ar,direct,retrograde
+    python scripts/bench_train.py --size MODEL_DIM=160 --size MODEL_DIM=320,NUM_LAYERS=8 --rounds 5
+    python scripts/bench_train.py --nproc 1,2 --out train.json
+    python scripts/bench_train.py --program /old/train_gpt.py    this program against another version, in turns
+
+Settings come from the environment as for train_gpt.py (PRESET, COMPILE, ...); --size sets more, once for every row of
+the table. Text is random tokens: nothing needs to be prepared. A step with windows and one without are timed apart;
+"run" is their mean over a run, by DIFFUSION_START_FRAC. Ratios to `ar` (or, with --program, to this program) are taken
+within a round and their median is shown, since a machine's speed drifts. MFU: flops.py. On CUDA a step that waits for
+the device is an error; "graphs" are compilations after the warm-up, which should be none. Score speeds are tokens a
+second of val_bpb and, a sample, of the bound at 16 and T. Not timed: data preparation, start. The table is Markdown;
+the last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from runlog import markdown
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # train_gpt.py lies beside this folder
+
+import train_gpt as tg
+
+WARM = 3  # steps before the timed ones
+SCORED_ROWS = 32  # rows of a scoring that is timed
+REFERENCE = "ar"
+
+
+def fail(message: str) -> None:
+    """Raise the error that `main` prints without a traceback."""
+    raise tg.UserError(message)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; exits with 2 on a wrong one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", default="ar,direct", help="list, with commas (default %(default)s)")
+    parser.add_argument("--size", action="append", metavar="NAME=VALUE,...", help="settings of a row; may be repeated")
+    parser.add_argument("--nproc", type=numbers, default=[1], help="processes, a list (default 1)")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of a kind (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns (default %(default)s)")
+    parser.add_argument("--program", type=Path, help="another version of train_gpt.py, timed in turns with this one")
+    parser.add_argument("--no-score", action="store_true", help="time no scoring")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the result there")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    for name in ("steps", "rounds"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}={getattr(args, name)} must be 1 or more")
+    if args.program and not args.program.is_file():
+        parser.error(f"--program={args.program} is no file; name a train_gpt.py")
+    return args
+
+
+# 1  ONE CASE -- in a process of its own ===============================================================================
+
+
+def load_program(path: str) -> Any:
+    """Import a train_gpt.py from anywhere, under a name of its own."""
+    if not path:
+        return tg
+    spec = importlib.util.spec_from_file_location("other_train_gpt", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def graphs() -> int:
+    """Compilations so far."""
+    counters = torch._dynamo.utils.counters["stats"]
+    return int(counters["unique_graphs"])
+
+
+def time_steps(program: Any, state: Any, objective: Any, run: Any, progress: float, steps: int) -> list[float]:
+    """Seconds of each of a number of steps at a place of the run, after WARM others."""
+    seconds = []
+    for i in range(WARM + steps):
+        began = run.clock()
+        if run.device.type == "cuda" and i >= WARM:
+            torch.cuda.set_sync_debug_mode("error")
+        program.train_step(state, objective, program.Moment(state.step, progress, 1.0))
+        if run.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+        seconds.append(run.clock() - began)
+    return seconds[WARM:]
+
+
+@torch.no_grad()
+def time_scores(program: Any, model: Any, run: Any) -> dict[str, float]:
+    """Tokens a second of the exact score and, a sample, of the bound at windows of 16 and T; medians of 3."""
+    cfg, T = run.cfg, run.cfg.train_seq_len
+    rows = torch.randint(cfg.vocab_size, (SCORED_ROWS, T + 1), device=run.device)
+    jobs: dict[str, Callable[[], Any]] = {"exact": functools.partial(program.score, model, rows)}
+    for size in (16, T) if cfg.diffusion else ():
+        if T % size == 0:
+            mask = program.window_mask(T, size, cfg.diffusion_causal, run.device)
+            keys = program.derive(
+                torch.arange(SCORED_ROWS, device=run.device)[:, None], torch.arange(T // size).to(rows)
+            )
+            bound = functools.partial(program.window_bounds, model, rows, keys, size, 1, mask)
+            jobs[f"bound {'T' if size == T else size}"] = bound
+    found = {}
+    for name, job in jobs.items():
+        seconds = []
+        for _ in range(4):
+            began = run.clock()
+            with run.autocast():
+                job()
+            seconds.append(run.clock() - began)
+        found[name] = rows[:, 1:].numel() / statistics.median(seconds[1:])
+    return found
+
+
+def work(task: Mapping[str, Any]) -> None:
+    """Time one case and print what was found, as JSON (rank 0)."""
+    program = load_program(task["program"])
+    cfg, _, _ = program.Config.from_env(os.environ)
+    with program.Run.start(cfg) as run:
+        state = program.TrainState(cfg, run, program.TokenLoader(cfg, "train"))
+        objective = program.Objective(cfg, run, state.model)
+        start = cfg.diffusion_start_frac if cfg.diffusion else 1.0
+        found: dict[str, Any] = {"start": start, "tokens": cfg.train_batch_tokens, "world": run.world_size}
+        for name, progress, part in (("clean", 0.0, start), ("windows", 1.0, 1 - start)):
+            if part > 0:
+                state.step = cfg.iterations // 2  # past DIFFUSION_START_STEP
+                time_steps(program, state, objective, run, progress, 1)
+                before = graphs()
+                found[name] = time_steps(program, state, objective, run, progress, task["steps"])
+                found["graphs"] = found.get("graphs", 0) + graphs() - before
+        found["params"] = sum(p.numel() for p in state.model.parameters())
+        peak = torch.cuda.max_memory_allocated() // 2**20 if run.device.type == "cuda" else 0
+        found["peak_mib"] = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        per_token, best = (tg.beside("flops.py", name) for name in ("per_token", "peak"))
+        sizes = cfg.sizes(cfg.diffusion_windows) if cfg.diffusion else []
+        found["operations"] = start * per_token(cfg) + (1 - start) * sum(per_token(cfg, s) * p for s, p in sizes)
+        found["best"] = best(str(run.device))
+        if task["score"] and run.world_size == 1:
+            found["score"] = time_scores(program, state.model.eval(), run)
+        if run.rank == 0:
+            print("\n" + json.dumps(found))
+
+
+# 2  ALL CASES -- in turns =============================================================================================
+
+
+def random_text(folder: Path, cfg: tg.Config) -> None:
+    """Write shards of random tokens, enough for a step of any size here."""
+    count = max(2 * cfg.train_batch_tokens, 4 * cfg.train_seq_len) + 1
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, count).astype("<u2")
+    header = np.zeros(tg.SHARD_HEADER, dtype="<i4")
+    header[:3] = tg.SHARD_MAGIC, tg.SHARD_VERSION, count
+    for split in ("train", "val"):
+        (folder / f"random_{split}_000000.bin").write_bytes(header.tobytes() + tokens.tobytes())
+
+
+def one(case: Mapping[str, Any], args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run one case; UserError: it failed."""
+    text = folder / "text"
+    text.mkdir(exist_ok=True)
+    env = {**os.environ, **case["settings"], "RECIPE": case["recipe"], "DATA_PATH": str(text), "OUT_DIR": str(folder)}
+    env |= {"RUN_ID": "bench", "RESUME": "no"}
+    cfg, _, _ = tg.Config.from_env(env | {"WORLD_SIZE": str(case["nproc"])})
+    random_text(text, cfg)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case['nproc']}"]
+    task = {"program": case["program"], "steps": args.steps, "score": not (args.no_score or case["program"])}
+    command = [sys.executable, *launcher * (case["nproc"] > 1), __file__, "--worker", json.dumps(task)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise tg.UserError(f"{case['recipe']} {case['settings']} failed: {lines[-1] if lines else 'nothing printed'}")
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def cases(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """List what is timed in a round; UserError: a setting or recipe is wrong."""
+    found = []
+    for size in args.size or [""]:
+        settings = dict(part.split("=", 1) if "=" in part else (part, "") for part in size.split(",") if part)
+        for nproc in args.nproc:
+            for recipe in args.recipes.split(","):
+                for program in ("", str(args.program))[: 2 if args.program else 1]:
+                    case = {"size": size or "-", "settings": settings, "nproc": nproc, "recipe": recipe}
+                    tg.Config.from_env({**os.environ, **settings, "RECIPE": recipe, "WORLD_SIZE": str(nproc)})
+                    found.append(case | {"program": program})
+    return found
+
+
+def step_seconds(found: Mapping[str, Any]) -> float:
+    """Mean seconds a step over a run."""
+    median = {name: statistics.median(found[name]) for name in ("clean", "windows") if name in found}
+    return float(found["start"] * median.get("clean", 0.0) + (1 - found["start"]) * median.get("windows", 0.0))
+
+
+def summarise(all_cases: Sequence[dict[str, Any]], rounds: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Medians over rounds of every case, and the ratio of its step to that of its reference in the same round."""
+    rows = []
+    for i, case in enumerate(all_cases):
+        mine = [found[i] for found in rounds]
+        wanted = {"recipe": case["recipe"], "program": ""} if case["program"] else {"recipe": REFERENCE, "program": ""}
+        same = {"size": case["size"], "nproc": case["nproc"]} | wanted
+        other = next((j for j, c in enumerate(all_cases) if all(c[k] == v for k, v in same.items())), None)
+        ratios = [] if other is None else [step_seconds(f[i]) / step_seconds(f[other]) for f in rounds]
+        seconds = statistics.median(map(step_seconds, mine))
+        kinds = {
+            k: statistics.median(statistics.median(f[k]) for f in mine) for k in ("clean", "windows") if k in mine[0]
+        }
+        rate = mine[0]["tokens"] / seconds
+        best = statistics.median(f["best"] for f in mine)
+        row = {
+            "size": case["size"],
+            "recipe": case["recipe"],
+            "program": case["program"] or "-",
+            "nproc": case["nproc"],
+        }
+        row |= {"params": mine[0]["params"], "clean_ms": 1e3 * kinds["clean"] if "clean" in kinds else None}
+        row |= {"windows_ms": 1e3 * kinds["windows"] if "windows" in kinds else None, "run_ms": 1e3 * seconds}
+        row |= {"tok_per_sec": rate, "mfu": rate * mine[0]["operations"] / case["nproc"] / best}
+        row |= {"ratio": statistics.median(ratios) if ratios else None, "peak_mib": max(f["peak_mib"] for f in mine)}
+        row |= {"graphs": max(f["graphs"] for f in mine)}
+        for name in ("exact", "bound 16", "bound T"):
+            speeds = [f["score"][name] for f in mine if name in f.get("score", {})]
+            row[f"{name}_tok_per_sec"] = statistics.median(speeds) if speeds else None
+        rows.append(row)
+    return rows
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if value < 10 else f"{value:,.0f}"
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    todo = cases(args)
+    with tempfile.TemporaryDirectory() as name, tqdm(total=args.rounds * len(todo), disable=None) as bar:
+        rounds = []
+        for _ in range(args.rounds):
+            found = []
+            for case in todo:
+                bar.set_postfix_str(f"{case['recipe']} {case['size']}")
+                found.append(one(case, args, Path(name)))
+                bar.update()
+            rounds.append(found)
+    rows = summarise(todo, rounds)
+    print(markdown(list(rows[0]), [[cell(v) for v in row.values()] for row in rows], 3) + "\n")
+    preset = tg.Config.from_env(os.environ)[0].preset
+    found_all = {"preset": preset, "rounds": args.rounds, "steps": args.steps, "torch": torch.__version__, "rows": rows}
+    if args.out:
+        tg.atomic_write(args.out, json.dumps(found_all, indent=1).encode(), "result")
+    return found_all
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, or 2 after an error the user can repair."""
+    args = parse_args(argv)
+    try:
+        if args.worker:
+            work(json.loads(args.worker))
+            return 0
+        print(json.dumps(run(args)))
+    except (tg.UserError, OSError) as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
