@@ -66,7 +66,7 @@ class Config:
     preset: str = free("auto", "row of PRESETS (hardware size); auto looks at this machine")
     run_id: str = free("", "name of log and checkpoint; empty: recipe, seed and a hash of the settings")
     seed: int = opt(1337, "fixes initial weights, data order and noise", low=0, high=2**31 - 1)
-    out_dir: str = free(".", "folder of final_model.int8.ptz, logs/ and checkpoints/", "path")
+    out_dir: str = free(".", "folder of final_model.*.ptz, logs/ and checkpoints/", "path")
     resume: str = free("no", "auto: continue from checkpoints/RUN_ID.pt if it is there", choices="no auto")
     init_from: str = opt("", "artifact whose weights training starts from; empty: from scratch", "path")
     checkpoint_seconds: float = free(60.0, "time between checkpoints; 0: only the last", "s", low=0)
@@ -277,10 +277,10 @@ RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (  # what must hold; w
     (lambda c: c.tiles(c.nelbo_windows), "NELBO_WINDOWS must be sizes (or T) that divide TRAIN_SEQ_LEN: 1,16,T"),
     (lambda c: c.regions() != [] and all(name in REGIONS for name, _ in c.regions()),
      f"DIFFUSION_REGIONS must name {', '.join(REGIONS)}: iid:3,infill:1"),
-    (lambda c: SCRIPTS.exists() or not (
+    (lambda c: (SCRIPTS / "objectives.py").exists() or not (
         c.diffusion_loss not in ("mean", "elbo") or c.diffusion_corruption_mode == "gaussian" or c.diffusion_passes > 1
         or c.self_condition != "none" or "spans" in dict(c.regions()) or c.diffusion_anneal_frac or c.init_from),
-     f"RECIPE or a setting needs files of {SCRIPTS}, which is not there; copy that folder, too, or take RECIPE=direct"),
+     "a setting of this recipe needs the folder scripts/ beside this program; copy it, too, or take the recipe direct"),
     (lambda c: c.diffusion_loss != "sedd_uniform" or c.diffusion_corruption_mode == "uniform",
      "DIFFUSION_LOSS is of uniform noise, not of DIFFUSION_CORRUPTION_MODE; make that uniform or take score_entropy"),
     (lambda c: c.diffusion_min_mask_ratio <= c.diffusion_max_mask_ratio,
@@ -1250,7 +1250,7 @@ def save_artifact(path: Path, weights: Mapping[str, Tensor], cfg: Config, tokeni
     log.event("size", scheme=scheme, levels=levels, **sizes)
     if total > SIZE_LIMIT:
         parts = f"code {code:,} + model {len(data):,} bytes ({scheme}, levels {levels})"
-        remedy = "shrink NUM_LAYERS or MODEL_DIM, or RESUME=auto (the checkpoint is kept) with EXPORT_SCHEME=int6+lzma"
+        remedy = "RESUME=auto with EXPORT_SCHEME=int6+lzma (the checkpoint is kept), or shrink NUM_LAYERS or MODEL_DIM"
         raise UserError(f"submission of {total:,} bytes exceeds {SIZE_LIMIT:,}: {parts}; {remedy}")
 
 
@@ -1347,7 +1347,7 @@ class TrainState:
         self.model.load_state_dict(saved["model"])
         self.adam.load_state_dict(saved["adam"])
         self.momenta, self.ema = saved["momenta"], saved["ema"]
-        self.step, self.seconds, self.operations = saved["step"], saved["seconds"], saved["operations"]
+        self.step, self.seconds, self.operations = saved["step"], saved["seconds"], saved.get("operations", math.nan)
         self.loader.position = saved["position"]
         run.log.event("resume", checkpoint=str(path), step=self.step, train_seconds=self.seconds)
 

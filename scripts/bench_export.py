@@ -22,6 +22,7 @@ import lzma
 import math
 import os
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -72,17 +73,17 @@ def load(path: Path) -> tuple[tg.Config, dict[str, Tensor]]:
     """Read settings and unrounded weights of a checkpoint; UserError: it is missing, damaged or not ours."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        names = ("data_path", "tokenizer_path", "nelbo_sequences", "nelbo_samples")
-        given = {name: os.environ[name.upper()] for name in names if name.upper() in os.environ}
         cfg = tg.Config(**saved["config"])
-        kinds = {name: type(getattr(cfg, name)) for name in given}
-        cfg = dataclasses.replace(cfg, **{name: kinds[name](value) for name, value in given.items()})
-        weights = dict(saved["model"])
+        model, weights = tg.GPT(cfg), dict(saved["model"])
+        model.load_state_dict(weights)
         if saved["ema"]:
-            weights = dict(zip(dict(tg.GPT(cfg).named_parameters()), saved["ema"], strict=True))
+            weights = dict(zip(dict(model.named_parameters()), saved["ema"], strict=True))
     except Exception as error:  # torch raises many kinds on foreign files
         fail(f"checkpoint {path} is missing, damaged or not ours ({error}); name checkpoints/RUN_ID.pt of a run")
-    return cfg, weights
+    names = ("data_path", "tokenizer_path", "nelbo_sequences", "nelbo_samples")
+    fixed = {k.upper(): str(int(v)) if isinstance(v, bool) else str(v) for k, v in vars(cfg).items() if k != "preset"}
+    given = {name.upper(): os.environ[name.upper()] for name in names if name.upper() in os.environ}
+    return tg.Config.from_env(fixed | {"PRESET": cfg.preset} | given)[0], weights
 
 
 # 1  ROUNDING -- as train_gpt.pack, tensor by tensor ===================================================================
@@ -135,7 +136,8 @@ def scores(cfg: tg.Config, weights: Mapping[str, Tensor], window: int, device: t
     """Exact bits per byte of the validation split, and the bound (None without a denoiser)."""
     model = tg.GPT(cfg)
     model.load_state_dict(dict(weights))
-    run = tg.Run(cfg, 0, 1, device, tg.Log(cfg, 1, continued=True))  # a log of rank 1: nothing is written
+    with tempfile.TemporaryDirectory() as nowhere:  # evaluate_bpb writes no event
+        run = tg.Run(cfg, 0, 1, device, tg.Log(dataclasses.replace(cfg, out_dir=nowhere), 0, continued=False))
     val, counter = tg.TokenLoader(cfg, "val"), tg.ByteCounter(cfg)
     of: list[int] = [0, window] if cfg.diffusion else [0]
     found = [tg.evaluate_bpb(model.to(device).eval(), run, val, counter, size)["bpb"] for size in of]

@@ -1,7 +1,7 @@
 """Time training steps and scoring: recipes x sizes x processes, each in a process of its own, turn by turn.
 
     python scripts/bench_train.py --recipes ar,direct,retrograde
-    python scripts/bench_train.py --size MODEL_DIM=160 --size MODEL_DIM=320,NUM_LAYERS=8 --rounds 5
+    python scripts/bench_train.py --size MODEL_DIM=160 --size 'MODEL_DIM=320 NUM_LAYERS=8' --rounds 5
     python scripts/bench_train.py --nproc 1,2 --out train.json
     python scripts/bench_train.py --program /old/train_gpt.py    this program against another version, in turns
 
@@ -57,7 +57,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", default="ar,direct", help="list, with commas (default %(default)s)")
-    parser.add_argument("--size", action="append", metavar="NAME=VALUE,...", help="settings of a row; may be repeated")
+    parser.add_argument("--size", action="append", metavar="NAME=VALUE ...", help="settings of a row; may be repeated")
     parser.add_argument("--nproc", type=numbers, default=[1], help="processes, a list (default 1)")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a kind (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="turns (default %(default)s)")
@@ -94,6 +94,17 @@ def graphs() -> int:
     """Compilations so far."""
     counters = torch._dynamo.utils.counters["stats"]
     return int(counters["unique_graphs"])
+
+
+def prime(program: Any, state: Any, objective: Any, run: Any, progress: float) -> None:
+    """Run every kind of pass of these steps once, whatever windows they will draw, as training does."""
+    cfg, sizes = state.cfg, [*objective.masks] if progress else [0]
+    rows = state.loader.rows(0, cfg.train_batch_tokens // cfg.micro_batches // cfg.train_seq_len, cfg.train_seq_len)
+    for size in sizes or [0]:
+        with run.autocast():
+            loss, _ = objective(rows.to(run.device), 0, size, program.Moment(state.step, progress, 1.0))
+        loss.backward()
+    state.model.zero_grad(set_to_none=True)
 
 
 def time_steps(program: Any, state: Any, objective: Any, run: Any, progress: float, steps: int) -> list[float]:
@@ -147,8 +158,8 @@ def work(task: Mapping[str, Any]) -> None:
         found: dict[str, Any] = {"start": start, "tokens": cfg.train_batch_tokens, "world": run.world_size}
         for name, progress, part in (("clean", 0.0, start), ("windows", 1.0, 1 - start)):
             if part > 0:
-                state.step = cfg.iterations // 2  # past DIFFUSION_START_STEP
-                time_steps(program, state, objective, run, progress, 1)
+                state.step = max(cfg.iterations // 2, cfg.diffusion_start_step)
+                prime(program, state, objective, run, progress)
                 before = graphs()
                 found[name] = time_steps(program, state, objective, run, progress, task["steps"])
                 found["graphs"] = found.get("graphs", 0) + graphs() - before
@@ -183,8 +194,8 @@ def one(case: Mapping[str, Any], args: argparse.Namespace, folder: Path) -> dict
     text = folder / "text"
     text.mkdir(exist_ok=True)
     env = {**os.environ, **case["settings"], "RECIPE": case["recipe"], "DATA_PATH": str(text), "OUT_DIR": str(folder)}
-    env |= {"RUN_ID": "bench", "RESUME": "no"}
-    cfg, _, _ = tg.Config.from_env(env | {"WORLD_SIZE": str(case["nproc"])})
+    env |= {"RUN_ID": "bench", "RESUME": "no", "PRESET": case["preset"]}  # the same for any number of processes
+    cfg, _, _ = tg.Config.from_env(env)
     random_text(text, cfg)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case['nproc']}"]
     task = {"program": case["program"], "steps": args.steps, "score": not (args.no_score or case["program"])}
@@ -192,7 +203,9 @@ def one(case: Mapping[str, Any], args: argparse.Namespace, folder: Path) -> dict
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise tg.UserError(f"{case['recipe']} {case['settings']} failed: {lines[-1] if lines else 'nothing printed'}")
+        named = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        why = (named[:1] or lines[-1:] or ["nothing printed"])[0]
+        raise tg.UserError(f"{case['recipe']} {case['settings']} failed: {why}")
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
@@ -200,13 +213,15 @@ def cases(args: argparse.Namespace) -> list[dict[str, Any]]:
     """List what is timed in a round; UserError: a setting or recipe is wrong."""
     found = []
     for size in args.size or [""]:
-        settings = dict(part.split("=", 1) if "=" in part else (part, "") for part in size.split(",") if part)
+        settings = dict(part.partition("=")[::2] for part in size.split())
+        if unknown := settings.keys() - {name.upper() for name in tg.Config.__dataclass_fields__}:
+            fail(f"--size {size!r}: {min(unknown)} is no setting of train_gpt.py; name settings, with spaces between")
         for nproc in args.nproc:
             for recipe in args.recipes.split(","):
                 for program in ("", str(args.program))[: 2 if args.program else 1]:
                     case = {"size": size or "-", "settings": settings, "nproc": nproc, "recipe": recipe}
-                    tg.Config.from_env({**os.environ, **settings, "RECIPE": recipe, "WORLD_SIZE": str(nproc)})
-                    found.append(case | {"program": program})
+                    cfg, _, _ = tg.Config.from_env({**os.environ, **settings, "RECIPE": recipe})
+                    found.append(case | {"program": program, "preset": cfg.preset})
     return found
 
 

@@ -16,9 +16,11 @@ PEAKS = {
     "B200": 2.25e15,
     "H200": 989.4e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835.5e12,
     "H100": 989.4e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L4": 121e12,
     "RTX 5090": 209.5e12,
     "RTX 4090": 165.2e12,
 }
@@ -44,23 +46,22 @@ def per_token(cfg: Any, size: int = 0) -> float:
         passes = cfg.diffusion_passes + (cfg.self_condition != "none") / 3
         ahead = dim * dim if cfg.look_ahead and not cfg.diffusion_causal else 0
         token = 6 * (weights + ahead) + key * ((T - size) / 2 + own)
-        total += cfg.diffusion_row_frac * passes * (size + 1) / size * token
+        rows = cfg.train_batch_tokens // cfg.micro_batches // T  # of a part, some of which carry windows
+        share = max(round(rows * cfg.diffusion_row_frac), 1) / rows
+        total += share * passes * (size + 1) / size * token
     return total
 
 
 @functools.cache
 def peak(device: str) -> float:
-    """Say how many operations a second a device does at best: its data sheet's, or of one not listed what a matrix
-    product of 512 rows and columns in fp32 reaches, the best of 9."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
-    for part, value in PEAKS.items():
-        if part in name:
-            return value
-    a, best = torch.ones(512, 512, device=device), float("inf")
+    """Say how many operations a second a device does at best: a GPU by its data sheet (NaN if it is not listed), a CPU
+    by what an fp32 matrix product of 512 rows and columns reaches here, the best of 9."""
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+        return next((value for part, value in PEAKS.items() if part in name), float("nan"))
+    a, best = torch.ones(512, 512), float("inf")
     for _ in range(9):
-        torch.get_device_module(device).synchronize()
         began = time.perf_counter()
         torch.mm(a, a)
-        torch.get_device_module(device).synchronize()
         best = min(best, time.perf_counter() - began)
     return 2 * 512**3 / best

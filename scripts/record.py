@@ -102,8 +102,9 @@ def run(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]:
         check(args)
         if "report.py" in step[1]:
             readme = Path(step[step.index("--readme") + 1])
-            blocks = "\n\n".join(line for block in (report.RESULTS, report.RECIPES) for line in block)
-            readme.write_text(f"# Record: {args.protocol}\n\n{blocks}\n", encoding="utf-8")
+            if not readme.exists():
+                between = "\n\n".join(report.RESULTS)
+                readme.write_text(f"# Record: {args.protocol}\n\n{between}\n", encoding="utf-8")
         done = subprocess.run(step, env={**env, **settings}, stdout=2, check=False)
         if done.returncode:
             again = "what is done is kept: the same command goes on"

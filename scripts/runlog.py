@@ -35,7 +35,7 @@ NEUTRAL = frozenset((
     "seed", "run_id", "out_dir", "resume", "checkpoint_seconds", "device", "recipe", "preset", "data_path",
     "tokenizer_path", "warmup_steps", "train_log_every", "val_loss_every", "val_batch_size", "nelbo_windows",
     "nelbo_samples", "nelbo_sequences", "parallel_eval_examples", "parallel_eval_span_len", "parallel_eval_steps",
-    "eval_seed",
+    "eval_seed", "eval_stride",
 ))
 # fmt: on
 

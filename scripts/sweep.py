@@ -200,7 +200,7 @@ def state_of(run: Run, version: str | None) -> str:
             fail(f"{name.upper()}={ours!r}, but {run.folder} was made with {theirs!r}; name another --out")
     if version not in (None, log.get("header", "sha256")):
         return "other version"
-    rescored = any(values[name] != getattr(run.cfg, name) for name in values if name.startswith(SCORING))
+    rescored = any(values[name] != getattr(run.cfg, name, values[name]) for name in values if name.startswith(SCORING))
     if not log.why_left_out and not rescored:
         return "done"
     return "cut off" if (run.folder / "checkpoints" / f"{run.folder.name}.pt").exists() else "new"

@@ -58,10 +58,22 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_real_turn_times_both_kinds_of_steps(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--recipes", "ar,direct", "--rounds", "1", "--steps", "2", "--size", "MODEL_DIM=32", "--out"]
+    argv = [
+        "--recipes",
+        "ar,direct",
+        "--rounds",
+        "1",
+        "--steps",
+        "2",
+        "--size",
+        "MODEL_DIM=32 DIFFUSION_WINDOWS=4:1,8:1",
+        "--out",
+    ]
+    size = argv[-2]
     rows = facts(outcome(bench.main, [*argv, str(tmp_path / "x.json")], capsys))["rows"]
-    assert [(row["recipe"], row["size"]) for row in rows] == [("ar", "MODEL_DIM=32"), ("direct", "MODEL_DIM=32")]
+    assert [(row["recipe"], row["size"]) for row in rows] == [("ar", size), ("direct", size)]
     ar, direct = rows
+    assert (ar["graphs"], direct["graphs"]) == (0, 0)
     assert ar["windows_ms"] is None
     assert min(direct["clean_ms"], direct["windows_ms"], ar["clean_ms"]) > 0
     assert min(direct["clean_ms"], direct["windows_ms"]) <= direct["run_ms"]
@@ -81,6 +93,7 @@ def test_faults_are_named_before_anything_runs(small: None, capsys: pytest.Captu
         (["--recipes", "ar,drect"], "RECIPE='drect' is not in RECIPES; closest: direct"),
         (["--size", "MODEL_DIM=33"], "MODEL_DIM=33 must be a multiple"),
         (["--size", "MODEL_DIM"], "MODEL_DIM='' must be a whole number"),
+        (["--size", "MODEL_DIMS=32"], "--size 'MODEL_DIMS=32': MODEL_DIMS is no setting"),
     ):
         status, out, err = outcome(bench.main, argv, capsys)
         assert (status, out) == (2, "")

@@ -381,3 +381,18 @@ print("quiet")
     done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("quiet\n", "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_program_alone_cannot_do_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scripts").mkdir()  # a folder of that name is not enough
+    monkeypatch.setattr(tg, "SCRIPTS", tmp_path / "scripts")
+    tiny("ar")
+    tiny("direct")
+    for needed in (
+        dict(diffusion_passes=2), dict(self_condition="commit"), dict(diffusion_corruption_mode="gaussian"),
+        dict(diffusion_regions="iid,spans"), dict(diffusion_loss="consistency"), dict(init_from="a.ptz"),
+    ):  # fmt: skip
+        with pytest.raises(
+            tg.UserError, match="needs the folder scripts/ beside this program; copy it, too, or take the"
+        ):
+            tiny(**needed)

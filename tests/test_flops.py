@@ -16,9 +16,20 @@ per_token, peak = (tg.beside("flops.py", name) for name in ("per_token", "peak")
 
 
 @pytest.mark.parametrize("size", [0, 4, 16])
-@pytest.mark.parametrize("overrides", [{}, {"diffusion_passes": 2}, {"self_condition": "commit"}, {"look_ahead": 0}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"diffusion_passes": 2},
+        {"self_condition": "commit"},
+        {"look_ahead": 0},
+        {"diffusion_causal": True},
+        {"diffusion_row_frac": 0.5},
+        {"diffusion_row_frac": 0.01},
+    ],
+)
 def test_operations_are_those_that_a_profiler_counts(size: int, overrides: dict[str, Any]) -> None:
-    cfg = tiny(time_embed_dim=0, **overrides)
+    cfg = tiny(time_embed_dim=0, train_batch_tokens=128, **overrides)  # 4 rows a part
     objective = tg.Objective(cfg, make_run(cfg), tg.GPT(cfg))
     rows = random_rows(4, 17, 64)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -28,9 +39,10 @@ def test_operations_are_those_that_a_profiler_counts(size: int, overrides: dict[
     # It counts every pair of query and key, and of those only the ones that a mask leaves are work.
     T, windows, layer = 16, 16 // size if size else 0, 12 * cfg.num_layers * cfg.model_dim
     noisy = windows * (size + 1)
-    passes = cfg.diffusion_passes + (cfg.self_condition != "none") / 3
+    carried = {1.0: 1, 0.5: 0.5, 0.01: 0.25}[cfg.diffusion_row_frac]
+    passes = carried * (cfg.diffusion_passes + (cfg.self_condition != "none") / 3)
     dense = layer * (T * T + passes * noisy * (T + noisy))
-    unmasked = tg.window_mask(T, size, False, CPU).sum().item() if size else 0
+    unmasked = tg.window_mask(T, size, cfg.diffusion_causal, CPU).sum().item() if size else 0
     read = layer * (T * (T + 1) / 2 + passes * unmasked)
     assert attention == pytest.approx(4 * dense, rel=1e-6)
     expected = (counter.get_total_flops() - attention) / 4 + read
@@ -53,9 +65,15 @@ def test_the_log_says_what_share_of_the_device_is_used(data: dict[str, Any]) -> 
 
 
 def test_a_listed_device_counts_by_its_data_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, expected in (("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA H100 PCIe", 756e12)):
+    listed = [("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L40S", 362e12)]
+    for name, expected in listed:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert peak(f"cuda:{name}") == expected
+
+
+def test_a_device_that_is_not_listed_has_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some new device")
+    assert math.isnan(peak("cuda:0"))
 
 
 def test_a_program_alone_trains_without_a_share(data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -618,3 +618,53 @@ def test_a_compiled_stream_is_one_whole_graph_and_loses_nothing(recipe: str, mon
         totals.append([p.grad.sum().item() for p in model.parameters() if p.grad is not None])
     assert totals[0] == pytest.approx(totals[1], rel=1e-5, abs=1e-7)
     assert torch._dynamo.utils.counters["graph_break"] == {}
+
+
+@pytest.mark.parametrize("recipe", ["direct", "retrograde"])
+def test_a_step_reads_nothing_back_from_the_device(
+    recipe: str, synthetic: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of these waits until a GPU has done all that it was given."""
+    cfg = tiny(recipe, **synthetic, diffusion_start_frac=0.0, diffusion_start_step=0)
+    state = tg.TrainState(cfg, make_run(cfg), tg.TokenLoader(cfg, "train"))
+    objective = tg.Objective(cfg, state.run, state.model)
+    monkeypatch.setattr(state.adam, "step", lambda: None)  # torch's own; on CUDA it is the fused one
+    waits = list[str]()
+    for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+        plain = getattr(Tensor, name)
+
+        def waiting(self: Tensor, *args: Any, name: str = name, plain: Any = plain) -> Any:
+            waits.append(name)
+            return plain(self, *args)
+
+        monkeypatch.setattr(Tensor, name, waiting)
+    assert bool(torch.ones(1))
+    assert waits == ["__bool__"]
+    for step in range(3):
+        sums = tg.train_step(state, objective, tg.Moment(step, 0.5, 1.0))
+    assert waits == ["__bool__"]
+    monkeypatch.undo()
+    assert sums.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_is_compiled_after_the_warm_up(synthetic: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    cfg = tiny(**synthetic, warmup_steps=1, diffusion_start_frac=0.5)
+    run, counted, plain = make_run(cfg), list[int](), tg.train_step
+    run.compile = True
+    torch._dynamo.utils.counters.clear()
+    stats = torch._dynamo.utils.counters["stats"]
+
+    def counting(*args: Any) -> Tensor:
+        before = stats["unique_graphs"]
+        sums = plain(*args)
+        counted.append(stats["unique_graphs"] - before)
+        return sums
+
+    monkeypatch.setattr(tg, "train_step", counting)
+    state = tg.TrainState(cfg, run, tg.TokenLoader(cfg, "train"))
+    tg.train(state, tg.TokenLoader(cfg, "val"), CountTokens())
+    assert counted == [0] * 8  # before and after the windows begin
+    assert stats["unique_graphs"] >= 4  # the clean stream, and windows of three sizes
