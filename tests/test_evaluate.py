@@ -145,6 +145,68 @@ def test_the_distribution_that_is_bounded_sums_to_one(mode: str) -> None:
     assert orders.neg().exp().mean(1).sum().item() == pytest.approx(1, rel=1e-5)
 
 
+class Table:
+    """A model that knows the distribution of texts, and reads in a window all that is not masked, or nothing."""
+
+    def __init__(self, p: Tensor, texts: Tensor, cfg: tg.Config, reads_window: bool) -> None:
+        self.p, self.texts, self.cfg, self.reads_window = p, texts, cfg, reads_window
+
+    def clean(self, ids: Tensor) -> tuple[None, Tensor]:
+        return None, ids
+
+    def window(self, window: tg.Window, past: Tensor) -> Tensor:
+        """Logits of the true conditionals; positions of the text begin at 1, after a token that is always the same."""
+        xt, size = window.noisy.xt, window.noisy.xt.shape[-1]
+        logits = torch.zeros(*xt.shape, V3)
+        for w in range(xt.shape[1]):
+            known = torch.full((len(xt), self.texts.shape[1]), -1)
+            known[:, : w * size] = past[:, 1 : w * size + 1]
+            if self.reads_window:
+                known[:, w * size : (w + 1) * size] = torch.where(xt[:, w] == V3, -1, xt[:, w])
+            fits = ((self.texts == known[:, None]) | (known[:, None] < 0)).all(-1) * self.p  # (B, texts)
+            for i in range(size):
+                of = torch.nn.functional.one_hot(self.texts[:, w * size + i], V3).double()
+                logits[:, w, i] = (fits @ of / fits.sum(-1, keepdim=True)).log().float()
+        return logits
+
+
+@pytest.mark.parametrize("reads_window", [False, True])
+def test_a_bound_over_blocks_is_at_most_that_over_the_whole_row(reads_window: bool) -> None:
+    """By enumeration: with the true conditionals every bound is the entropy, and blocks lose nothing; a denoiser that
+    reads only what stands before its window loses the less, the smaller the windows are."""
+    T, samples = 4, 64
+    texts = torch.tensor(list(itertools.product(range(V3), repeat=T)))
+    p = torch.softmax(2 * torch.randn(len(texts), dtype=torch.float64), 0)
+    entropy = -(p * p.log()).sum().item()
+    rows, found = torch.nn.functional.pad(texts, (1, 0), value=1), dict[int, float]()
+    for size in (1, 2, 4):
+        cfg = tiny(vocab_size=V3, train_seq_len=T, train_batch_tokens=2 * T, parallel_eval_examples=0,
+                   diffusion_windows=str(size), nelbo_windows="1")  # fmt: skip
+        model: Any = Table(p, texts, cfg, reads_window)
+        keys = tg.derive(torch.arange(len(rows))[:, None], 3, torch.arange(T // size))
+        mask = tg.window_mask(T, size, False, CPU)
+        nats = tg.window_bounds(model, rows, keys, size, samples, mask).mean(0).sum(-1)
+        found[size] = (p * nats).sum().item()
+        if not reads_window:  # the sum of H(token | what stands before its window)
+            exact = 0.0
+            for i in range(T):
+                before = range(i // size * size)
+                for value in itertools.product(range(V3), repeat=len(before)):
+                    where = (
+                        (texts[:, : len(before)] == torch.tensor(value)).all(-1)
+                        if value
+                        else torch.ones(len(texts)) > 0
+                    )
+                    share = torch.stack([p[where & (texts[:, i] == v)].sum() for v in range(V3)])
+                    exact -= (share * (share / share.sum()).log()).sum().item()
+            assert found[size] == pytest.approx(exact, rel=0.02)
+    assert found[1] == pytest.approx(entropy, rel=1e-5)
+    if reads_window:
+        assert [found[2], found[4]] == pytest.approx([entropy] * 2, rel=0.02)
+    else:
+        assert entropy * 1.03 < found[2] < found[4] / 1.03
+
+
 class Spy(tg.GPT):
     """A model that remembers the windows it was shown and what it said."""
 

@@ -287,3 +287,31 @@ def test_a_clean_stream_alone_cannot_denoise() -> None:
     window, _ = window_of(model.cfg, random_rows(1, T + 1, V), 4)
     with pytest.raises(AssertionError, match="needs a model built with diffusion on"):
         model.window(window, None)
+
+
+def test_gaussian_noise_takes_an_embedding_to_pure_noise_in_steps_of_its_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variance-preserving process on embeddings: sqrt(1 - t) e + sqrt(t) noise, clean at 0 and without a trace of
+    the token at 1 (arXiv:2205.14217, arXiv:2211.15089)."""
+    cfg = tiny(diffusion_corruption_mode="gaussian", look_ahead=0, time_embed_dim=0)
+    model, x0 = randomise(tg.GPT(cfg)), random_rows(3, 4, 64)[:, None]
+    everywhere, keys = torch.ones_like(x0, dtype=torch.bool), torch.arange(3)[:, None]
+    seen = list[Tensor]()
+
+    def trunk(emb: Tensor, stream: tg.Stream, past: Any) -> tuple[Tensor, list[Any]]:
+        seen.append(emb[:, 1:])  # without the clean token before
+        return emb, []
+
+    monkeypatch.setattr(model, "trunk", trunk)
+    own = tg.rms_norm(model.tok_emb[x0[:, 0]])
+    for level in (1e-9, 0.25, 0.5, 0.75, 1.0):
+        noisy = tg.apply_noise(x0, everywhere, torch.full((3, 1), level), keys, cfg, 0.0)
+        assert noisy.noise is not None
+        model.read(tg.Window(x0[..., :1], noisy, torch.arange(5), None), None)
+        expected = tg.rms_norm((1 - level) ** 0.5 * own + level**0.5 * noisy.noise[:, 0])
+        torch.testing.assert_close(seen.pop(), expected, rtol=1e-4, atol=1e-4)
+        if level < 1e-6:
+            torch.testing.assert_close(expected, own, rtol=1e-3, atol=1e-3)
+    other = tg.apply_noise((x0 + 1) % 64, everywhere, torch.ones(3, 1), keys, cfg, 0.0)
+    for corruption in (noisy, other):
+        model.read(tg.Window(x0[..., :1], corruption, torch.arange(5), None), None)
+    assert seen[0].equal(seen[1])
