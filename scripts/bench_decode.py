@@ -276,8 +276,8 @@ def excerpts(cfg: tg.Config, length: int, examples: int, tokenizer: Any) -> Tens
 def load(args: argparse.Namespace, device: torch.device) -> tuple[Bench, str]:
     """Read artifacts and text, and say where it is from; UserError: missing, damaged, or does not fit the others."""
     (model, sha256), judge, stop = tg.load_artifact(args.artifact, device), None, args.prefix + args.target
-    if args.compile:  # shapes differ from pass to pass; the warm-up of every timing compiles what is new
-        model.trunk = torch.compile(model.trunk, dynamic=True)  # type: ignore[method-assign]
+    if args.compile:  # the warm-up of every timing compiles what is new
+        policy.compiled(model)
     if args.judge is not None:
         judge, other = tg.load_artifact(args.judge, device)
         if other != sha256:

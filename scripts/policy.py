@@ -93,6 +93,13 @@ class Choice(NamedTuple):
     table: list[Measured]
 
 
+def compiled(model: GPT) -> GPT:
+    """Compile what a decoding pass computes, in place. Shapes are left open, since they differ from pass to pass: the
+    first passes compile, which takes a minute, and later ones launch fewer kernels."""
+    model.trunk = torch.compile(model.trunk, dynamic=True)  # type: ignore[method-assign]
+    return model
+
+
 def entropy(tokens: Sequence[int]) -> float:
     """Bits of the empirical distribution of tokens."""
     return sum(-n / len(tokens) * math.log2(n / len(tokens)) for n in Counter(tokens).values())

@@ -108,6 +108,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--delay", type=float, default=0.15, help="seconds a pass stays on the terminal (default %(default)s)")
     add("--html", type=Path, metavar="PATH", help="write a page that plays the passes in a browser")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--compile", action="store_true", help="compile passes first: takes a minute, pays for long outputs (mode ar)")
     args = parser.parse_args(argv)
     for name, (low, high) in LIMITS.items():
         value = getattr(args, name)
@@ -511,6 +512,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         loaded = load(args.artifact, args.tokenizer, pick_device(args.device), args.adapter)
+        if args.compile:
+            from policy import compiled
+
+            compiled(loaded.model)
         result, done = (sample if args.demo is None else demo)(loaded, args)
         if args.html:
             write_page(args.html, done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -75,6 +76,13 @@ def test_the_command_decodes_as_the_program_does(call: Callable[..., Called], at
     expected = tg.generate(at.model, torch.tensor([ids]), 12, how)
     assert found["text"] == PROMPT + found["completion"] == at.tokenizer.decode(expected.ids[0].tolist())
     assert (found["mode"], found["forwards"]) == (mode, int(expected.forwards))
+
+
+def test_compiled_passes_say_the_same(call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = facts(call("--prompt", PROMPT, "--tokens", "12", "--mode", "speculative"))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    again = facts(call("--prompt", PROMPT, "--tokens", "12", "--mode", "speculative", "--compile"))
+    assert again["text"] == plain["text"]
 
 
 def test_a_suffix_is_read_and_kept(call: Callable[..., Called]) -> None:
