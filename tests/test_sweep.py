@@ -485,8 +485,12 @@ def started(path: Path) -> int:
 def child(bench: Bench) -> Iterator[subprocess.Popen[str]]:
     """A sweep in a process of its own whose second run never ends."""
     bench.order(defect_causal_1="hang")
-    code = (
-        f"import pathlib, sweep; sweep.PROGRAM = pathlib.Path({str(bench.program)!r}); raise SystemExit(sweep.main())"
+    code = (  # whoever started the tests may have had these signals ignored, and that is inherited
+        "import pathlib, signal, sweep\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        f"sweep.PROGRAM = pathlib.Path({str(bench.program)!r})\n"
+        "raise SystemExit(sweep.main())"
     )
     argv = [sys.executable, "-c", code, *PAIR, "--out", str(bench.out)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "scripts"))), "OMP_NUM_THREADS": "1"}
