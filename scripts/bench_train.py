@@ -99,10 +99,11 @@ def graphs() -> int:
 def prime(program: Any, state: Any, objective: Any, run: Any, progress: float) -> None:
     """Run every kind of pass of these steps once, whatever windows they will draw, as training does."""
     cfg, sizes = state.cfg, [*objective.masks] if progress else [0]
-    rows = state.loader.rows(0, cfg.train_batch_tokens // cfg.micro_batches // cfg.train_seq_len, cfg.train_seq_len)
+    num_rows = cfg.train_batch_tokens // cfg.micro_batches // cfg.train_seq_len
+    rows = state.loader.rows(0, num_rows, cfg.train_seq_len, run.device)
     for size in sizes or [0]:
         with run.autocast():
-            loss, _ = objective(rows.to(run.device), 0, size, program.Moment(state.step, progress, 1.0))
+            loss, _ = objective(rows, 0, size, program.Moment(state.step, progress, 1.0))
         loss.backward()
     state.model.zero_grad(set_to_none=True)
 
@@ -168,7 +169,9 @@ def work(task: Mapping[str, Any]) -> None:
         found["peak_mib"] = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         per_token, best = (tg.beside("flops.py", name) for name in ("per_token", "peak"))
         sizes = cfg.sizes(cfg.diffusion_windows) if cfg.diffusion else []
-        found["operations"] = start * per_token(cfg) + (1 - start) * sum(per_token(cfg, s) * p for s, p in sizes)
+        if not task["program"]:  # the settings of another version may be others
+            windows = sum(per_token(cfg, size) * share for size, share in sizes)
+            found["operations"] = start * per_token(cfg) + (1 - start) * windows
         found["best"] = best(str(run.device))
         if task["score"] and run.world_size == 1:
             found["score"] = time_scores(program, state.model.eval(), run)
@@ -254,7 +257,8 @@ def summarise(all_cases: Sequence[dict[str, Any]], rounds: Sequence[Sequence[dic
         }
         row |= {"params": mine[0]["params"], "clean_ms": 1e3 * kinds["clean"] if "clean" in kinds else None}
         row |= {"windows_ms": 1e3 * kinds["windows"] if "windows" in kinds else None, "run_ms": 1e3 * seconds}
-        row |= {"tok_per_sec": rate, "mfu": rate * mine[0]["operations"] / case["nproc"] / best}
+        operations = mine[0].get("operations")
+        row |= {"tok_per_sec": rate, "mfu": operations and rate * operations / case["nproc"] / best}
         row |= {"ratio": statistics.median(ratios) if ratios else None, "peak_mib": max(f["peak_mib"] for f in mine)}
         row |= {"graphs": max(f["graphs"] for f in mine)}
         for name in ("exact", "bound 16", "bound T"):
