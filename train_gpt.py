@@ -1279,6 +1279,7 @@ class TrainState:
 
     def __init__(self, cfg: Config, run: Run, loader: TokenLoader, model: GPT | None = None) -> None:
         self.cfg, self.run, self.loader, self.step, self.seconds, self.operations = cfg, run, loader, 0, 0.0, 0.0
+        self.count_operations = beside("flops.py", "per_token", lambda *_: math.nan)
         self.model = (model or GPT(cfg)).to(run.device)
         groups, rates = assign_groups(self.model), {name: rate(cfg) for name, _, rate in GROUPS}
         adam = [dict(params=p, lr=0.0, base_lr=rates[name]) for name, p in groups.items() if p and name != "matrix"]
@@ -1400,14 +1401,13 @@ def train_step(state: TrainState, objective: Objective, now: Moment) -> Tensor:
     num_rows, T = cfg.train_batch_tokens // cfg.micro_batches // cfg.train_seq_len, cfg.train_seq_len
     noisy = cfg.diffusion and now.step >= cfg.diffusion_start_step and now.progress >= cfg.diffusion_start_frac
     sizes, shares = zip(*cfg.sizes(cfg.diffusion_windows) if noisy else [(0, 1.0)], strict=True)
-    count_operations = beside("flops.py", "per_token", lambda *_: math.nan)
     for part in range(run.rank, cfg.micro_batches, run.world_size):
         rows = state.loader.rows(state.loader.position + part * num_rows * T, num_rows, T, run.device)
         size = random.Random(f"window {cfg.seed} {now.step} {part}").choices(sizes, shares)[0]
         with run.autocast():
             loss, terms = objective(rows, part, size, now)
         (loss / cfg.micro_batches).backward()  # type: ignore[no-untyped-call]
-        state.operations += count_operations(cfg, size) * rows[:, 1:].numel()
+        state.operations += state.count_operations(cfg, size) * rows[:, 1:].numel()
         sums += terms / cfg.micro_batches
     if run.world_size > 1:  # one transfer for all gradients
         grads = [p.grad for p in state.model.parameters() if p.grad is not None]

@@ -59,13 +59,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of the record (default out/record_PROTOCOL)")
     parser.add_argument("--plan", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--rehearse", action="store_true", help="four steps on two CPU processes")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.out = args.out or Path("out", f"record_{args.protocol}{'_rehearsal' * args.rehearse}")
+    return args
 
 
 def commands(args: argparse.Namespace, env: Mapping[str, str]) -> tuple[list[list[str]], dict[str, str]]:
     """List what is run, in order, and the settings that go with it."""
-    how = REHEARSED if args.rehearse else PROTOCOLS[args.protocol]
-    out = args.out or Path("out", f"record_{args.protocol}{'_rehearsal' * args.rehearse}")
+    how, out = REHEARSED if args.rehearse else PROTOCOLS[args.protocol], args.out
     settings, steps, python = {"PRESET": how.preset}, list[list[str]](), sys.executable
     if "DATA_PATH" not in env:
         source = ["stdlib"] if args.rehearse else ["fineweb", "--train-shards", "80"]
@@ -94,24 +95,22 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]:
     """Run every step; UserError: one failed, or the machine lacks devices."""
     steps, settings = commands(args, env)
+    if not args.plan:
+        check(args)
     for step in steps:
         shown = [f"{name}={value}" for name, value in settings.items()] + step
         print(shlex.join(shown), file=sys.stderr, flush=True)
         if args.plan:
             continue
-        check(args)
-        if "report.py" in step[1]:
-            readme = Path(step[step.index("--readme") + 1])
-            if not readme.exists():
-                between = "\n\n".join(report.RESULTS)
-                readme.write_text(f"# Record: {args.protocol}\n\n{between}\n", encoding="utf-8")
+        if step is steps[-1] and not (readme := args.out / "README.md").exists():  # the report goes between two lines
+            between = "\n\n".join(report.RESULTS)
+            readme.write_text(f"# Record: {args.protocol}\n\n{between}\n", encoding="utf-8")
         done = subprocess.run(step, env={**env, **settings}, stdout=2, check=False)
         if done.returncode:
             again = "what is done is kept: the same command goes on"
             raise tg.UserError(f"{Path(step[1]).name} ended with status {done.returncode}, see above; {again}")
-    out = Path(steps[1 if len(steps) > 2 else 0][-1])
-    entry = {} if args.plan else json.loads((out / "submission.json").read_text(encoding="utf-8"))
-    return {"protocol": args.protocol, "out": str(out), "planned": args.plan, "val_bpb": entry.get("val_bpb")}
+    entry = {} if args.plan else json.loads((args.out / "submission.json").read_text(encoding="utf-8"))
+    return {"protocol": args.protocol, "out": str(args.out), "planned": args.plan, "val_bpb": entry.get("val_bpb")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
