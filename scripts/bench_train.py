@@ -1,4 +1,4 @@
-"""Time training steps and scoring: recipes x sizes x processes, each in a process of its own, turn by turn.
+"""Time training steps: recipes x sizes x processes, each in a process of its own, turn by turn.
 
     python scripts/bench_train.py --recipes ar,direct,retrograde
     python scripts/bench_train.py --size MODEL_DIM=160 --size 'MODEL_DIM=320 NUM_LAYERS=8' --rounds 5
@@ -9,15 +9,13 @@ Settings come from the environment as for train_gpt.py (PRESET, COMPILE, ...); -
 the table. Text is random tokens: nothing needs to be prepared. A step with windows and one without are timed apart;
 "run" is their mean over a run, by DIFFUSION_START_FRAC. Ratios to `ar` (or, with --program, to this program) are taken
 within a round and their median is shown, since a machine's speed drifts. MFU: flops.py. On CUDA a step that waits for
-the device is an error; "graphs" are compilations after the warm-up, which should be none. Score speeds are tokens a
-second of val_bpb and, a sample, of the bound at 16 and T. Not timed: data preparation, start. The table is Markdown;
-the last line is one JSON object.
+the device is an error; "graphs" are compilations after the warm-up, which should be none. Not timed: data preparation,
+start, scores (bench_eval.py). The table is Markdown; the last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.util
 import json
 import os
@@ -26,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # train_gpt.py lie
 import train_gpt as tg
 
 WARM = 3  # steps before the timed ones
-SCORED_ROWS = 32  # rows of a scoring that is timed
 REFERENCE = "ar"
-
-
-def fail(message: str) -> None:
-    """Raise the error that `main` prints without a traceback."""
-    raise tg.UserError(message)
 
 
 def numbers(text: str) -> list[int]:
@@ -62,7 +54,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a kind (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="turns (default %(default)s)")
     parser.add_argument("--program", type=Path, help="another version of train_gpt.py, timed in turns with this one")
-    parser.add_argument("--no-score", action="store_true", help="time no scoring")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the result there")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -122,32 +113,6 @@ def time_steps(program: Any, state: Any, objective: Any, run: Any, progress: flo
     return seconds[WARM:]
 
 
-@torch.no_grad()
-def time_scores(program: Any, model: Any, run: Any) -> dict[str, float]:
-    """Tokens a second of the exact score and, a sample, of the bound at windows of 16 and T; medians of 3."""
-    cfg, T = run.cfg, run.cfg.train_seq_len
-    rows = torch.randint(cfg.vocab_size, (SCORED_ROWS, T + 1), device=run.device)
-    jobs: dict[str, Callable[[], Any]] = {"exact": functools.partial(program.score, model, rows)}
-    for size in (16, T) if cfg.diffusion else ():
-        if T % size == 0:
-            mask = program.window_mask(T, size, cfg.diffusion_causal, run.device)
-            keys = program.derive(
-                torch.arange(SCORED_ROWS, device=run.device)[:, None], torch.arange(T // size).to(rows)
-            )
-            bound = functools.partial(program.window_bounds, model, rows, keys, size, 1, mask)
-            jobs[f"bound {'T' if size == T else size}"] = bound
-    found = {}
-    for name, job in jobs.items():
-        seconds = []
-        for _ in range(4):
-            began = run.clock()
-            with run.autocast():
-                job()
-            seconds.append(run.clock() - began)
-        found[name] = rows[:, 1:].numel() / statistics.median(seconds[1:])
-    return found
-
-
 def work(task: Mapping[str, Any]) -> None:
     """Time one case and print what was found, as JSON (rank 0)."""
     program = load_program(task["program"])
@@ -173,8 +138,6 @@ def work(task: Mapping[str, Any]) -> None:
             windows = sum(per_token(cfg, size) * share for size, share in sizes)
             found["operations"] = start * per_token(cfg) + (1 - start) * windows
         found["best"] = best(str(run.device))
-        if task["score"] and run.world_size == 1:
-            found["score"] = time_scores(program, state.model.eval(), run)
         if run.rank == 0:
             print("\n" + json.dumps(found))
 
@@ -182,9 +145,17 @@ def work(task: Mapping[str, Any]) -> None:
 # 2  ALL CASES -- in turns =============================================================================================
 
 
-def random_text(folder: Path, cfg: tg.Config) -> None:
-    """Write shards of random tokens, enough for a step of any size here."""
-    count = max(2 * cfg.train_batch_tokens, 4 * cfg.train_seq_len) + 1
+def overrides(size: str) -> dict[str, str]:
+    """Read `NAME=VALUE NAME=VALUE`; UserError: a name is no setting."""
+    settings = dict(part.partition("=")[::2] for part in size.split())
+    if unknown := settings.keys() - {name.upper() for name in tg.Config.__dataclass_fields__}:
+        rule = "is no setting of train_gpt.py; name settings, with spaces between"
+        raise tg.UserError(f"--size {size!r}: {min(unknown)} {rule}")
+    return settings
+
+
+def random_text(folder: Path, cfg: tg.Config, count: int) -> None:
+    """Write a shard of `count` random tokens for either split."""
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, count).astype("<u2")
     header = np.zeros(tg.SHARD_HEADER, dtype="<i4")
     header[:3] = tg.SHARD_MAGIC, tg.SHARD_VERSION, count
@@ -199,9 +170,9 @@ def one(case: Mapping[str, Any], args: argparse.Namespace, folder: Path) -> dict
     env = {**os.environ, **case["settings"], "RECIPE": case["recipe"], "DATA_PATH": str(text), "OUT_DIR": str(folder)}
     env |= {"RUN_ID": "bench", "RESUME": "no", "PRESET": case["preset"]}  # the same for any number of processes
     cfg, _, _ = tg.Config.from_env(env)
-    random_text(text, cfg)
+    random_text(text, cfg, max(2 * cfg.train_batch_tokens, 4 * cfg.train_seq_len) + 1)  # enough for a step
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case['nproc']}"]
-    task = {"program": case["program"], "steps": args.steps, "score": not (args.no_score or case["program"])}
+    task = {"program": case["program"], "steps": args.steps}
     command = [sys.executable, *launcher * (case["nproc"] > 1), __file__, "--worker", json.dumps(task)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -216,9 +187,7 @@ def cases(args: argparse.Namespace) -> list[dict[str, Any]]:
     """List what is timed in a round; UserError: a setting or recipe is wrong."""
     found = []
     for size in args.size or [""]:
-        settings = dict(part.partition("=")[::2] for part in size.split())
-        if unknown := settings.keys() - {name.upper() for name in tg.Config.__dataclass_fields__}:
-            fail(f"--size {size!r}: {min(unknown)} is no setting of train_gpt.py; name settings, with spaces between")
+        settings = overrides(size)
         for nproc in args.nproc:
             for recipe in args.recipes.split(","):
                 for program in ("", str(args.program))[: 2 if args.program else 1]:
@@ -261,9 +230,6 @@ def summarise(all_cases: Sequence[dict[str, Any]], rounds: Sequence[Sequence[dic
         row |= {"tok_per_sec": rate, "mfu": operations and rate * operations / case["nproc"] / best}
         row |= {"ratio": statistics.median(ratios) if ratios else None, "peak_mib": max(f["peak_mib"] for f in mine)}
         row |= {"graphs": max(f["graphs"] for f in mine)}
-        for name in ("exact", "bound 16", "bound T"):
-            speeds = [f["score"][name] for f in mine if name in f.get("score", {})]
-            row[f"{name}_tok_per_sec"] = statistics.median(speeds) if speeds else None
         rows.append(row)
     return rows
 

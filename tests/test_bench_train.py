@@ -16,7 +16,7 @@ import train_gpt as tg
 def found(clean: float, windows: float = 0.0, start: float = 0.5, **more: Any) -> dict[str, Any]:
     """What a process says of one case."""
     kinds = {"clean": [clean, clean, 9.0], "start": start} | ({"windows": [windows] * 3} if windows else {"start": 1.0})
-    usual = {"tokens": 100, "params": 7, "peak_mib": 5, "graphs": 0, "operations": 10.0, "best": 1000.0, "score": {}}
+    usual = {"tokens": 100, "params": 7, "peak_mib": 5, "graphs": 0, "operations": 10.0, "best": 1000.0}
     return kinds | usual | more
 
 
@@ -79,8 +79,6 @@ def test_a_real_turn_times_both_kinds_of_steps(small: None, tmp_path: Path, caps
     assert min(direct["clean_ms"], direct["windows_ms"]) <= direct["run_ms"]
     assert direct["params"] > ar["params"] == sum(p.numel() for p in tg.GPT(tg.Config(**shape("ar"))).parameters())
     assert ar["ratio"] == 1
-    assert direct["bound T_tok_per_sec"] > 0
-    assert ar["bound T_tok_per_sec"] is None
     assert json.loads((tmp_path / "x.json").read_text())["rows"] == rows
 
 
