@@ -85,6 +85,7 @@ class Config:
     rope_base: float = opt(10000.0, "rotary base", low=1)
     rope_scale: float = opt(1.0, "positions are divided by it: reads longer text (arXiv:2306.15595)", low=1)
     qk_gain_init: float = opt(1.5, "initial gain on normalised queries", low=0)
+    value_residual: bool = opt(False, "later layers mix the first one's values into theirs (arXiv:2410.17897)")
     logit_softcap: float = opt(30.0, "logits are softcap * tanh(logits / softcap)", low=1)
     look_ahead: int = opt(8, "windows: how far ahead the next sure token is an input; 0: never", "tokens", low=0)
     time_embed_dim: int = opt(0, "features of the noise level t; 0: no time input", "features", low=0)
@@ -618,10 +619,10 @@ def corrupt(x0: Tensor, t: Tensor, keys: Tensor, cfg: Config) -> Corruption:
 def apply_noise(x0: Tensor, corrupted: Tensor, t: Tensor, keys: Tensor, cfg: Config, mask_share: float) -> Corruption:
     """Replace the marked tokens by [MASK] (a share `mask_share`) or random tokens; mode gaussian blurs embeddings."""
     mode, size = cfg.diffusion_corruption_mode, x0.shape[-1]
-    if mode == "gaussian":  # arXiv:2205.14217, drawn after Box and Muller 1958
-        t = torch.ones_like(t) if mask_share else t  # what should be masked becomes pure noise: no trace of the token
+    if mode == "gaussian":  # what should be masked becomes pure noise: no trace of the token
         u = uniform(derive(keys, 1), 2 * size * cfg.model_dim).view(*x0.shape, cfg.model_dim, 2)
-        return Corruption(x0, corrupted, corrupted, t, beside("objectives.py", "gaussian")(u))
+        level = torch.ones_like(t) if mask_share else t
+        return Corruption(x0, corrupted, corrupted, level, beside("objectives.py", "gaussian")(u))
     random_token = (uniform(derive(keys, 2), size) * cfg.vocab_size).long()
     masked = uniform(derive(keys, 3), size) < mask_share  # all or none: arXiv:2107.03006, a share: arXiv:2503.04482
     xt = torch.where(corrupted, torch.where(masked, cfg.vocab_size, random_token), x0)
@@ -701,6 +702,7 @@ class Stream(NamedTuple):
     causal: bool = False  # without a mask: a token reads those up to itself, not all
     time: Tensor | None = None  # (B, N, F) features of the noise level, 0 where a token is not suspect; None if F is 0
     slots: Tensor | None = None  # (B, tokens): where keys and values go in buffers; None: they follow `past`
+    values: tuple[Tensor, Tensor] | None = None  # shares (2,) of a layer's own values and of the first one's, and those
 
 
 def take(x: Tensor, rows: Tensor | None) -> Tensor:
@@ -731,6 +733,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, stream: Stream, past: KV | None) -> tuple[Tensor, KV]:
         heads = (*x.shape[:2], -1, self.cfg.head_dim)
         q, k, v = (m(x).view(heads).transpose(1, 2) for m in (self.c_q, self.c_k, self.c_v))
+        v = v if stream.values is None else stream.values[0][0] * v + stream.values[0][1] * stream.values[1]
         (cos, sin), pairs = stream.rotary, (rms_norm(x).chunk(2, dim=-1) for x in (q, k))  # norms are fp32
         q, k = (torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1) for x1, x2 in pairs)  # (B, H or G, T, C)
         q, k = (q * self.q_gain[:, None, None]).to(v.dtype), k.to(v.dtype)
@@ -793,6 +796,7 @@ class GPT(nn.Module):
         self.lm_head = None if cfg.tie_embeddings else nn.Parameter(torch.zeros(cfg.vocab_size, dim))
         self.skip_weights = nn.Parameter(torch.ones(self.num_down, dim))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
+        self.value_mix = nn.Parameter(torch.tensor([[1.0, 0.5]] * (cfg.num_layers - 1))) if cfg.value_residual else None
         self.mask_emb = nn.Parameter(torch.empty(dim)) if cfg.diffusion else None
         ahead = cfg.look_ahead if cfg.diffusion and not cfg.diffusion_causal else 0
         self.ahead_gain = nn.Parameter(torch.ones(ahead, dim)) if ahead else None
@@ -810,16 +814,18 @@ class GPT(nn.Module):
 
     def trunk(self, emb0: Tensor, stream: Stream, past: Sequence[KV] | None) -> tuple[Tensor, list[KV]]:
         """Logits (B, N, V) float32 of embedded tokens (B, N, D), and their keys and values."""
-        x, skips, kvs = emb0, [], []  # type: ignore[var-annotated]
+        x, outs, kvs, num = emb0, [], [], self.num_down  # type: ignore[var-annotated]
         for i, block in enumerate(self.blocks):
-            if i >= self.num_down and skips:
-                x = x + self.skip_weights[i - self.num_down] * skips.pop()
+            if num <= i < 2 * num:
+                x = x + self.skip_weights[i - num] * outs[2 * num - 1 - i]
+            if self.value_mix is not None and i:
+                stream = stream._replace(values=(self.value_mix[i - 1], kvs[0][1]))
             x, kv = block(x, emb0, stream, None if past is None else past[i])
             kvs.append(kv)
-            if i < self.num_down:
-                skips.append(x)
-        logits = F.linear(rms_norm(x), self.tok_emb if self.lm_head is None else self.lm_head).float()
-        return self.cfg.logit_softcap * torch.tanh(logits / self.cfg.logit_softcap), kvs
+            outs.append(x)
+        cap, table = self.cfg.logit_softcap, self.tok_emb if self.lm_head is None else self.lm_head
+        twice = F.linear(rms_norm(x) * (2 / cap), table).float()
+        return torch.rsub(torch.sigmoid(twice), -cap, alpha=-2 * cap), kvs  # cap * tanh(twice / 2), a faster kernel
 
     def clean(self, ids: Tensor, past: list[KV] | None = None, at: Tensor | None = None) -> tuple[Tensor, list[KV]]:
         """Read tokens (B, T) causally: from the start, or at positions `at` (B, T) after what the buffers `past` hold.
@@ -841,9 +847,8 @@ class GPT(nn.Module):
         cfg, noisy, table = self.cfg, window.noisy, torch.cat((self.tok_emb, self.mask_emb[None]))
         emb = rms_norm(F.embedding(torch.cat((window.before, noisy.xt), dim=-1), table))  # (B, W, S + 1, D)
         if noisy.noise is not None:
-            level, own = noisy.t[..., None, None], emb[:, :, 1:]
-            blurred = rms_norm((1 - level).sqrt() * own + level.sqrt() * noisy.noise)
-            emb = torch.cat((emb[:, :, :1], torch.where(noisy.corrupted[..., None], blurred, own)), dim=2)
+            level = F.pad(noisy.t[..., None] * noisy.corrupted, (1, 0))[..., None]  # arXiv:2205.14217; 0: as it is
+            emb = rms_norm((1 - level).sqrt() * emb + level.sqrt() * F.pad(noisy.noise, (0, 0, 1, 0)))
         gate = F.pad(noisy.suspect, (1, 0))[..., None].to(emb.dtype)  # the clean token before is never suspect
         if self.self_cond is not None and window.previous is not None:
             emb = emb + F.pad(F.linear(window.previous, self.self_cond), (0, 0, 1, 0)) * gate
@@ -1002,7 +1007,7 @@ class Decoding(NamedTuple):
     watch: Callable[..., None] | None = None  # gets of a pass: places, tokens, log-probabilities, still open: (B, n)
 
 
-AR, REFINE, REPAIR = Decoding(window=0), Decoding(), Decoding(redo=0.02)  # more, by name: MODES of scripts/policy.py
+AR, REFINE = Decoding(window=0), Decoding()  # more, by name: MODES of scripts/policy.py
 
 
 def pick(logits: Tensor, how: Decoding, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -1179,11 +1184,6 @@ def infill(model: GPT, prefix: Tensor, suffix: Tensor, count: int, how: Decoding
     """Fill `count` tokens between prefixes (B, P) and suffixes (B, Q), reading both."""
     ids = torch.cat((F.pad(prefix, (0, count)), suffix), dim=1)
     return decode(model, ids, prefix.shape[1], prefix.shape[1] + count, how)
-
-
-def edit(model: GPT, ids: Tensor, start: int, stop: int, how: Decoding = REPAIR) -> Decoded:
-    """Revise tokens [start, stop) of rows (B, L): those less probable than `redo` are filled in from both sides."""
-    return decode(model, ids, start, stop, how._replace(draft="given"))
 
 
 def evaluate_parallel(model: GPT, run: Run, val: TokenLoader) -> None:

@@ -1,5 +1,6 @@
 """Decode in modes that have names; watch it, fall back where it is bad, and choose the mode that meets a target.
 
+    edit(model, ids, start, stop)                      tokens that the model holds improbable are filled in again
     guard(model, ids, start, stop, MODES["block"])     rows outside the limits get the tokens of mode ar instead
     choose(model, ids, start, stop, seconds=0.5)       the likeliest mode that takes at most half a second a call
     choose(model, ids, start, stop, nats=3.0)          the fastest mode that reaches 3 nats a token
@@ -27,6 +28,8 @@ import torch
 from torch import Tensor
 
 from train_gpt import AR, GPT, Decoded, Decoding, UserError, decode, score
+
+REPAIR = Decoding(redo=0.02)  # what `edit` does if nothing else is said
 
 MODES = {  # ways to decode, by name
     "ar": AR,
@@ -91,6 +94,11 @@ class Choice(NamedTuple):
     seconds: float
     nats: float
     table: list[Measured]
+
+
+def edit(model: GPT, ids: Tensor, start: int, stop: int, how: Decoding = REPAIR) -> Decoded:
+    """Revise tokens [start, stop) of rows (B, L): those less probable than `redo` are filled in from both sides."""
+    return decode(model, ids, start, stop, how._replace(draft="given"))
 
 
 def compiled(model: GPT) -> GPT:

@@ -357,18 +357,18 @@ def complete(at: Loaded, job: Job, args: argparse.Namespace) -> Completion:
     check_length(at, job)
     tokenizer, prefix, start = at.tokenizer, [at.tokenizer.bos_id(), *job.prompt], 1 + len(job.prompt)
     ids = torch.tensor([[*prefix, *(job.draft or [0] * job.num), *job.suffix]], device=at.device)
+    from policy import edit, guard
+
     span = (at.model, ids, start, start + job.num)
     with torch.autocast("cuda", torch.bfloat16) if at.device.type == "cuda" else contextlib.nullcontext():
         mode, how, more = settle(at, job, ids, args)
         film, began = make_film(at, job, ids, how.redo, args), time.perf_counter()
         how = how._replace(watch=film if args.watch or args.html else None)
         if args.guard:
-            from policy import guard
-
             out, fell_back, _ = guard(*span, how)
             more["fell_back"] = bool(fell_back[0])
         else:
-            out = tg.edit(*span, how) if job.draft else tg.decode(*span, how)
+            out = edit(*span, how) if job.draft else tg.decode(*span, how)
         result: list[int] = out.ids[0].tolist()  # waits for the device
         seconds = time.perf_counter() - began - film.seconds
         hole = result[start : start + job.num]

@@ -276,7 +276,7 @@ def test_an_edit_changes_what_is_improbable_and_nothing_else() -> None:
     model, ids = model_of(), random_rows(4, 20, V)
     how = policy.MODES["draft_refine"]._replace(redo=0.01)
     nats = tg.score(model, ids)[:, 3:15]
-    found = tg.edit(model, ids, 4, 16, how).ids
+    found = policy.edit(model, ids, 4, 16, how).ids
     hole = windows_of(model)[0][0].noisy.corrupted[:, 0, :12]
     assert hole.equal(nats > -math.log(0.01))
     assert 0 < hole.sum() < hole.numel()
@@ -285,8 +285,8 @@ def test_an_edit_changes_what_is_improbable_and_nothing_else() -> None:
     assert found[:, :4].equal(ids[:, :4])
     assert found[:, 16:].equal(ids[:, 16:])
     other = torch.cat((ids[:, :16], (ids[:, 16:] + 1) % V), dim=1)
-    assert not tg.edit(model, other, 4, 16, how).ids[:, :16].equal(found[:, :16])  # it reads the text after
-    nothing = tg.edit(model, ids, 4, 16, how._replace(redo=0.0))
+    assert not policy.edit(model, other, 4, 16, how).ids[:, :16].equal(found[:, :16])  # it reads the text after
+    nothing = policy.edit(model, ids, 4, 16, how._replace(redo=0.0))
     assert nothing.ids.equal(ids)
     assert not nothing.forwards.any()
 
@@ -294,7 +294,7 @@ def test_an_edit_changes_what_is_improbable_and_nothing_else() -> None:
 def test_a_draft_of_ar_is_repaired() -> None:
     model, ids = model_of(), random_rows(4, 20, V)
     written = tg.decode(model, ids, 4, 16)
-    expected = tg.edit(model, written.ids, 4, 16)
+    expected = policy.edit(model, written.ids, 4, 16)
     found = tg.decode(model, ids, 4, 16, policy.MODES["draft_refine"])
     assert found.ids.equal(expected.ids)
     assert found.forwards.equal(written.forwards + expected.forwards)

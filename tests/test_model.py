@@ -69,11 +69,11 @@ def test_predictions_are_distributions(recipe: str) -> None:
         assert out.double().log_softmax(-1).exp().sum(-1).allclose(torch.ones((), dtype=torch.float64))
 
 
-def plain_attention(model: tg.GPT, layer: int, h: Tensor) -> Tensor:
-    """Attention of one row h (T, D), a head and a token at a time."""
+def plain_attention(model: tg.GPT, layer: int, h: Tensor, values: Tensor) -> Tensor:
+    """Attention of one row h (T, D) over values (T, G * C), a head and a token at a time."""
     cfg, prefix = model.cfg, f"blocks.{layer}.attn."
     size, group = cfg.model_dim // cfg.num_heads, cfg.num_heads // cfg.num_kv_heads
-    w = {name: model.get_parameter(f"{prefix}{name}.weight") for name in ("c_q", "c_k", "c_v", "proj")}
+    w = {name: model.get_parameter(f"{prefix}{name}.weight") for name in ("c_q", "c_k", "proj")}
     gain = model.get_parameter(prefix + "q_gain")
 
     def turned(x: Tensor, position: int) -> Tensor:
@@ -90,29 +90,35 @@ def plain_attention(model: tg.GPT, layer: int, h: Tensor) -> Tensor:
             mine, shared = (slice(n * size, (n + 1) * size) for n in (head, head // group))
             q = turned(w["c_q"][mine] @ h[t], t) * gain[head]
             scores = torch.stack([q @ turned(w["c_k"][shared] @ h[i], i) / size**0.5 for i in range(t + 1)])
-            values = torch.stack([w["c_v"][shared] @ h[i] for i in range(t + 1)])
-            heads.append(scores.softmax(0) @ values)
+            heads.append(scores.softmax(0) @ values[: t + 1, shared])
         out.append(w["proj"] @ torch.cat(heads))
     return torch.stack(out)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("value_residual", [False, True])
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 4])
-def test_the_clean_stream_is_the_baseline_spelt_out(num_layers: int) -> None:
-    model, ids = model_of(num_layers=num_layers, num_heads=4, num_kv_heads=2, logit_softcap=3.0), random_rows(1, 7, V)
+def test_the_clean_stream_is_the_baseline_spelt_out(num_layers: int, value_residual: bool) -> None:
+    shape = dict(num_layers=num_layers, num_heads=4, num_kv_heads=2)
+    model, ids = model_of(**shape, logit_softcap=3.0, value_residual=value_residual), random_rows(1, 7, V)
     p = dict(model.named_parameters())
+    assert ("value_mix" in p) == value_residual
 
     def norm(x: Tensor) -> Tensor:
         return x / x.square().mean(-1, keepdim=True).sqrt()
 
     x = first = norm(p["tok_emb"][ids[0]])
-    skips, down = [], num_layers // 2
+    skips, down, values = [], num_layers // 2, x
     for i in range(num_layers):
         if i >= down and skips:  # the second half reads what the first half left, last in first out
             x = x + p["skip_weights"][i - down] * skips.pop()
         own, embedded = p[f"blocks.{i}.resid_mix"]
         x = own * x + embedded * first
-        x = x + p[f"blocks.{i}.attn_scale"] * plain_attention(model, i, norm(x))
+        mine = norm(x) @ p[f"blocks.{i}.attn.c_v.weight"].T
+        values = mine if i == 0 else values  # the first layer's
+        if value_residual and i:
+            mine = p["value_mix"][i - 1, 0] * mine + p["value_mix"][i - 1, 1] * values
+        x = x + p[f"blocks.{i}.attn_scale"] * plain_attention(model, i, norm(x), mine)
         hidden = (norm(x) @ p[f"blocks.{i}.fc.weight"].T).clamp_min(0) ** 2
         x = x + p[f"blocks.{i}.mlp_scale"] * (hidden @ p[f"blocks.{i}.proj.weight"].T)
         if i < down:
@@ -122,9 +128,10 @@ def test_the_clean_stream_is_the_baseline_spelt_out(num_layers: int) -> None:
     torch.testing.assert_close(model.clean(ids)[0][0], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("value_residual", [False, True])
 @pytest.mark.parametrize("cuts", [(1,), (5,), (15,), (3, 4, 11), tuple(range(1, 16))])
-def test_a_cached_pass_equals_the_full_pass(cuts: tuple[int, ...]) -> None:
-    model, ids = model_of(), random_rows(3, T, V)
+def test_a_cached_pass_equals_the_full_pass(cuts: tuple[int, ...], value_residual: bool) -> None:
+    model, ids = model_of(value_residual=value_residual), random_rows(3, T, V)
     full, full_kvs = model.clean(ids)
     left = [k.new_full((3, k.shape[1], T + 5, k.shape[3]), 9.0) for k, _ in full_kvs]  # by an earlier draft
     past = [(k.clone(), k.clone()) for k in left]
@@ -153,7 +160,11 @@ def test_rows_of_a_batch_may_stand_at_different_places() -> None:
 @pytest.mark.parametrize("size", [1, 4, 16])
 def test_all_windows_at_once_equal_one_at_a_time(size: int, shift: bool, causal: bool, mode: str) -> None:
     model = model_of(
-        diffusion_shift=shift, diffusion_causal=causal, diffusion_corruption_mode=mode, self_condition="soft"
+        diffusion_shift=shift,
+        diffusion_causal=causal,
+        diffusion_corruption_mode=mode,
+        self_condition="soft",
+        value_residual=shift,
     )
     rows = random_rows(2, T + 1, V)
     previous = torch.randn(2, T // size, size, model.cfg.model_dim, generator=torch.Generator().manual_seed(5))
@@ -245,7 +256,7 @@ OWN = ("time_proj", "mask_emb", "ahead_gain", "ahead_proj")  # what only windows
 
 
 def test_the_windows_loss_reaches_every_weight_through_windows_and_through_clean_keys() -> None:
-    apart, whole = gradients(through_cache=False), gradients()
+    apart, whole = gradients(through_cache=False, value_residual=True), gradients(value_residual=True)
     for name, grad in apart.items():
         assert grad is not None, name
         assert grad.abs().sum() > 0, name
@@ -280,6 +291,7 @@ def test_initial_weights_are_those_of_the_baseline() -> None:
             assert (p == 1).all(), name
     assert (model.get_parameter("blocks.0.attn.q_gain") == 1.5).all()
     assert model.get_parameter("blocks.0.resid_mix").mean(1).tolist() == [1, 0]
+    assert tg.GPT(tiny(num_layers=3, value_residual=True)).get_parameter("value_mix").tolist() == [[1, 0.5]] * 2
 
 
 def test_a_clean_stream_alone_cannot_denoise() -> None:

@@ -117,7 +117,7 @@ def test_a_revision_fills_in_what_is_improbable(call: Callable[..., Called], at:
     found = facts(call("--prompt", text, "--edit", "--redo", str(redo)))
     ids = torch.tensor([[BOS, *at.tokenizer.encode(text)]])
     low = tg.score(at.model, ids)[0] > -math.log(redo)
-    edited = tg.edit(at.model, ids, 1, ids.shape[1], policy.MODES["draft_refine"]._replace(redo=redo)).ids
+    edited = policy.edit(at.model, ids, 1, ids.shape[1], policy.MODES["draft_refine"]._replace(redo=redo)).ids
     assert 0 < found["masked"] == int(low.sum()) < len(low)
     assert found["changed"] == int((edited != ids).sum()) > 0
     assert not ((edited != ids)[0, 1:] & ~low).any()  # what was probable stays
