@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,25 +12,57 @@ from conftest import facts, outcome
 import train_gpt as tg
 
 
-def planned(argv: list[str], env: dict[str, str]) -> tuple[list[str], dict[str, str]]:
-    steps, settings = record.commands(record.parse_args(argv), env)
-    return [" ".join(step).replace(f"{record.SCRIPTS}/", "") for step in steps], settings
+def planned(argv: list[str], env: dict[str, str]) -> list[tuple[str, dict[str, str]]]:
+    steps = record.steps_of(record.parse_args(argv), env)
+    return [(" ".join(step.command).replace(f"{record.SCRIPTS}/", ""), step.settings) for step in steps]
 
 
-def test_the_record_is_data_three_seeds_and_a_report() -> None:
-    (data, sweep, report), settings = planned(["8xh100"], {})
-    assert data.endswith("prepare_data.py --source fineweb --train-shards 80 --out data/fineweb")
-    assert sweep.endswith("sweep.py direct --seeds 1337,42,2026 --seconds 600.0 --nproc 8 --out out/record_8xh100")
-    assert "--submission out/record_8xh100/submission.json --write" in report
-    tokenizer = "data/fineweb/tokenizer.model"
-    assert settings == {"PRESET": "8xh100", "DATA_PATH": "data/fineweb", "TOKENIZER_PATH": tokenizer}
+def test_the_record_is_data_three_seeds_the_split_of_bytes_and_a_report() -> None:
+    data, sweep, export, table = planned(["8xh100"], {})
+    assert data[0].endswith("prepare_data.py --source fineweb --train-shards 80 --out data/fineweb")
+    assert sweep[0].endswith("sweep.py direct --seeds 1337,42,2026 --seconds 600.0 --nproc 8 --out out/record_8xh100")
+    assert "bench_export.py CHECKPOINT --levels 127,31 --out out/record_8xh100/export.json" in export[0]
+    assert "--submission out/record_8xh100/submission.json --write" in table[0]
+    settings = {"PRESET": "8xh100", "DATA_PATH": "data/fineweb", "TOKENIZER_PATH": "data/fineweb/tokenizer.model"}
+    assert data[1] == settings
+    assert sweep[1] == settings | record.RECORD["8xh100"]
 
 
-def test_one_device_takes_any_corpus() -> None:
-    steps, settings = planned(["1xgpu", "--seconds", "600", "--seeds", "1", "--out", "x"], {"DATA_PATH": "mine"})
-    assert len(steps) == 2  # nothing is downloaded
-    assert "sweep.py ar retrograde direct --seeds 1 --seconds 600.0 --nproc 1 --out x" in steps[0]
-    assert settings == {"PRESET": "1xgpu"}
+def test_baselines_go_first_and_without_record_settings() -> None:
+    steps = planned(["1xgpu", "--seconds", "600", "--seeds", "1", "--out", "x"], {"DATA_PATH": "mine"})
+    assert len(steps) == 4  # nothing is downloaded
+    (naive, plain), (strong, more), *_ = steps
+    assert "sweep.py ar retrograde direct --seeds 1 --seconds 600.0 --nproc 1 --out x" in naive
+    assert plain == {"PRESET": "1xgpu"}
+    assert "sweep.py direct --seeds 1 --seconds 600.0 --nproc 1 --out x" in strong
+    assert more == plain | record.RECORD["1xgpu"]
+    assert len(planned(["1xgpu", "--baselines", ""], {"DATA_PATH": "mine"})) == 3
+
+
+@pytest.mark.parametrize("protocol", record.PROTOCOLS)
+def test_record_settings_are_settings_and_change_something(protocol: str) -> None:
+    preset = {"PRESET": record.PROTOCOLS[protocol].preset}
+    plain, _, _ = tg.Config.from_env(preset)
+    strong, source, warnings = tg.Config.from_env(preset | record.RECORD[protocol])
+    assert not warnings
+    for name in record.RECORD[protocol]:
+        assert source[name.lower()] == "env"
+        assert getattr(strong, name.lower()) != getattr(plain, name.lower()), name
+
+
+def test_the_checkpoint_is_one_of_a_run_with_record_settings(tmp_path: Path) -> None:
+    args = record.parse_args(["cpu", "--out", str(tmp_path)])
+    for name, changes in (("a", {}), ("b", record.RECORD["cpu"]), ("c", record.RECORD["cpu"])):
+        cfg, source, _ = tg.Config.from_env({"PRESET": "cpu", "RUN_ID": name, "OUT_DIR": str(tmp_path)} | changes)
+        tg.Log(cfg, 0, continued=False).event("config", table="", values=dataclasses.asdict(cfg), source=source)
+        if name != "b":  # whose checkpoint was removed
+            path = tmp_path / name / "checkpoints" / f"{name}.pt"
+            path.parent.mkdir(parents=True)
+            path.touch()
+    env = {"PRESET": "cpu"} | record.RECORD["cpu"]
+    assert record.checkpoint(args, env) == tmp_path / "c" / "checkpoints" / "c.pt"
+    with pytest.raises(tg.UserError, match="holds no checkpoint"):
+        record.checkpoint(record.parse_args(["cpu", "--out", str(tmp_path / "else")]), env)
 
 
 def test_a_plan_runs_nothing(
@@ -40,7 +73,7 @@ def test_a_plan_runs_nothing(
     called = outcome(record.main, ["8xh100", "--plan"], capsys)
     expected = {"protocol": "8xh100", "out": "out/record_8xh100", "planned": True, "val_bpb": None}
     assert facts(called) == expected
-    assert called[2].count("PRESET=8xh100") == 3
+    assert called[2].count("PRESET=8xh100") == 4
     assert not list(tmp_path.iterdir())
 
 
@@ -59,9 +92,9 @@ def test_a_step_that_fails_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DATA_PATH", str(tmp_path / "nowhere"))
-    argv = ["8xh100", "--rehearse", "--recipes", "direct", "--out", str(tmp_path / "out")]
+    argv = ["8xh100", "--rehearse", "--baselines", "", "--out", str(tmp_path / "out")]
     status, out, err = outcome(record.main, argv, capsys)
     assert (status, out) == (2, "")
     assert "sweep.py ended with status 2" in err
     assert not (tmp_path / "out" / "README.md").exists()  # the steps after it are not taken
-    assert set(record.PROTOCOLS) == {"8xh100", "1xgpu"} <= set(tg.PRESETS)
+    assert {how.preset for how in record.PROTOCOLS.values()} <= set(tg.PRESETS)
