@@ -3,6 +3,7 @@
     python scripts/bench_train.py --recipes ar,direct,retrograde
     python scripts/bench_train.py --size MODEL_DIM=160 --size 'MODEL_DIM=320 NUM_LAYERS=8' --rounds 5
     python scripts/bench_train.py --nproc 1,2 --out train.json
+    python scripts/bench_train.py --recipes direct --profile     which operators a step's time goes to
     python scripts/bench_train.py --program /old/train_gpt.py    this program against another version, in turns
 
 Settings come from the environment as for train_gpt.py (PRESET, COMPILE, ...); --size sets more, once for every row of
@@ -38,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # train_gpt.py lie
 import train_gpt as tg
 
 WARM = 3  # steps before the timed ones
+OPERATORS = 12  # that a profile names
 REFERENCE = "ar"
 
 
@@ -54,6 +56,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a kind (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="turns (default %(default)s)")
     parser.add_argument("--program", type=Path, help="another version of train_gpt.py, timed in turns with this one")
+    parser.add_argument("--profile", action="store_true", help="also share out a step's time among operators")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the result there")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -113,6 +116,22 @@ def time_steps(program: Any, state: Any, objective: Any, run: Any, progress: flo
     return seconds[WARM:]
 
 
+def profile(program: Any, state: Any, objective: Any, run: Any, progress: float, steps: int) -> list[dict[str, Any]]:
+    """Share out the time of steps among operators, without what they call; the device's time where there is one."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if run.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as found:
+        for _ in range(steps):
+            program.train_step(state, objective, program.Moment(state.step, progress, 1.0))
+        run.clock()
+    which = "self_device_time_total" if run.device.type == "cuda" else "self_cpu_time_total"
+    spent = {event.key: (getattr(event, which) / 1e3 / steps, event.count // steps) for event in found.key_averages()}
+    whole = sum(ms for ms, _ in spent.values())
+    ranked = sorted(spent.items(), key=lambda item: -item[1][0])[:OPERATORS]
+    return [{"operator": k, "ms": ms, "share": ms / whole, "calls": calls} for k, (ms, calls) in ranked]
+
+
 def work(task: Mapping[str, Any]) -> None:
     """Time one case and print what was found, as JSON (rank 0)."""
     program = load_program(task["program"])
@@ -129,6 +148,9 @@ def work(task: Mapping[str, Any]) -> None:
                 before = graphs()
                 found[name] = time_steps(program, state, objective, run, progress, task["steps"])
                 found["graphs"] = found.get("graphs", 0) + graphs() - before
+                if task["profile"]:
+                    shares = profile(program, state, objective, run, progress, task["steps"])
+                    found.setdefault("profile", {})[name] = shares
         found["params"] = sum(p.numel() for p in state.model.parameters())
         peak = torch.cuda.max_memory_allocated() // 2**20 if run.device.type == "cuda" else 0
         found["peak_mib"] = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -172,7 +194,7 @@ def one(case: Mapping[str, Any], args: argparse.Namespace, folder: Path) -> dict
     cfg, _, _ = tg.Config.from_env(env)
     random_text(text, cfg, max(2 * cfg.train_batch_tokens, 4 * cfg.train_seq_len) + 1)  # enough for a step
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case['nproc']}"]
-    task = {"program": case["program"], "steps": args.steps}
+    task = {"program": case["program"], "steps": args.steps, "profile": args.profile}
     command = [sys.executable, *launcher * (case["nproc"] > 1), __file__, "--worker", json.dumps(task)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -234,6 +256,16 @@ def summarise(all_cases: Sequence[dict[str, Any]], rounds: Sequence[Sequence[dic
     return rows
 
 
+def operators(todo: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Gather the profiles of a round, one line an operator."""
+    return [
+        {name: case[name] for name in ("recipe", "size", "program", "nproc")} | {"step": kind} | line
+        for case, measured in zip(todo, found, strict=True)
+        for kind, lines in measured.get("profile", {}).items()
+        for line in lines
+    ]
+
+
 def cell(value: Any) -> str:
     if value is None:
         return "-"
@@ -255,8 +287,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             rounds.append(found)
     rows = summarise(todo, rounds)
     print(markdown(list(rows[0]), [[cell(v) for v in row.values()] for row in rows], 3) + "\n")
+    profiles = operators(todo, rounds[-1])
+    if profiles:
+        names = ["recipe", "size", "step", "operator", "ms", "share", "calls"]
+        print(markdown(names, [[cell(line[name]) for name in names] for line in profiles], 4) + "\n")
     preset = tg.Config.from_env(os.environ)[0].preset
     found_all = {"preset": preset, "rounds": args.rounds, "steps": args.steps, "torch": torch.__version__, "rows": rows}
+    found_all |= {"profiles": profiles} if profiles else {}
     if args.out:
         tg.atomic_write(args.out, json.dumps(found_all, indent=1).encode(), "result")
     return found_all

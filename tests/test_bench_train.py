@@ -67,10 +67,12 @@ def test_a_real_turn_times_both_kinds_of_steps(small: None, tmp_path: Path, caps
         "2",
         "--size",
         "MODEL_DIM=32 DIFFUSION_WINDOWS=4:1,8:1",
+        "--profile",
         "--out",
     ]
-    size = argv[-2]
-    rows = facts(outcome(bench.main, [*argv, str(tmp_path / "x.json")], capsys))["rows"]
+    size = argv[-3]
+    result = facts(outcome(bench.main, [*argv, str(tmp_path / "x.json")], capsys))
+    rows, profiles = result["rows"], result["profiles"]
     assert [(row["recipe"], row["size"]) for row in rows] == [("ar", size), ("direct", size)]
     ar, direct = rows
     assert (ar["graphs"], direct["graphs"]) == (0, 0)
@@ -80,6 +82,12 @@ def test_a_real_turn_times_both_kinds_of_steps(small: None, tmp_path: Path, caps
     assert direct["params"] > ar["params"] == sum(p.numel() for p in tg.GPT(tg.Config(**shape("ar"))).parameters())
     assert ar["ratio"] == 1
     assert json.loads((tmp_path / "x.json").read_text())["rows"] == rows
+    kinds = {(line["recipe"], line["step"]) for line in profiles}
+    assert kinds == {("ar", "clean"), ("direct", "clean"), ("direct", "windows")}
+    for kind in kinds:
+        shares = [line["share"] for line in profiles if (line["recipe"], line["step"]) == kind]
+        assert shares == sorted(shares, reverse=True)
+        assert 0.5 < sum(shares) <= 1
 
 
 def shape(recipe: str) -> dict[str, Any]:
