@@ -87,7 +87,7 @@ def test_a_real_turn_times_both_kinds_of_steps(small: None, tmp_path: Path, caps
     for kind in kinds:
         shares = [line["share"] for line in profiles if (line["recipe"], line["step"]) == kind]
         assert shares == sorted(shares, reverse=True)
-        assert 0.5 < sum(shares) <= 1
+        assert 0 < sum(shares) <= 1  # the rest goes to operators that are not named
 
 
 def shape(recipe: str) -> dict[str, Any]:
