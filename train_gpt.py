@@ -86,7 +86,7 @@ class Config:
     rope_scale: float = opt(1.0, "positions are divided by it: reads longer text (arXiv:2306.15595)", low=1)
     qk_gain_init: float = opt(1.5, "initial gain on normalised queries", low=0)
     value_residual: bool = opt(False, "later layers mix the first one's values into theirs (arXiv:2410.17897)")
-    logit_softcap: float = opt(30.0, "logits are softcap * tanh(logits / softcap)", low=1)
+    logit_softcap: float = opt(30.0, "logits are softcap * tanh(logits / softcap)", low=1, high=1000)
     look_ahead: int = opt(8, "windows: how far ahead the next sure token is an input; 0: never", "tokens", low=0)
     time_embed_dim: int = opt(0, "features of the noise level t; 0: no time input", "features", low=0)
     self_condition: str = opt("none", "previous prediction fed back as an input", choices="none soft commit")
@@ -846,9 +846,11 @@ class GPT(nn.Module):
         assert self.mask_emb is not None, "read() needs a model built with diffusion on"
         cfg, noisy, table = self.cfg, window.noisy, torch.cat((self.tok_emb, self.mask_emb[None]))
         emb = rms_norm(F.embedding(torch.cat((window.before, noisy.xt), dim=-1), table))  # (B, W, S + 1, D)
-        if noisy.noise is not None:
-            level = F.pad(noisy.t[..., None] * noisy.corrupted, (1, 0))[..., None]  # arXiv:2205.14217; 0: as it is
-            emb = rms_norm((1 - level).sqrt() * emb + level.sqrt() * F.pad(noisy.noise, (0, 0, 1, 0)))
+        if noisy.noise is not None:  # arXiv:2205.14217
+            level, noise = (
+                F.pad(x, (0, 0, 1, 0)) for x in ((noisy.t[..., None] * noisy.corrupted)[..., None], noisy.noise)
+            )
+            emb = torch.where(level > 0, rms_norm((1 - level).sqrt() * emb + level.sqrt() * noise), emb)
         gate = F.pad(noisy.suspect, (1, 0))[..., None].to(emb.dtype)  # the clean token before is never suspect
         if self.self_cond is not None and window.previous is not None:
             emb = emb + F.pad(F.linear(window.previous, self.self_cond), (0, 0, 1, 0)) * gate

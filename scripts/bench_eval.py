@@ -8,8 +8,9 @@ Settings come from the environment as for train_gpt.py; --size sets more, once f
 random: speed depends on neither, and nothing needs to be prepared. What is timed is what a run does: the exact score,
 val_bpb_sliding (EVAL_STRIDE), the bounds (NELBO_WINDOWS, NELBO_SAMPLES), each on a split of --rows rows, and
 parallel_eval as a whole. Cases take turns; medians over rounds are shown. A device gets its share of VAL_BATCH_SIZE, as
-in a run on --devices. "whole" is the time for --tokens on --devices, shared evenly (NELBO_SEQUENCES counts);
-parallel_eval runs on one device only. The table is Markdown; the last line is one JSON object.
+in a run on --devices. "whole" is the time for --tokens on --devices, shared evenly (NELBO_SEQUENCES counts); the exact
+score is taken twice in a run, before export and of the artifact; parallel_eval runs on one device only. The table is
+Markdown; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -52,9 +53,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", action="append", metavar="NAME=VALUE ...", help="settings of a case; may be repeated")
-    parser.add_argument(
-        "--rows", type=int, default=32, help="rows of T tokens in the timed split (default %(default)s)"
-    )
+    parser.add_argument("--rows", type=int, help="of T tokens in the timed split (default: two batches, at least 32)")
     parser.add_argument("--rounds", type=int, default=3, help="turns (default %(default)s)")
     parser.add_argument(
         "--tokens", type=int, default=FINEWEB, help="of the whole split (default: FineWeb's, %(default)s)"
@@ -63,7 +62,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the result there")
     args = parser.parse_args(argv)
     for name in ("rows", "rounds", "tokens", "devices"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name}={getattr(args, name)} must be 1 or more")
     return args
 
@@ -81,14 +80,13 @@ class Job:
     peak_mib: int = 0  # of the device, where it keeps count
 
 
-def jobs(case: str, cfg: tg.Config, run: tg.Run, rows: int, tokens: int, devices: int) -> list[Job]:
-    """List the scores of a run with these settings, on `rows` rows of random text."""
+def jobs(case: str, cfg: tg.Config, run: tg.Run, rows: int | None, tokens: int, devices: int) -> list[Job]:
+    """List the scores of a run with these settings, on `rows` rows of random text (None: two batches of a device)."""
     cfg = dataclasses.replace(cfg, val_batch_size=max(cfg.val_batch_size // devices, 1))
     run, T = dataclasses.replace(run, cfg=cfg), cfg.train_seq_len
     folder = Path(cfg.data_path)
     folder.mkdir(parents=True, exist_ok=True)
-    need = cfg.parallel_eval_prefix_len + cfg.parallel_eval_suffix_len + 2 * T
-    random_text(folder, cfg, max(rows * T, need if cfg.parallel_eval_examples else 0) + 1)
+    random_text(folder, cfg, (rows or max(2 * cfg.val_batch_size // T, 32)) * T + 1)
     model, val = tg.GPT(cfg).to(run.device).eval(), tg.TokenLoader(cfg, "val")
 
     def bpb(size: int = 0, stride: int = 0) -> Callable[[], Any]:
@@ -97,7 +95,7 @@ def jobs(case: str, cfg: tg.Config, run: tg.Run, rows: int, tokens: int, devices
 
     scored = (val.total - 1) // T * T
     share = tokens / devices / scored
-    found = [Job(case, "exact", scored, share, bpb())]
+    found = [Job(case, "exact", scored, 2 * share, bpb())]
     if cfg.eval_stride:
         step = min(cfg.eval_stride, T)
         count = (val.total - 1 - T) // step * step + T

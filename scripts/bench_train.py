@@ -126,8 +126,11 @@ def profile(program: Any, state: Any, objective: Any, run: Any, progress: float,
             program.train_step(state, objective, program.Moment(state.step, progress, 1.0))
         run.clock()
     which = "self_device_time_total" if run.device.type == "cuda" else "self_cpu_time_total"
-    spent = {event.key: (getattr(event, which) / 1e3 / steps, event.count // steps) for event in found.key_averages()}
-    whole = sum(ms for ms, _ in spent.values())
+    # Operators; kernels of a device have entries of their own, whose time those of operators hold, too.
+    events = [event for event in found.key_averages() if event.device_type.name == "CPU"]
+    spent = {event.key: (getattr(event, which) / 1e3 / steps, event.count // steps) for event in events}
+    if not (whole := sum(ms for ms, _ in spent.values())):
+        raise tg.UserError("--profile: the profiler saw no time on the device; run without it")
     ranked = sorted(spent.items(), key=lambda item: -item[1][0])[:OPERATORS]
     return [{"operator": k, "ms": ms, "share": ms / whole, "calls": calls} for k, (ms, calls) in ranked]
 
@@ -148,12 +151,13 @@ def work(task: Mapping[str, Any]) -> None:
                 before = graphs()
                 found[name] = time_steps(program, state, objective, run, progress, task["steps"])
                 found["graphs"] = found.get("graphs", 0) + graphs() - before
-                if task["profile"]:
-                    shares = profile(program, state, objective, run, progress, task["steps"])
-                    found.setdefault("profile", {})[name] = shares
         found["params"] = sum(p.numel() for p in state.model.parameters())
         peak = torch.cuda.max_memory_allocated() // 2**20 if run.device.type == "cuda" else 0
         found["peak_mib"] = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        for name, progress in (("clean", 0.0), ("windows", 1.0)):
+            if task["profile"] and name in found:
+                shares = profile(program, state, objective, run, progress, task["steps"])
+                found.setdefault("profile", {})[name] = shares
         per_token, best = (tg.beside("flops.py", name) for name in ("per_token", "peak"))
         sizes = cfg.sizes(cfg.diffusion_windows) if cfg.diffusion else []
         if not task["program"]:  # the settings of another version may be others

@@ -29,8 +29,6 @@ from torch import Tensor
 
 from train_gpt import AR, GPT, Decoded, Decoding, UserError, decode, score
 
-REPAIR = Decoding(redo=0.02)  # what `edit` does if nothing else is said
-
 MODES = {  # ways to decode, by name
     "ar": AR,
     "refine": Decoding(),
@@ -96,7 +94,7 @@ class Choice(NamedTuple):
     table: list[Measured]
 
 
-def edit(model: GPT, ids: Tensor, start: int, stop: int, how: Decoding = REPAIR) -> Decoded:
+def edit(model: GPT, ids: Tensor, start: int, stop: int, how: Decoding = MODES["draft_refine"]) -> Decoded:
     """Revise tokens [start, stop) of rows (B, L): those less probable than `redo` are filled in from both sides."""
     return decode(model, ids, start, stop, how._replace(draft="given"))
 

@@ -6,7 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SHAPE = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "tie_embeddings")
+SHAPE = (
+    "vocab_size",
+    "num_layers",
+    "model_dim",
+    "num_heads",
+    "num_kv_heads",
+    "mlp_mult",
+    "tie_embeddings",
+    "value_residual",
+)
 ADDED = ("time_embed_dim", "look_ahead")  # weights that only a denoiser has, and not every one
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import record
@@ -21,7 +22,7 @@ def test_the_record_is_data_three_seeds_the_split_of_bytes_and_a_report() -> Non
     data, sweep, export, table = planned(["8xh100"], {})
     assert data[0].endswith("prepare_data.py --source fineweb --train-shards 80 --out data/fineweb")
     assert sweep[0].endswith("sweep.py direct --seeds 1337,42,2026 --seconds 600.0 --nproc 8 --out out/record_8xh100")
-    assert "bench_export.py CHECKPOINT --levels 127,31 --out out/record_8xh100/export.json" in export[0]
+    assert "bench_export.py CHECKPOINT --levels 31,27,23 --out out/record_8xh100/export.json" in export[0]
     assert "--submission out/record_8xh100/submission.json --write" in table[0]
     settings = {"PRESET": "8xh100", "DATA_PATH": "data/fineweb", "TOKENIZER_PATH": "data/fineweb/tokenizer.model"}
     assert data[1] == settings
@@ -50,19 +51,40 @@ def test_record_settings_are_settings_and_change_something(protocol: str) -> Non
         assert getattr(strong, name.lower()) != getattr(plain, name.lower()), name
 
 
-def test_the_checkpoint_is_one_of_a_run_with_record_settings(tmp_path: Path) -> None:
-    args = record.parse_args(["cpu", "--out", str(tmp_path)])
-    for name, changes in (("a", {}), ("b", record.RECORD["cpu"]), ("c", record.RECORD["cpu"])):
-        cfg, source, _ = tg.Config.from_env({"PRESET": "cpu", "RUN_ID": name, "OUT_DIR": str(tmp_path)} | changes)
-        tg.Log(cfg, 0, continued=False).event("config", table="", values=dataclasses.asdict(cfg), source=source)
-        if name != "b":  # whose checkpoint was removed
-            path = tmp_path / name / "checkpoints" / f"{name}.pt"
-            path.parent.mkdir(parents=True)
-            path.touch()
+def test_the_checkpoint_is_that_of_a_finished_run_of_this_protocol(tmp_path: Path) -> None:
+    args = record.parse_args(["cpu", "--out", str(tmp_path), "--seconds", "7", "--seeds", "42,1"])
     env = {"PRESET": "cpu"} | record.RECORD["cpu"]
-    assert record.checkpoint(args, env) == tmp_path / "c" / "checkpoints" / "c.pt"
+    budget = {"MAX_WALLCLOCK_SECONDS": "7"}
+    made = {}
+    for name, changes in (("plain", {"VALUE_RESIDUAL": "0"}), ("longer", {"MAX_WALLCLOCK_SECONDS": "8"}), ("mine", {})):
+        cfg, source, _ = tg.Config.from_env(env | budget | {"SEED": "42", "RECIPE": "direct"} | changes)
+        run_id = f"direct_42_{cfg.path('', '').name[-8:]}"
+        cfg = dataclasses.replace(cfg, run_id=run_id, out_dir=str(tmp_path))
+        log = tg.Log(cfg, 0, continued=False)
+        log.event("config", table="", values=dataclasses.asdict(cfg), source=source)
+        made[name] = tmp_path / run_id / "checkpoints" / f"{run_id}.pt"
+        made[name].parent.mkdir(parents=True)
+        made[name].touch()
+    assert len(set(made.values())) == 3
     with pytest.raises(tg.UserError, match="holds no checkpoint"):
-        record.checkpoint(record.parse_args(["cpu", "--out", str(tmp_path / "else")]), env)
+        record.checkpoint(args, env)  # it is not finished
+    logged = sorted((tmp_path / "logs").glob("*.jsonl"))
+    assert len(logged) == 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record.report, "read_log", lambda path: SimpleNamespace(why_left_out=""))
+        assert record.checkpoint(args, env) == made["mine"]
+
+
+def test_a_machine_without_a_compiler_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", "")
+    status, out, err = outcome(record.main, ["cpu"], capsys)
+    assert (status, out) == (2, "")
+    assert "PROTOCOL=cpu: COMPILE=1 needs a C++ compiler (no-such-compiler or clang++)" in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_plan_runs_nothing(

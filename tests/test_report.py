@@ -206,7 +206,10 @@ def test_submission_takes_ranked_runs_from_fineweb_on_eight_ranks_only(project: 
         project.log(f"preset{seed}", events(seed=seed, bpb=0.1, **{**ranked, "preset": "cpu"}))
         project.log(f"recipe{seed}", events(seed=seed, bpb=0.1, recipe="ar", **ranked))
         project.log(f"unfinished{seed}", events(seed=seed, bpb=0.1, **ranked)[:-1])
-        project.log(f"changed{seed}", events(seed=seed, bpb=0.1, changed={"num_layers": 99}, **ranked))
+        project.log(f"longer{seed}", events(seed=seed, bpb=0.1, changed={"max_wallclock_seconds": 601.0}, **ranked))
+    for seed in (1, 2):  # as many seeds, and worse; one seed fewer, and better
+        project.log(f"worse{seed}", events(seed=seed, bpb=1.4, changed={"num_layers": 99}, **ranked))
+    project.log("few", events(seed=1, bpb=0.1, changed={"num_layers": 98}, **ranked))
     entry = project.entry()
     assert entry["val_bpb"] == pytest.approx(1.25)
     assert {seed: row["val_bpb"] for seed, row in entry["seeds"].items()} == {"1": 1.2, "2": 1.3}

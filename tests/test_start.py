@@ -83,6 +83,7 @@ def test_the_clean_stream_of_an_adapted_model_is_the_artifacts(text: dict[str, A
         (dict(num_heads=4, num_kv_heads=2), {}, ["NUM_HEADS is 4 there and 2 here", "NUM_KV_HEADS is 2 there and 1"]),
         (dict(mlp_mult=3, vocab_size=60), {}, ["MLP_MULT is 3", "VOCAB_SIZE is 60"]),
         (dict(tie_embeddings=False), {}, ["TIE_EMBEDDINGS is False there and True here"]),
+        (dict(value_residual=True), {}, ["VALUE_RESIDUAL is True there and False here"]),
         (dict(time_embed_dim=6, look_ahead=3), {}, ["TIME_EMBED_DIM is 6", "LOOK_AHEAD is 3"]),
     ],
 )
