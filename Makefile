@@ -7,6 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DATA := data/stdlib
 OUT := out/demo
+RECORD := logs/record_cpu
 
 .PHONY: venv demo test
 .DELETE_ON_ERROR:
@@ -37,4 +38,6 @@ test: $(VENV)/.requirements-dev
 	$(BIN)/mypy
 	$(BIN)/pytest
 	$(BIN)/python scripts/report.py --check
+	$(BIN)/python scripts/report.py --check --logs $(RECORD)/logs --readme $(RECORD)/README.md \
+	    --submission $(RECORD)/submission.json
 	PYTHON=$(BIN)/python bash tests/smoke.sh

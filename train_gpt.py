@@ -600,8 +600,7 @@ def region_mask(name: str, t: Tensor, keys: Tensor, size: int, cfg: Config) -> T
         start = (uniform(keys, 1) * (size - length)).long() if name == "infill" else size - length
         return (i >= start) & (i < start + length)
     if name == "spans":
-        draws, mark = uniform(keys, cfg.diffusion_spans_per_seq), beside("objectives.py", "spans")
-        return cast(Tensor, mark(draws, length, i, span))
+        return cast(Tensor, beside("objectives.py", name)(uniform(keys, cfg.diffusion_spans_per_seq), length, i, span))
     return uniform(keys, size) < t[..., None]  # iid
 
 
@@ -847,10 +846,9 @@ class GPT(nn.Module):
         cfg, noisy, table = self.cfg, window.noisy, torch.cat((self.tok_emb, self.mask_emb[None]))
         emb = rms_norm(F.embedding(torch.cat((window.before, noisy.xt), dim=-1), table))  # (B, W, S + 1, D)
         if noisy.noise is not None:  # arXiv:2205.14217
-            level, noise = (
-                F.pad(x, (0, 0, 1, 0)) for x in ((noisy.t[..., None] * noisy.corrupted)[..., None], noisy.noise)
-            )
-            emb = torch.where(level > 0, rms_norm((1 - level).sqrt() * emb + level.sqrt() * noise), emb)
+            level, noise = noisy.t[..., None, None], F.pad(noisy.noise, (0, 0, 1, 0))
+            blurred = rms_norm((1 - level).sqrt() * emb + level.sqrt() * noise)
+            emb = torch.where(F.pad(noisy.corrupted, (1, 0))[..., None], blurred, emb)
         gate = F.pad(noisy.suspect, (1, 0))[..., None].to(emb.dtype)  # the clean token before is never suspect
         if self.self_cond is not None and window.previous is not None:
             emb = emb + F.pad(F.linear(window.previous, self.self_cond), (0, 0, 1, 0)) * gate
