@@ -7,14 +7,8 @@ from pathlib import Path
 from typing import Any
 
 SHAPE = (
-    "vocab_size",
-    "num_layers",
-    "model_dim",
-    "num_heads",
-    "num_kv_heads",
-    "mlp_mult",
-    "tie_embeddings",
-    "value_residual",
+    *("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult"),
+    *("tie_embeddings", "value_residual"),
 )
 ADDED = ("time_embed_dim", "look_ahead")  # weights that only a denoiser has, and not every one
 
