@@ -86,6 +86,7 @@ class Config:
     rope_scale: float = opt(1.0, "positions are divided by it: reads longer text (arXiv:2306.15595)", low=1)
     qk_gain_init: float = opt(1.5, "initial gain on normalised queries", low=0)
     value_residual: bool = opt(False, "later layers mix the first one's values into theirs (arXiv:2410.17897)")
+    bigram_vocab_size: int = opt(0, "rows of a hashed table of token pairs, one more input; 0: none", "rows", low=0)
     logit_softcap: float = opt(30.0, "logits are softcap * tanh(logits / softcap)", low=1, high=1000)
     look_ahead: int = opt(8, "windows: how far ahead the next sure token is an input; 0: never", "tokens", low=0)
     time_embed_dim: int = opt(0, "features of the noise level t; 0: no time input", "features", low=0)
@@ -382,13 +383,13 @@ class Run:
             raise UserError(f"DEVICE={cfg.device}: {found} CUDA devices, local rank {local} has none; use DEVICE=cpu")
         device = torch.device("cuda", local) if cuda else CPU
         log = Log(cfg, rank, continued=cfg.resume == "auto" and cfg.path("checkpoints", ".pt").exists())
-        compiled = cfg.compile == "1" or (cfg.compile == "auto" and cuda)
-        run = cls(cfg, rank, world, device, log, compile=compiled)
+        run = cls(cfg, rank, world, device, log, compile=cfg.compile == "1" or (cfg.compile == "auto" and cuda))
         previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
         try:
             torch.get_device_module(device).set_device(device)
             torch.set_float32_matmul_precision("high" if cuda else "highest")
             torch.use_deterministic_algorithms(not cuda)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
             if world > 1:
                 dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
                 run.control = dist.new_group(backend="gloo") if cuda else dist.group.WORLD
@@ -430,16 +431,14 @@ class Run:
 
     def header(self, source: Mapping[str, str], warnings: Sequence[str]) -> None:
         """Open the log with the program itself, the machine, versions, kernels and settings."""
-        code, machine, cuda = Path(__file__).read_text(encoding="utf-8"), os.uname().machine, self.device.type == "cuda"
-        with contextlib.suppress(OSError, IndexError):
-            machine = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t :")
-        machine = torch.cuda.get_device_name(self.device) if cuda else f"{machine}, {os.cpu_count()} cores"
+        code, cuda = Path(__file__).read_text(encoding="utf-8"), self.device.type == "cuda"
+        machine = beside("flops.py", "machine", str)(str(self.device))
         self.log.write(code + "=" * 100, echo=False)
         kernels = {"precision": "bf16" if cuda else "fp32", "compile": self.compile, "threads": torch.get_num_threads()}
         kernels |= {"device": str(self.device), "world_size": self.world_size, "python": sys.version.split()[0]}
+        kernels |= {"torch": torch.__version__, "sha256": hashlib.sha256(code.encode()).hexdigest()}
         about = {"time": time.strftime("%FT%TZ", time.gmtime()), "command": " ".join(sys.argv), "machine": machine}
-        sha256 = hashlib.sha256(code.encode()).hexdigest()
-        self.log.event("header", **about, **kernels, torch=torch.__version__, sha256=sha256)
+        self.log.event("header", **about, **kernels)
         self.log.event("config", table=self.cfg.table(source), values=dataclasses.asdict(self.cfg), source=dict(source))
         for warning in warnings:
             self.log.event("warning", reason=warning)
@@ -490,10 +489,8 @@ class TokenLoader:
     def open_shard(path: Path) -> np.typing.NDArray[Any]:
         """Map a shard's tokens, (tokens,) uint16, after checking its header and size."""
         header, size = np.fromfile(path, dtype="<i4", count=SHARD_HEADER), path.stat().st_size
-        if header.size < SHARD_HEADER or header[0] != SHARD_MAGIC:
-            raise UserError(f"{path} is not a token shard (no magic number {SHARD_MAGIC}); rebuild it: {PREPARE}")
-        if header[1] != SHARD_VERSION:
-            raise UserError(f"{path} has shard version {header[1]}, not {SHARD_VERSION}; rebuild it: {PREPARE}")
+        if (found := header[:2].tolist()) != [SHARD_MAGIC, SHARD_VERSION] or header.size < SHARD_HEADER:
+            raise UserError(f"{path} is not a token shard, version {SHARD_VERSION} ({found}); rebuild it: {PREPARE}")
         count, held = int(header[2]), (size - SHARD_HEADER * 4) / 2
         if count < 1 or held != count:
             raise UserError(f"{path} announces {count:,} tokens but holds {held:,}: truncated; copy or build it again")
@@ -619,9 +616,8 @@ def apply_noise(x0: Tensor, corrupted: Tensor, t: Tensor, keys: Tensor, cfg: Con
     """Replace the marked tokens by [MASK] (a share `mask_share`) or random tokens; mode gaussian blurs embeddings."""
     mode, size = cfg.diffusion_corruption_mode, x0.shape[-1]
     if mode == "gaussian":  # what should be masked becomes pure noise: no trace of the token
-        u = uniform(derive(keys, 1), 2 * size * cfg.model_dim).view(*x0.shape, cfg.model_dim, 2)
-        level = torch.ones_like(t) if mask_share else t
-        return Corruption(x0, corrupted, corrupted, level, beside("objectives.py", "gaussian")(u))
+        noise = beside("objectives.py", "gaussian")(uniform(derive(keys, 1), 2 * size * cfg.model_dim), size)
+        return Corruption(x0, corrupted, corrupted, torch.ones_like(t) if mask_share else t, noise)
     random_token = (uniform(derive(keys, 2), size) * cfg.vocab_size).long()
     masked = uniform(derive(keys, 3), size) < mask_share  # all or none: arXiv:2107.03006, a share: arXiv:2503.04482
     xt = torch.where(corrupted, torch.where(masked, cfg.vocab_size, random_token), x0)
@@ -690,21 +686,20 @@ def losses(logits: Tensor, clean_logits: Tensor, x0: Tensor, noisy: Corruption, 
 
 
 # 5  MODEL -- one trunk; the clean stream and the noisy windows are two ways through it ================================
-KV = tuple[Tensor, Tensor]  # rotated keys and values of a layer, each (B, G, tokens, C)
+KV = tuple[Tensor, Tensor]  # rotated keys and values of a layer, each (B, G, tokens, C); a table of pairs adds one more
 
 
 class Stream(NamedTuple):
-    """How tokens pass the trunk. The clean stream is causal; a window has a mask."""
+    """How tokens pass the trunk."""
 
     rotary: Tensor  # from `rotary`
-    mask: Tensor | None = None
-    causal: bool = False  # without a mask: a token reads those up to itself, not all
+    mask: Tensor | None  # which keys a token reads; None: those up to itself
     time: Tensor | None = None  # (B, N, F) features of the noise level, 0 where a token is not suspect; None if F is 0
     slots: Tensor | None = None  # (B, tokens): where keys and values go in buffers; None: they follow `past`
     values: tuple[Tensor, Tensor] | None = None  # shares (2,) of a layer's own values and of the first one's, and those
 
 
-def take(x: Tensor, rows: Tensor | None) -> Tensor:
+def take(x: Tensor, rows: Tensor | None = None) -> Tensor:
     """Choose tokens of x (B, N, ...) by index (B, n), to (B, n, ...); None: all."""
     return x if rows is None else x.take_along_dim(rows.view(*rows.shape, *[1] * (x.ndim - 2)), dim=1)
 
@@ -744,7 +739,7 @@ class Attention(nn.Module):
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
         if q.is_cuda and stream.mask is not None:  # the fused kernel with a dense mask there knows no groups
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        how: dict[str, Any] = {"is_causal": stream.causal, "enable_gqa": q.shape[1] != k.shape[1]}
+        how: dict[str, Any] = {"is_causal": stream.mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
         y = F.scaled_dot_product_attention(q, k, v, stream.mask, **how)
         return self.proj(y.transpose(1, 2).flatten(2)), own
 
@@ -779,7 +774,7 @@ class Window(NamedTuple):
     before: Tensor  # (B, W, 1) int64
     noisy: Corruption
     positions: Tensor  # (N,) or (B, N) true positions in the text
-    mask: Tensor | None  # None: every token reads all of past and window
+    mask: Tensor  # which keys of past and windows a token reads, (N, keys) or (B, 1, N, keys) bool
     previous: Tensor | None = None  # (B, W, S, D) expected embedding under the last pass; zero where there was none
     slots: Tensor | None = None  # (B, N) scratch places in the buffers of `past`
     only: Tensor | None = None  # (B, n) read these of the N tokens; mask and slots have just their rows
@@ -792,6 +787,7 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.num_down, dim = cfg, cfg.num_layers // 2, cfg.model_dim
         self.tok_emb = nn.Parameter(torch.empty(cfg.vocab_size, dim))
+        self.bigram_emb = nn.Parameter(torch.zeros(cfg.bigram_vocab_size, dim)) if cfg.bigram_vocab_size else None
         self.lm_head = None if cfg.tie_embeddings else nn.Parameter(torch.zeros(cfg.vocab_size, dim))
         self.skip_weights = nn.Parameter(torch.ones(self.num_down, dim))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
@@ -810,6 +806,20 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
             elif name.endswith(".weight"):  # the rest starts as it is
                 nn.init.uniform_(p, -(p.shape[1] ** -0.5), p.shape[1] ** -0.5, generator=source)
+
+    def pairs(self, emb: Tensor, ids: Tensor, at: Tensor, past: Any, slots: Any, *only: Any) -> tuple[Tensor, list[KV]]:
+        """Add to embedded tokens (B, N, D), ids (B, N), rows of a hashed table (arXiv:1709.03933): one for each with
+        the token before it, none where either is [MASK]. The last pair of a cache tells what stands before a window."""
+        if self.bigram_emb is None:
+            return emb, []
+        places, before = at.expand(ids.shape), F.pad(ids[:, :-1], (1, 0), value=(mask := self.cfg.vocab_size))
+        if past is not None:
+            known = past[-1][0][:, 0, :, 0]
+            known = known if slots is None else known.scatter_(1, slots, take(ids, *only))
+            earlier = known.gather(1, (places - 1).clamp(0, known.shape[1] - 1))
+            before = torch.where(F.pad(places.diff() == 1, (1, 0)), before, earlier).masked_fill(places == 0, mask)
+        row = F.embedding(derive(before, ids) % len(self.bigram_emb), self.bigram_emb)
+        return emb + row * ((before < mask) & (ids < mask))[..., None], [(ids[:, None, :, None],) * 2]
 
     def trunk(self, emb0: Tensor, stream: Stream, past: Sequence[KV] | None) -> tuple[Tensor, list[KV]]:
         """Logits (B, N, V) float32 of embedded tokens (B, N, D), and their keys and values."""
@@ -832,8 +842,15 @@ class GPT(nn.Module):
         positions, mask = torch.arange(ids.shape[1], device=ids.device) if at is None else at, None
         if past is not None:  # a slot is a position; what an earlier draft left behind stands later and is not read
             mask = (torch.arange(past[0][0].shape[2], device=ids.device) <= positions[..., None])[:, None]
-        stream = Stream(rotary(positions, self.cfg), mask, causal=mask is None, slots=at)
-        return self.trunk(rms_norm(F.embedding(ids, self.tok_emb)), stream, past)
+        stream = Stream(rotary(positions, self.cfg), mask, slots=at)
+        emb, tokens = self.pairs(rms_norm(F.embedding(ids, self.tok_emb)), ids, positions, past, at)
+        logits, kvs = self.trunk(emb, stream, past)
+        return logits, kvs + tokens
+
+    def next_token(self, rows: Tensor) -> tuple[Tensor, Tensor, list[KV]]:
+        """Next-token loss of rows (B, T + 1), nats a token, and logits (B, T, V); softcap and loss compile to one."""
+        logits, kvs = self.clean(rows[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()), logits.detach(), kvs
 
     def window(self, window: Window, past: Sequence[KV] | None) -> Tensor:
         """Denoise windows that may read the clean keys and values `past`; logits (B, W, S, V) for their tokens."""
@@ -844,17 +861,17 @@ class GPT(nn.Module):
         """Logits (B, N, V) at every token of windows, the clean one before included, or at those of `only`."""
         assert self.mask_emb is not None, "read() needs a model built with diffusion on"
         cfg, noisy, table = self.cfg, window.noisy, torch.cat((self.tok_emb, self.mask_emb[None]))
-        emb = rms_norm(F.embedding(torch.cat((window.before, noisy.xt), dim=-1), table))  # (B, W, S + 1, D)
-        if noisy.noise is not None:  # arXiv:2205.14217
-            level, noise = noisy.t[..., None, None], F.pad(noisy.noise, (0, 0, 1, 0))
-            blurred = rms_norm((1 - level).sqrt() * emb + level.sqrt() * noise)
-            emb = torch.where(F.pad(noisy.corrupted, (1, 0))[..., None], blurred, emb)
+        ids = torch.cat((window.before, noisy.xt), dim=-1)
+        emb = rms_norm(F.embedding(ids, table))  # (B, W, S + 1, D)
+        if noisy.noise is not None:
+            emb, ids = beside("objectives.py", "blur")(emb, ids, noisy, cfg.vocab_size)
         gate = F.pad(noisy.suspect, (1, 0))[..., None].to(emb.dtype)  # the clean token before is never suspect
         if self.self_cond is not None and window.previous is not None:
             emb = emb + F.pad(F.linear(window.previous, self.self_cond), (0, 0, 1, 0)) * gate
         half_turns = noisy.t[..., None, None] * torch.arange(cfg.time_embed_dim, device=emb.device)  # the first is 0
         time = torch.cos(math.pi / 2 * half_turns) * gate
-        emb, gate, time = (x.flatten(1, 2) for x in (emb, gate, time))
+        ids, emb, gate, time = (x.flatten(1, 2) for x in (ids, emb, gate, time))
+        emb, _ = self.pairs(emb, ids, window.positions, past, window.slots, window.only)
         if self.ahead_gain is not None and self.ahead_proj is not None:
             at, far = next_sure(gate[..., 0] == 0, window.positions, cfg.look_ahead)
             ahead = take(emb, at) * F.embedding(far, F.pad(self.ahead_gain, (0, 0, 1, 0)))  # nothing at distance 0
@@ -863,15 +880,11 @@ class GPT(nn.Module):
         stream = Stream(rotary(places, cfg), window.mask, time=time, slots=window.slots)
         return self.trunk(emb, stream, past)[0]
 
-    def expected_embedding(self, logits: Tensor) -> Tensor:
-        """Mean normalised embedding under a prediction, (..., V) to (..., D): soft self-conditioning's input."""
-        return logits.softmax(-1).to(self.tok_emb.dtype) @ rms_norm(self.tok_emb)
-
 
 # 6  OPTIMIZERS AND SCHEDULES -- who trains each parameter, how fast, and when =========================================
 # A parameter goes to the first row that takes it: name, test, learning rate. Matrices train by Muon, the rest by Adam.
 GROUPS: tuple[tuple[str, Callable[[str, Tensor], bool], Callable[[Config], float]], ...] = (
-    ("embed", lambda n, p: n in ("tok_emb", "mask_emb"), lambda c: c.tied_embed_lr if c.tie_embeddings else c.embed_lr),
+    ("embed", lambda n, p: n.endswith("_emb"), lambda c: c.tied_embed_lr if c.tie_embeddings else c.embed_lr),
     ("head", lambda n, p: n == "lm_head", lambda c: c.head_lr),
     ("adapter", lambda n, p: n.endswith(("time_proj", "self_cond", "lora_a", "lora_b")), lambda c: c.adapter_lr),
     ("scalar", lambda n, p: p.ndim < 2 or n.endswith(("_mix", "_weights", "_gain")), lambda c: c.scalar_lr),
@@ -997,7 +1010,7 @@ class Decoding(NamedTuple):
     reuse: bool = False  # window tokens that have not changed keep their keys and values: faster, approximate
     redo: float = 0.0  # tokens less probable than this to the clean stream are masked and filled in again, once
     verify: bool = False  # keep only what the clean stream itself would choose: exactly AR's output
-    lookup: int = 0  # verify: also propose what followed these last tokens (their number) where they stood before
+    propose: Callable[..., tuple[Tensor, Tensor]] | None = None  # verify: also try what this finds: look_up, policy.py
     longest: int = 16  # verify: most tokens proposed at once
     temperature: float = 0.0  # 0: greedy
     top_k: int = 0  # 0: all
@@ -1084,9 +1097,11 @@ class Decoder(NamedTuple):
             hole = hole & (rank < total - -(-total * used // total.clamp(1, how.steps))) & (log_p.exp() < how.threshold)
             if how.reuse:  # tokens that were filled in, and those at whose place the next token is predicted
                 due = F.pad(before, (1, 0)) | F.pad(hole, (0, 1))
+                due |= F.pad(before, (2, 0))[:, :-1] & (self.model.bigram_emb is not None)  # now in another pair
                 order, count = due.int().argsort(dim=1, descending=True), due.sum(1, keepdim=True)
                 fed["only"] = order.gather(1, torch.arange(int(count.max())).to(order) % count.clamp(1))  # a row's own
-            fed["previous"] = self.model.expected_embedding(logits) if self.model.cfg.self_condition == "soft" else None
+            if self.model.cfg.self_condition == "soft":
+                fed["previous"] = beside("objectives.py", "expected_embedding")(self.model, logits)
             if how.watch:
                 how.watch(places, x[:, 1:], log_p, hole)
         return x[:, 1 : size + 1], passes
@@ -1112,16 +1127,6 @@ class Decoder(NamedTuple):
         return x.scatter(1, at + 1, target), agreed, pick(guess, self.how, derive(self.keys, places))[0]
 
 
-def look_up(x: Tensor, done: Tensor, n: int, count: int) -> tuple[Tensor, Tensor]:
-    """Find where each row's last n tokens stood before, most recently: what followed (B, count), over and over at the
-    end; whether there is such a place (B, 1). Source: Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding."""
-    last = x.gather(1, (done - n).clamp(min=0) + torch.arange(n, device=x.device))
-    after = torch.arange(n, x.shape[1] + 1, device=x.device)  # the place after each run of n tokens
-    same = (x.unfold(1, n, 1) == last[:, None]).all(-1) & (after < done) & (n > 0)
-    source = (same * after).amax(1, keepdim=True)
-    return x.gather(1, source + torch.arange(count, device=x.device) % (done - source).clamp(min=1)), source > 0
-
-
 @torch.no_grad()
 def decode(model: GPT, ids: Tensor, start: int, stop: int, how: Decoding = AR) -> Decoded:
     """Fill tokens [start, stop) of rows (B, L): the one decode loop. A cycle proposes a window of tokens and reads it
@@ -1137,19 +1142,19 @@ def decode(model: GPT, ids: Tensor, start: int, stop: int, how: Decoding = AR) -
     window = min(how.window, stop - start, how.longest if verify else stop)
     if how.draft == "ar":
         ids, used = decode(model, ids, start, stop, how._replace(window=0, draft=""))
-    longest = max(window, how.longest if verify and how.lookup else 0)
+    longest = max(window, how.longest if verify and how.propose else 0)
     x, suffix, column = F.pad(ids[:, :stop], (0, longest + 1)), ids[:, stop:], torch.arange(stop + longest + 1).to(ids)
     room = len(column) - start + ((window + 1) * (window + 2) if verify else window + 1 + suffix.shape[1])
     past = [(F.pad(k, (0, 0, 0, room)), F.pad(v, (0, 0, 0, room))) for k, v in model.clean(ids[:, :start])[1]]
     run = Decoder(model, how, past, derive(torch.arange(len(ids)).to(ids)[:, None], how.seed))
     done, drafts = torch.full_like(used, start), x[:, :0]  # tokens that stand, a row; the last pass's proposals
-    trust, reach = 0.6, 4  # tokens a window and a lookup may propose: about twice what was right of late
+    trust, reach = 0.6, 4  # tokens that a window and `propose` may try: about twice what was right of late
     while len(ids) and (fewest := int(done.min())) < stop:
         busy, passes, size = done < stop, torch.ones_like(done), min(window, stop - fewest)
         if verify:
-            found, hit = look_up(x, done, how.lookup, longest) if how.lookup else (x, torch.zeros_like(busy))
+            found, hit = how.propose(x, done, longest) if how.propose else (x, torch.zeros_like(busy))
             ours, width = busy & ~hit, drafts.shape[1]  # rows whose proposals are a window's
-            if how.lookup and bool((hit & busy).any()):
+            if how.propose and bool((hit & busy).any()):
                 drafts = torch.where(hit, found, F.pad(drafts, (0, longest - width)))[:, : max(reach, width)]
             at = done - 1 + column[: drafts.shape[1] + 1]
             ahead = min(round(trust) or int(x.is_cuda), window) if bool(ours.any()) else 0
@@ -1357,18 +1362,19 @@ class Objective:
     """Loss of one part of a batch: next-token loss of the clean stream plus the windows' loss."""
 
     def __init__(self, cfg: Config, run: Run, model: GPT) -> None:
-        self.cfg, self.model, self.clean, self.window = cfg, model, model.clean, model.window
+        self.cfg, self.model, self.next_token, self.window = cfg, model, model.next_token, model.window
+        alone = cfg.diffusion_passes == 1 and cfg.self_condition == "none"  # else a pass reads what the last predicted
+        self.unroll = None if alone else beside("objectives.py", "unroll")
         if run.compile:  # one graph a stream, window size and gradient mode
             torch._dynamo.config.recompile_limit = 64
-            self.clean = torch.compile(model.clean, dynamic=False, fullgraph=True)
+            self.next_token = torch.compile(model.next_token, dynamic=False, fullgraph=True)
             self.window = torch.compile(model.window, dynamic=False, fullgraph=True)
         sizes, how = cfg.sizes(cfg.diffusion_windows) if cfg.diffusion else [], (cfg.diffusion_causal, run.device)
         self.masks = {size: window_mask(cfg.train_seq_len, size, *how) for size, _ in sizes}
 
     def __call__(self, rows: Tensor, part: int, size: int, now: Moment) -> tuple[Tensor, Tensor]:
         """Take part `part` of a batch, rows (B, T + 1), and windows of `size`, 0: none; return loss and what to log."""
-        cfg, (logits, kvs) = self.cfg, self.clean(rows[:, :-1])
-        ar_loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        cfg, (ar_loss, clean_logits, kvs) = self.cfg, self.next_token(rows)
         if not size:
             return ar_loss, torch.stack((ar_loss.detach(), torch.zeros_like(ar_loss)))
         count = max(round(len(rows) * cfg.diffusion_row_frac), 1)
@@ -1379,18 +1385,12 @@ class Objective:
         window_index = random.Random(f"t {cfg.seed} {now.step}").randrange(1 << 30) + row * len(windows) + windows
         ramp = now.progress if cfg.diffusion_ramp == "run" else now.step / cfg.iterations
         noisy = corrupt(x0, noise_level(cfg, keys, window_index, ramp), keys, cfg)
-        clean_logits, past = logits[:count].detach().view(*x0.shape, -1), [(k[:count], v[:count]) for k, v in kvs]
+        clean_logits, past = clean_logits[:count].view(*x0.shape, -1), [(k[:count], v[:count]) for k, v in kvs]
         if now.progress < (frac := cfg.diffusion_anneal_frac):
             mask = beside("objectives.py", "anneal")(mask, now.progress / frac, cfg.seed, now.step, size)
-        window, loss = Window(before, noisy, positions, mask), torch.zeros_like(ar_loss)
-        for i in range(0 if cfg.self_condition == "none" else -1, cfg.diffusion_passes):  # -1: without gradient
-            with torch.set_grad_enabled(i >= 0):
-                logits = self.window(window, past)
-            if i >= 0:
-                loss = loss + losses(logits, clean_logits, x0, noisy, cfg) / cfg.diffusion_passes
-            if i + 1 < cfg.diffusion_passes:
-                draws = [uniform(derive(keys, 8 + i, part), n) for part, n in ((1, 1), (2, size))]
-                window = beside("objectives.py", "feed_back")(self.model, window, logits.detach(), *draws)
+        window = Window(before, noisy, positions, mask)
+        found = self.unroll(self, window, past, keys, uniform, derive) if self.unroll else [self.window(window, past)]
+        loss = torch.stack([losses(logits, clean_logits, x0, noisy, cfg) / len(found) for logits in found]).sum()
         total = cfg.mercury_clean_loss_weight * ar_loss + cfg.diffusion_loss_weight * loss
         return total, torch.stack((ar_loss, loss)).detach()
 

@@ -292,9 +292,8 @@ def doubt(batch: Batch, ids: Tensor, wrong_share: float) -> Tensor:
     (B, S), start, device = ids.shape, batch.start, ids.device
     everything = torch.ones(B, 1, S, dtype=torch.bool, device=device)
     noisy = Corruption(ids[:, None], ~everything, everything, torch.full((B, 1), wrong_share, device=device))
-    positions, mask = torch.arange(start - 1, start + S, device=device), None
-    if batch.model.cfg.diffusion_causal:
-        mask = torch.arange(start + S, device=device) <= positions[:, None]
+    positions = torch.arange(start - 1, start + S, device=device)
+    mask = (torch.arange(start + S, device=device) <= positions[:, None]) | (not batch.model.cfg.diffusion_causal)
     past = [(k[:, :, : start - 1], v[:, :, : start - 1]) for k, v in batch.past]
     window = Window(before=batch.before[:, None], noisy=noisy, positions=positions, mask=mask)
     return batch.model.window(window, past)[:, 0]

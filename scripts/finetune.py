@@ -40,9 +40,9 @@ MOST_BYTES = 1 << 30  # of an unpacked adapter: more than any needs
 # Settings that say what a model is; an adapter must not be trained on, or beside, another one.
 MODEL = (
     *("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "tie_embeddings"),
-    *("rope_base", "rope_scale", "logit_softcap", "value_residual", "look_ahead", "time_embed_dim"),
-    *("self_condition", "diffusion_causal", "diffusion_shift", "diffusion_corruption_mode", "train_seq_len"),
-    *("init_from", "diffusion_anneal_frac"),  # of how it was made; here both are what they are by default
+    *("rope_base", "rope_scale", "logit_softcap", "value_residual", "bigram_vocab_size", "look_ahead"),
+    *("time_embed_dim", "self_condition", "diffusion_causal", "diffusion_shift", "diffusion_corruption_mode"),
+    *("train_seq_len", "init_from", "diffusion_anneal_frac"),  # the last two are what they are by default
 )
 
 

@@ -1,12 +1,16 @@
-"""How many floating-point operations training takes, and how many a device could do: what MFU in the logs is made of.
+"""How many floating-point operations training takes, how many a device could do (what MFU in the logs is made of), and
+what it is called.
 
 train_gpt.py runs this file, beside itself; bench_train.py reads it, too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +54,16 @@ def per_token(cfg: Any, size: int = 0) -> float:
         share = max(round(rows * cfg.diffusion_row_frac), 1) / rows
         total += share * passes * (size + 1) / size * token
     return total
+
+
+def machine(device: str) -> str:
+    """Name a GPU, or the processor with its number of cores: `AMD EPYC, 2 cores`."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    name = os.uname().machine
+    with contextlib.suppress(OSError, IndexError):
+        name = Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t :")
+    return f"{name}, {os.cpu_count()} cores"
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,9 +70,29 @@ def spans(u: Tensor, length: Tensor, i: Tensor, span: int) -> Tensor:
     return ((i >= starts) & (i < starts + span) & wanted[..., None]).any(dim=-2)
 
 
-def gaussian(u: Tensor) -> Tensor:
-    """Turn pairs of draws in [0, 1), (..., 2), into standard normal numbers (...), after Box and Muller 1958."""
+def gaussian(u: Tensor, size: int) -> Tensor:
+    """Turn draws in [0, 1), (..., 2 * S * D), into standard normal numbers (..., S, D), after Box and Muller 1958."""
+    u = u.view(*u.shape[:-1], size, -1, 2)
     return (-2 * torch.log1p(-u[..., 0])).sqrt() * torch.cos(2 * math.pi * u[..., 1])
+
+
+def blur(emb: Tensor, ids: Tensor, noisy: Any, mask: int) -> tuple[Tensor, Tensor]:
+    """Mix embeddings with Gaussian noise by the noise level of their window (arXiv:2205.14217).
+
+    Args:
+        emb: normalised embeddings of windows, the clean token before each included, (B, W, S + 1, D).
+        ids: their tokens, (B, W, S + 1).
+        noisy: train_gpt.Corruption (B, W, S), with noise.
+        mask: the id of [MASK].
+
+    Returns:
+        The embeddings, blurred where corrupted, and the tokens, [MASK] there: a pair of tokens would tell them.
+    """
+    level, noise = noisy.t[..., None, None], F.pad(noisy.noise, (0, 0, 1, 0))
+    mixed = (1 - level).sqrt() * emb + level.sqrt() * noise
+    corrupted = F.pad(noisy.corrupted, (1, 0))
+    blurred = torch.where(corrupted[..., None], F.rms_norm(mixed, mixed.shape[-1:]), emb)
+    return blurred, ids.masked_fill(corrupted, mask)
 
 
 def anneal(both: Tensor, share: float, seed: int, step: int, size: int) -> Tensor:
@@ -91,6 +112,43 @@ def anneal(both: Tensor, share: float, seed: int, step: int, size: int) -> Tenso
     return both & (earlier | (torch.rand(both.shape, generator=generator) < share)).to(both.device)
 
 
+def expected_embedding(model: Any, logits: Tensor) -> Tensor:
+    """Mean normalised embedding under a prediction, (..., V) to (..., D): soft self-conditioning's input."""
+    table = model.tok_emb
+    return logits.softmax(-1).to(table.dtype) @ F.rms_norm(table, table.shape[-1:])
+
+
+def unroll(
+    objective: Any,
+    window: Any,
+    past: Any,
+    keys: Tensor,
+    uniform: Callable[[Tensor, int], Tensor],
+    derive: Callable[..., Tensor],
+) -> list[Tensor]:
+    """Take passes over windows, each of which reads what the last one predicted: logits (B, W, S, V) of those that
+    carry loss, DIFFUSION_PASSES. With self-conditioning (arXiv:2208.04202) one more comes first, without gradient.
+
+    Args:
+        objective: train_gpt.Objective.
+        window: train_gpt.Window (B, W, S) that the first pass reads.
+        past: clean keys and values.
+        keys: of the windows' randomness, (B, W).
+        uniform: train_gpt.uniform.
+        derive: train_gpt.derive.
+    """
+    cfg, found = objective.cfg, []
+    for i in range(0 if cfg.self_condition == "none" else -1, cfg.diffusion_passes):
+        with torch.set_grad_enabled(i >= 0):
+            logits = objective.window(window, past)
+        found += [logits] * (i >= 0)
+        if i + 1 < cfg.diffusion_passes:
+            size = window.noisy.xt.shape[-1]
+            u, v = (uniform(derive(keys, 8 + i, part), n) for part, n in ((1, 1), (2, size)))
+            window = feed_back(objective.model, window, logits.detach(), u, v)
+    return found
+
+
 def feed_back(model: Any, window: Any, logits: Tensor, u: Tensor, v: Tensor) -> Any:
     """Give a pass's prediction to the next: expected embeddings (soft), or tokens for corrupted ones (commit).
 
@@ -104,6 +162,6 @@ def feed_back(model: Any, window: Any, logits: Tensor, u: Tensor, v: Tensor) -> 
     cfg, noisy = model.cfg, window.noisy
     chosen = u < (1.0 if cfg.self_condition == "none" else cfg.mercury_self_condition_prob)
     if cfg.self_condition == "soft":
-        return window._replace(previous=model.expected_embedding(logits) * chosen[..., None])
+        return window._replace(previous=expected_embedding(model, logits) * chosen[..., None])
     hit = chosen & (v < cfg.mercury_self_condition_fraction) & noisy.corrupted
     return window._replace(noisy=noisy._replace(xt=torch.where(hit, logits.argmax(-1), noisy.xt)))

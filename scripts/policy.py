@@ -15,6 +15,7 @@ Everything runs under the caller's autocast and on the device of `ids`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
@@ -29,6 +30,17 @@ from torch import Tensor
 
 from train_gpt import AR, GPT, Decoded, Decoding, UserError, decode, score
 
+
+def look_up(x: Tensor, done: Tensor, count: int, n: int) -> tuple[Tensor, Tensor]:
+    """Find where each row's last n tokens stood before, most recently: what followed (B, count), over and over at the
+    end; whether there is such a place (B, 1). Source: Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding."""
+    last = x.gather(1, (done - n).clamp(min=0) + torch.arange(n, device=x.device))
+    after = torch.arange(n, x.shape[1] + 1, device=x.device)  # the place after each run of n tokens
+    same = (x.unfold(1, n, 1) == last[:, None]).all(-1) & (after < done) & (n > 0)
+    source = (same * after).amax(1, keepdim=True)
+    return x.gather(1, source + torch.arange(count, device=x.device) % (done - source).clamp(min=1)), source > 0
+
+
 MODES = {  # ways to decode, by name
     "ar": AR,
     "refine": Decoding(),
@@ -37,7 +49,7 @@ MODES = {  # ways to decode, by name
     "threshold": Decoding(window=8, threshold=0.9),
     "remask": Decoding(window=8, steps=4, redo=0.02),
     "draft_refine": Decoding(draft="ar", redo=0.02),
-    "speculative": Decoding(window=4, verify=True, lookup=2),
+    "speculative": Decoding(window=4, verify=True, propose=functools.partial(look_up, n=2)),
 }
 
 PASSES, THRESHOLDS = (1, 2, 4, 8, 12, 20, 30), (0.5, 0.7, 0.9)

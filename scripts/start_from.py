@@ -8,7 +8,7 @@ from typing import Any
 
 SHAPE = (
     *("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult"),
-    *("tie_embeddings", "value_residual"),
+    *("tie_embeddings", "value_residual", "bigram_vocab_size"),
 )
 ADDED = ("time_embed_dim", "look_ahead")  # weights that only a denoiser has, and not every one
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ import policy
 import pytest
 import torch
 from conftest import random_rows, randomise, tiny
+from objectives import expected_embedding
 from torch import Tensor
 
 import train_gpt as tg
@@ -34,10 +36,14 @@ class Spy(tg.GPT):
 
 
 def model_of(recipe: str = "direct", **overrides: Any) -> Spy:
-    model = Spy(tiny(recipe, **overrides))
+    model = Spy(tiny(recipe, **{"bigram_vocab_size": 50} | overrides))
     model.calls = []
     randomise(model, std=0.4)
     return model
+
+
+def lookups(n: int) -> Any:
+    return functools.partial(policy.look_up, n=n) if n else None
 
 
 def windows_of(model: Spy) -> list[tuple[tg.Window, Tensor]]:
@@ -175,7 +181,7 @@ def test_speculative_decoding_is_what_ar_would_have_said(window: int, lookup: in
     model, ids = model_of(), random_rows(40, 5, V)
     expected = tg.generate(model, ids, 11, tg.AR._replace(**sampling))
     model.calls.clear()
-    found = tg.generate(model, ids, 11, tg.Decoding(window, verify=True, lookup=lookup, **sampling))
+    found = tg.generate(model, ids, 11, tg.Decoding(window, verify=True, propose=lookups(lookup), **sampling))
     assert found.ids.equal(expected.ids)
     assert len(expected.ids[:, 5:].unique(dim=0)) > 30  # rows differ, so they stop agreeing at different places
     assert int(found.forwards.max()) == len(model.calls) - 1  # a cycle is one pass, drafts included
@@ -207,8 +213,8 @@ def test_drafts_are_those_of_a_window_of_their_own(recipe: str, mode: str) -> No
                 None if noisy.noise is None else noisy.noise[:, :, inside],
             )
             past = model.clean(ids[:, : 4 + end])[1]
-            causal = torch.ones(4, 4 + end + 4, dtype=torch.bool).tril(4 + end) if model.cfg.diffusion_causal else None
-            expected = model.window(tg.Window(ids[:, None, 4 + end : 5 + end], alone, places, causal), past)[:, 0]
+            mask = (torch.arange(8 + end) <= places[:, None]) | (not model.cfg.diffusion_causal)
+            expected = model.window(tg.Window(ids[:, None, 4 + end : 5 + end], alone, places, mask), past)[:, 0]
             torch.testing.assert_close(guess[:, end], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -219,7 +225,7 @@ def test_sampling_has_the_exact_distribution_of_the_chain_rule(mode: str) -> Non
     every = torch.cartesian_prod(*[torch.arange(3)] * 3)  # (27, 3)
     p = torch.exp(-tg.score(model, torch.cat((prompt.expand(27, -1), every), dim=1))[:, 1:].double().sum(1))
     torch.testing.assert_close(p.sum(), torch.ones((), dtype=torch.float64))
-    how = policy.MODES[mode]._replace(temperature=1.0, lookup=int(mode == "speculative"))
+    how = policy.MODES[mode]._replace(temperature=1.0, propose=lookups(int(mode == "speculative")))
     found = tg.generate(model, prompt.expand(rows, -1), 3, how).ids[:, 2:]
     count = torch.bincount((found * torch.tensor([9, 3, 1])).sum(1), minlength=27)
     assert ((count - rows * p) ** 2 / (rows * p)).sum() < 64  # chi-square, 26 degrees of freedom: p = 5e-5
@@ -232,14 +238,13 @@ def test_lookup_proposes_what_followed_last_time() -> None:
         [4, 4, 4, 4, 4, 4, 4, 4, 4, 0, 0, 0],
     ]
     x, done = torch.tensor(rows), torch.full((3, 1), 9)
-    found, hit = tg.look_up(x, done, 2, 4)
+    found, hit = policy.look_up(x, done, 4, 2)
     assert hit[:, 0].tolist() == [True, False, True]
     assert found[0].tolist() == [8, 9, 5, 6]  # the latest place, not the first
     assert found[2].tolist() == [4, 4, 4, 4]  # it runs into the end: over and over
-    found, hit = tg.look_up(x, torch.tensor([[5], [1], [2]]), 2, 5)  # rows of their own length
+    found, hit = policy.look_up(x, torch.tensor([[5], [1], [2]]), 5, 2)  # rows of their own length
     assert hit[:, 0].tolist() == [True, False, False]
     assert found[0].tolist() == [7, 5, 6, 7, 5]
-    assert not tg.look_up(x, done, 0, 4)[1].any()
 
 
 def test_lookup_saves_passes_where_text_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +256,7 @@ def test_lookup_saves_passes_where_text_repeats(monkeypatch: pytest.MonkeyPatch)
     real = model.clean
     monkeypatch.setattr(model, "clean", clean)
     prompt = torch.tensor([[0, 1, 2, 3, 4, 0, 1]])
-    slow, fast = (tg.generate(model, prompt, 40, tg.AR._replace(lookup=n)) for n in (0, 2))
+    slow, fast = (tg.generate(model, prompt, 40, tg.AR._replace(propose=lookups(n))) for n in (0, 2))
     assert fast.ids.equal(slow.ids)
     assert slow.forwards.item() == 40
     assert fast.forwards.item() == 4  # 4, then 9, 16 and 16 proposals, and a token each
@@ -437,7 +442,7 @@ def test_the_last_prediction_is_fed_back_where_that_was_trained() -> None:
         assert first.previous is None
         if self_condition == "soft":
             assert second.previous is not None
-            assert second.previous.equal(model.expected_embedding(logits))
+            assert second.previous.equal(expected_embedding(model, logits))
         else:
             assert second.previous is None
 
@@ -445,9 +450,9 @@ def test_the_last_prediction_is_fed_back_where_that_was_trained() -> None:
 def test_an_expected_embedding_is_the_mean_under_the_prediction() -> None:
     model = model_of()
     sure = torch.full((3, V), -1e9).scatter(1, torch.tensor([[5], [0], [63]]), 0.0)
-    torch.testing.assert_close(model.expected_embedding(sure), tg.rms_norm(model.tok_emb)[[5, 0, 63]])
+    torch.testing.assert_close(expected_embedding(model, sure), tg.rms_norm(model.tok_emb)[[5, 0, 63]])
     mean = tg.rms_norm(model.tok_emb).mean(0)
-    torch.testing.assert_close(model.expected_embedding(torch.zeros(V)), mean)
+    torch.testing.assert_close(expected_embedding(model, torch.zeros(V)), mean)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -496,12 +501,13 @@ def test_a_model_without_a_denoiser_says_so() -> None:
     assert tg.generate(model, prompt, 4).ids.shape == (1, 8)
 
 
+@pytest.mark.parametrize("pairs", [0, 50])
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize(("steps", "suffix"), [(2, 0), (5, 3), (11, 3)])
-def test_kept_keys_change_nothing_where_they_depend_on_their_own_token_only(
-    shift: bool, steps: int, suffix: int
+def test_kept_keys_change_nothing_where_they_depend_on_their_own_tokens_only(
+    shift: bool, steps: int, suffix: int, pairs: int
 ) -> None:
-    model = model_of(num_layers=1, look_ahead=0, diffusion_shift=shift)
+    model = model_of(num_layers=1, look_ahead=0, diffusion_shift=shift, bigram_vocab_size=pairs)
     ids = random_rows(3, 15 + suffix, V)
     how = tg.Decoding(steps=steps)
     whole = tg.decode(model, ids, 4, 15, how)
@@ -511,4 +517,5 @@ def test_kept_keys_change_nothing_where_they_depend_on_their_own_token_only(
     assert kept.forwards.equal(whole.forwards)
     read = [12 + suffix if w.only is None else w.only.shape[1] for w, _ in windows_of(model)]
     assert read[0] == 12 + suffix  # the first pass leaves the keys that later ones read
-    assert read[-1] <= 2 * (11 - 11 * (steps - 2) // steps) < 12 + suffix or steps == 2
+    changed = 11 - 11 * (steps - 2) // steps  # each, the one before it, and the one after where pairs are inputs
+    assert read[-1] <= min((3 if pairs else 2) * changed, 12 + suffix - (steps > 2))

@@ -19,7 +19,7 @@ MODES = ["mask", "uniform", "hybrid", "gaussian"]
 
 def evaluation(recipe: str = "direct", **overrides: Any) -> tuple[tg.GPT, tg.Run, tg.TokenLoader, tg.ByteCounter]:
     """What evaluate_bpb needs, around a model of random weights."""
-    cfg = tiny(recipe, **overrides)
+    cfg = tiny(recipe, **{"bigram_vocab_size": 50} | overrides)
     model = randomise(tg.GPT(cfg), std=0.2)
     return model, make_run(cfg), tg.TokenLoader(cfg, "val"), tg.ByteCounter(cfg)
 
@@ -86,7 +86,7 @@ ORDERS = list(itertools.permutations(range(S3)))
 
 def small_model(mode: str = "mask", **overrides: Any) -> tg.GPT:
     small = dict(vocab_size=V3, train_seq_len=T3, train_batch_tokens=2 * T3, parallel_eval_examples=0)
-    windows = dict(diffusion_windows="3", nelbo_windows="1,3", diffusion_corruption_mode=mode)
+    windows = dict(bigram_vocab_size=50, diffusion_windows="3", nelbo_windows="1,3", diffusion_corruption_mode=mode)
     return randomise(tg.GPT(tiny(**small | windows | overrides)), std=0.4)
 
 
@@ -102,7 +102,7 @@ def masked_set_nll(model: tg.GPT, rows: Tensor, window: int) -> Tensor:
         t = masked.float().mean(-1).clamp_min(1e-6)
         noisy = tg.Corruption(torch.where(masked, V3, x0[:, None]), masked, suspect, t)
         positions = torch.arange(start, start + S3 + 1)
-        mask = torch.arange(start + S3 + 1) <= positions[:, None] if model.cfg.diffusion_causal else None
+        mask = (torch.arange(start + S3 + 1) <= positions[:, None]) | (not model.cfg.diffusion_causal)
         logits = model.window(tg.Window(rows[:, None, start : start + 1], noisy, positions, mask), past)[:, 0]
         sets.append(-logits.double().log_softmax(-1).gather(-1, x0[..., None])[..., 0])
     return torch.stack(sets, dim=1)
@@ -249,7 +249,8 @@ def test_windows_of_one_token_are_scored_exactly(overrides: dict[str, Any], data
             past = model.clean(rows[:, :i])[1] if i else None
             yes = torch.ones(len(rows), 1, 1, dtype=torch.bool)
             noisy = tg.Corruption(torch.full((len(rows), 1, 1), 400), yes, yes, torch.ones(len(rows), 1))
-            window = tg.Window(rows[:, None, i : i + 1], noisy, torch.arange(i, i + 2), None)
+            everything = torch.ones(2, i + 2, dtype=torch.bool)
+            window = tg.Window(rows[:, None, i : i + 1], noisy, torch.arange(i, i + 2), everything)
             log_p = model.window(window, past)[:, 0, 0].log_softmax(-1)
             total -= log_p.gather(-1, rows[:, i + 1 : i + 2]).double().sum().item()
     found = tg.evaluate_bpb(model, run, loader, counter, 1)

@@ -34,7 +34,8 @@ def test_mask_cell_by_cell(seq_len: int, size: int, causal: bool) -> None:
 
 
 def model_of(**overrides: Any) -> tg.GPT:
-    return randomise(tg.GPT(tiny(vocab_size=V, train_seq_len=T, parallel_eval_examples=0, **overrides)))
+    shape = dict(vocab_size=V, train_seq_len=T, bigram_vocab_size=50)
+    return randomise(tg.GPT(tiny(**shape, parallel_eval_examples=0, **overrides)))
 
 
 def test_a_future_token_never_moves_a_clean_logit() -> None:
@@ -95,7 +96,7 @@ def decode_window(model: tg.GPT, ids: Tensor, at: int, size: int, end: int) -> T
     hole = (places < size).expand(1, 1, -1)
     noisy = tg.apply_noise(ids[:, None, at:end], hole, torch.ones(1, 1), torch.zeros(1, 1).long(), model.cfg, 1.0)
     positions = torch.arange(at - 1, end)
-    mask = torch.arange(end) <= positions[:, None] if model.cfg.diffusion_causal else None
+    mask = (torch.arange(end) <= positions[:, None]) | (not model.cfg.diffusion_causal)
     with torch.no_grad():
         return model.window(tg.Window(ids[:, None, at - 1 : at], noisy, positions, mask), past)[0, 0, :size]
 

@@ -16,7 +16,7 @@ RECIPES_WITH_DENOISER = [name for name in MAIN if tiny(name).diffusion]
 
 
 def model_of(recipe: str = "direct", **overrides: Any) -> tg.GPT:
-    return randomise(tg.GPT(tiny(recipe, **overrides)))
+    return randomise(tg.GPT(tiny(recipe, **{"bigram_vocab_size": 50} | overrides)))
 
 
 def window_of(
@@ -59,7 +59,7 @@ def test_predictions_are_distributions(recipe: str) -> None:
     assert logits.shape == (2, T, V)
     assert logits.dtype == torch.float32
     outputs = [logits]
-    assert len(kvs) == model.cfg.num_layers
+    assert len(kvs) == model.cfg.num_layers + 1  # the last pair holds the tokens
     if model.cfg.diffusion:
         window, x0 = window_of(model.cfg, rows, 4)
         outputs.append(model.window(window, kvs))
@@ -96,18 +96,22 @@ def plain_attention(model: tg.GPT, layer: int, h: Tensor, values: Tensor) -> Ten
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("value_residual", [False, True])
+@pytest.mark.parametrize(("value_residual", "pairs"), [(False, 0), (True, 0), (False, 50)])
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 4])
-def test_the_clean_stream_is_the_baseline_spelt_out(num_layers: int, value_residual: bool) -> None:
-    shape = dict(num_layers=num_layers, num_heads=4, num_kv_heads=2)
+def test_the_clean_stream_is_the_baseline_spelt_out(num_layers: int, value_residual: bool, pairs: int) -> None:
+    shape = dict(num_layers=num_layers, num_heads=4, num_kv_heads=2, bigram_vocab_size=pairs)
     model, ids = model_of(**shape, logit_softcap=3.0, value_residual=value_residual), random_rows(1, 7, V)
     p = dict(model.named_parameters())
     assert ("value_mix" in p) == value_residual
+    assert ("bigram_emb" in p) == (pairs > 0)
 
     def norm(x: Tensor) -> Tensor:
         return x / x.square().mean(-1, keepdim=True).sqrt()
 
-    x = first = norm(p["tok_emb"][ids[0]])
+    x = norm(p["tok_emb"][ids[0]])
+    if pairs:  # each token but the first, with the one before it
+        x = x + torch.stack([torch.zeros(16), *(p["bigram_emb"][tg.derive(*ids[0, i : i + 2]) % 50] for i in range(6))])
+    first = x
     skips, down, values = [], num_layers // 2, x
     for i in range(num_layers):
         if i >= down and skips:  # the second half reads what the first half left, last in first out
@@ -128,6 +132,20 @@ def test_the_clean_stream_is_the_baseline_spelt_out(num_layers: int, value_resid
     torch.testing.assert_close(model.clean(ids)[0][0], expected, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_a_pair_is_an_input_only_where_both_tokens_are_known() -> None:
+    """In two windows that touch, after clean text that the cache holds: the token before a window is the cached one."""
+    model, text = model_of(), random_rows(1, 8, V)
+    ids = torch.tensor([[9, 3, V, 5, 6, 7, V, V]])  # at 3 .. 6, then at 2 .. 5
+    places = torch.tensor([3, 4, 5, 6, 2, 3, 4, 5])
+    found, _ = model.pairs(torch.zeros(1, 8, 16), ids, places, [(text[:, None, :, None],) * 2], None)
+    known = {0: (text[0, 2], 9), 1: (9, 3), 4: (text[0, 1], 6), 5: (6, 7)}
+    for i in range(8):
+        before, token = (torch.as_tensor(x) for x in known.get(i, (0, 0)))
+        expected = model.get_parameter("bigram_emb")[tg.derive(before, token) % 50] * (i in known)
+        torch.testing.assert_close(found[0, i], expected)
+
+
 @pytest.mark.parametrize("value_residual", [False, True])
 @pytest.mark.parametrize("cuts", [(1,), (5,), (15,), (3, 4, 11), tuple(range(1, 16))])
 def test_a_cached_pass_equals_the_full_pass(cuts: tuple[int, ...], value_residual: bool) -> None:
@@ -140,7 +158,8 @@ def test_a_cached_pass_equals_the_full_pass(cuts: tuple[int, ...], value_residua
         at = torch.arange(start, stop).expand(3, -1)
         parts.append(model.clean(ids[:, start:stop], past, at)[0])
     torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-4, atol=1e-4)
-    for (k, v), (full_k, full_v) in zip(past, full_kvs, strict=True):
+    assert past[-1][0][:, 0, :T, 0].equal(ids)
+    for (k, v), (full_k, full_v) in zip(past[:-1], full_kvs[:-1], strict=True):
         torch.testing.assert_close(k[:, :, :T], full_k, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(v[:, :, :T], full_v, rtol=1e-4, atol=1e-4)
 
@@ -175,7 +194,7 @@ def test_all_windows_at_once_equal_one_at_a_time(size: int, shift: bool, causal:
         past = [(k[:, :, : w * size], v[:, :, : w * size]) for k, v in kvs] if w else None
         noisy = tg.Corruption(*(x if x is None else x[:, w : w + 1] for x in window.noisy))
         positions = torch.arange(w * size, (w + 1) * size + 1)
-        mask = torch.arange((w + 1) * size + 1) <= positions[:, None] if causal else None
+        mask = (torch.arange((w + 1) * size + 1) <= positions[:, None]) | (not causal)
         alone = tg.Window(window.before[:, w : w + 1], noisy, positions, mask, previous[:, w : w + 1])
         torch.testing.assert_close(model.window(alone, past)[:, 0], tiled[:, w], rtol=1e-4, atol=1e-4)
 
@@ -322,12 +341,12 @@ def test_gaussian_noise_takes_an_embedding_to_pure_noise_in_steps_of_its_level(m
     for level in (1e-9, 0.25, 0.5, 0.75, 1.0):
         noisy = tg.apply_noise(x0, everywhere, torch.full((3, 1), level), keys, cfg, 0.0)
         assert noisy.noise is not None
-        model.read(tg.Window(x0[..., :1], noisy, torch.arange(5), None), None)
+        model.read(tg.Window(x0[..., :1], noisy, torch.arange(5), torch.ones(5, 5, dtype=torch.bool)), None)
         expected = tg.rms_norm((1 - level) ** 0.5 * own + level**0.5 * noisy.noise[:, 0])
         torch.testing.assert_close(seen.pop(), expected, rtol=1e-4, atol=1e-4)
         if level < 1e-6:
             torch.testing.assert_close(expected, own, rtol=1e-3, atol=1e-3)
     other = tg.apply_noise((x0 + 1) % 64, everywhere, torch.ones(3, 1), keys, cfg, 0.0)
     for corruption in (noisy, other):
-        model.read(tg.Window(x0[..., :1], corruption, torch.arange(5), None), None)
+        model.read(tg.Window(x0[..., :1], corruption, torch.arange(5), torch.ones(5, 5, dtype=torch.bool)), None)
     assert seen[0].equal(seen[1])

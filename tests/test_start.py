@@ -84,6 +84,7 @@ def test_the_clean_stream_of_an_adapted_model_is_the_artifacts(text: dict[str, A
         (dict(mlp_mult=3, vocab_size=60), {}, ["MLP_MULT is 3", "VOCAB_SIZE is 60"]),
         (dict(tie_embeddings=False), {}, ["TIE_EMBEDDINGS is False there and True here"]),
         (dict(value_residual=True), {}, ["VALUE_RESIDUAL is True there and False here"]),
+        (dict(bigram_vocab_size=50), {}, ["BIGRAM_VOCAB_SIZE is 50 there and 0 here"]),
         (dict(time_embed_dim=6, look_ahead=3), {}, ["TIME_EMBED_DIM is 6", "LOOK_AHEAD is 3"]),
     ],
 )
