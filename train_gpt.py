@@ -1288,8 +1288,7 @@ class TrainState:
         self.model = (model or GPT(cfg)).to(run.device)
         groups, rates = assign_groups(self.model), {name: rate(cfg) for name, _, rate in GROUPS}
         adam = [dict(params=p, lr=0.0, base_lr=rates[name]) for name, p in groups.items() if p and name != "matrix"]
-        fused = self.model.tok_emb.is_cuda
-        self.adam = torch.optim.Adam(adam, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=fused)
+        self.adam = torch.optim.Adam(adam, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
         self.matrices, self.momenta = groups["matrix"], [torch.zeros_like(p) for p in groups["matrix"]]
         self.ema = [p.detach().clone() for p in self.model.parameters()] if cfg.ema_decay else []
         counts = {name: sum(p.numel() for p in params) for name, params in groups.items()}
