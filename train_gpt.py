@@ -686,7 +686,7 @@ def losses(logits: Tensor, clean_logits: Tensor, x0: Tensor, noisy: Corruption, 
 
 
 # 5  MODEL -- one trunk; the clean stream and the noisy windows are two ways through it ================================
-KV = tuple[Tensor, Tensor]  # rotated keys and values of a layer, each (B, G, tokens, C); a table of pairs adds one more
+KV = tuple[Tensor, Tensor]  # rotated keys and values of a layer, (B, G, tokens, C); last, for pairs: tokens, twice
 
 
 class Stream(NamedTuple):

@@ -132,19 +132,32 @@ def prepared(args: argparse.Namespace) -> Iterator[tuple[list[Job], tg.Run]]:
             yield [job for case in configs for job in jobs(*case, run, args.rows, args.tokens, args.devices)], run
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Time all cases in turns and sum up."""
-    with prepared(args) as (todo, run):
-        with tqdm(total=(args.rounds + 1) * len(todo), disable=None) as bar:
-            for _ in range(args.rounds + 1):  # the first turn warms up
+def take_turns(todo: Sequence[Job], run: tg.Run, rounds: int) -> int:
+    """Time all jobs in turns, the first of which warms up, and return how many whole ones count; fewer after Ctrl-C.
+    UserError: it came before the first."""
+    try:
+        with tqdm(total=(rounds + 1) * len(todo), disable=None) as bar:
+            for _ in range(rounds + 1):
                 for job in todo:
                     bar.set_postfix_str(f"{job.name} {job.case}")
                     time_job(job, run)
                     bar.update()
-        device = str(run.device)
+    except KeyboardInterrupt:
+        whole = min(len(job.seconds) for job in todo) - 1
+        if whole < 1:
+            raise tg.UserError("stopped before a turn that counts was over: nothing is known; start again") from None
+        print(f"stopped: --rounds={rounds}, {whole} of them whole; they are what follows", file=sys.stderr)
+        return whole
+    return rounds
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Time all cases in turns and sum up."""
+    with prepared(args) as (todo, run):
+        rounds, device = take_turns(todo, run, args.rounds), str(run.device)
     rows = []
     for job in todo:
-        seconds = statistics.median(job.seconds[1:])
+        seconds = statistics.median(job.seconds[1 : rounds + 1])
         row: dict[str, Any] = {"size": job.case, "score": job.name, "tokens": job.tokens, "seconds": seconds}
         row |= {"tok_per_sec": job.tokens / seconds if job.tokens else None, "peak_mib": job.peak_mib or None}
         rows.append(row | {"whole_seconds": seconds * job.whole})
@@ -154,7 +167,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     print(markdown(list(rows[0]), [[cell(v) for v in row.values()] for row in rows], 2) + "\n")
     for case, seconds in totals.items():
         print(f"{case}: all scores of {args.tokens:,} tokens on {args.devices} x {device}: {seconds:,.0f} s\n")
-    found = {"device": device, "devices": args.devices, "tokens": args.tokens, "rounds": args.rounds}
+    found = {"device": device, "devices": args.devices, "tokens": args.tokens, "rounds": rounds}
     found |= {"whole_seconds": totals, "rows": rows}
     if args.out:
         tg.atomic_write(args.out, json.dumps(found, indent=1).encode(), "result")

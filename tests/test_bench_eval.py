@@ -74,3 +74,28 @@ def test_faults_are_named(small: None, capsys: pytest.CaptureFixture[str]) -> No
         status, out, err = outcome(bench.main, argv, capsys)
         assert (status, out) == (2, "")
         assert named in err
+
+
+@pytest.mark.parametrize(("after", "whole"), [(16, 2), (7, 0)])
+def test_what_was_timed_before_ctrl_c_is_kept(
+    after: int, whole: int, small: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five jobs a turn, and the first turn does not count."""
+    timed = list[bench.Job]()
+
+    def time_job(job: bench.Job, run: tg.Run) -> None:
+        if len(timed) == after:
+            raise KeyboardInterrupt
+        timed.append(job)
+        job.seconds.append(100.0 if len(timed) <= 5 or len(timed) == after else 2.0)
+
+    monkeypatch.setattr(bench, "time_job", time_job)
+    status, out, err = outcome(bench.main, ["--rounds", "9", "--rows", "4"], capsys)
+    if not whole:
+        assert (status, out) == (2, "")
+        assert "error: stopped before a turn that counts was over" in err
+        return
+    found = json.loads(out.splitlines()[-1])
+    assert found["rounds"] == whole
+    assert {row["seconds"] for row in found["rows"]} == {2.0}
+    assert "--rounds=9, 2 of them whole" in err

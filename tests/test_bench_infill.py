@@ -180,7 +180,8 @@ def test_planted_tokens_are_wrong_and_grow_with_their_number() -> None:
 
 
 def real_model(mode: str = "mask", **overrides: Any) -> tg.GPT:
-    return randomise(tg.GPT(tiny(**SHAPE, diffusion_corruption_mode=mode, **overrides)), std=0.4)
+    cfg = tiny(**SHAPE, diffusion_corruption_mode=mode, bigram_vocab_size=50, **overrides)
+    return randomise(tg.GPT(cfg), std=0.4)
 
 
 @pytest.mark.parametrize("overrides", [{}, dict(diffusion_causal=True), dict(self_condition="soft")])
