@@ -432,7 +432,7 @@ class Run:
     def header(self, source: Mapping[str, str], warnings: Sequence[str]) -> None:
         """Open the log with the program itself, the machine, versions, kernels and settings."""
         code, cuda = Path(__file__).read_text(encoding="utf-8"), self.device.type == "cuda"
-        machine = beside("flops.py", "machine", str)(str(self.device))
+        machine = beside("flops.py", "machine", torch.cuda.get_device_name if cuda else str)(str(self.device))
         self.log.write(code + "=" * 100, echo=False)
         kernels = {"precision": "bf16" if cuda else "fp32", "compile": self.compile, "threads": torch.get_num_threads()}
         kernels |= {"device": str(self.device), "world_size": self.world_size, "python": sys.version.split()[0]}
@@ -489,8 +489,9 @@ class TokenLoader:
     def open_shard(path: Path) -> np.typing.NDArray[Any]:
         """Map a shard's tokens, (tokens,) uint16, after checking its header and size."""
         header, size = np.fromfile(path, dtype="<i4", count=SHARD_HEADER), path.stat().st_size
-        if (found := header[:2].tolist()) != [SHARD_MAGIC, SHARD_VERSION] or header.size < SHARD_HEADER:
-            raise UserError(f"{path} is not a token shard, version {SHARD_VERSION} ({found}); rebuild it: {PREPARE}")
+        found, rule = [header.size, *header[:2].tolist()], [SHARD_HEADER, SHARD_MAGIC, SHARD_VERSION]
+        if found != rule:
+            raise UserError(f"{path} is not a token shard: its header is {found}, not {rule}; rebuild it: {PREPARE}")
         count, held = int(header[2]), (size - SHARD_HEADER * 4) / 2
         if count < 1 or held != count:
             raise UserError(f"{path} announces {count:,} tokens but holds {held:,}: truncated; copy or build it again")
@@ -1218,7 +1219,7 @@ def evaluate_parallel(model: GPT, run: Run, val: TokenLoader) -> None:
 SIZE_LIMIT = 16_000_000  # bytes of code + model the challenge allows
 ARTIFACT_FORMAT = "text-diffusion-int8-zlib-2"
 KEEP_FLOAT_NUMEL = 65_536  # tensors of up to this many numbers stay fp16, as the predecessor's
-# Largest integers of matrices (the first that fits is taken), that of embeddings (0: the same), compression.
+# Largest integers of matrices (the first that fits is taken), that of tokens and head (0: the same), compression.
 SCHEMES: dict[str, tuple[tuple[int, ...], int, Callable[[bytes], bytes]]] = {
     "int8+zlib": ((127, 111, 95, 79, 63), 0, functools.partial(zlib.compress, level=9)),
     "int6+lzma": ((31, 27, 23, 19, 15), 127, functools.partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME)),
@@ -1255,7 +1256,7 @@ def save_artifact(path: Path, weights: Mapping[str, Tensor], cfg: Config, tokeni
     log.event("size", scheme=scheme, levels=levels, **sizes)
     if total > SIZE_LIMIT:
         parts = f"code {code:,} + model {len(data):,} bytes ({scheme}, levels {levels})"
-        remedy = "RESUME=auto with EXPORT_SCHEME=int6+lzma (the checkpoint is kept), or shrink NUM_LAYERS or MODEL_DIM"
+        remedy = "RESUME=auto EXPORT_SCHEME=int6+lzma (the checkpoint is kept), or cut NUM_LAYERS or BIGRAM_VOCAB_SIZE"
         raise UserError(f"submission of {total:,} bytes exceeds {SIZE_LIMIT:,}: {parts}; {remedy}")
 
 

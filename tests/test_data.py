@@ -78,11 +78,11 @@ def damage_token(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "names"),
     [
-        (damage_magic, ("not a token shard, version 1 ([20240521, 1])", "rebuild it: python scripts/prepare_data.py")),
-        (damage_version, ("not a token shard, version 1 ([20240520, 2])", "rebuild it")),
+        (damage_magic, ("its header is [256, 20240521, 1], not [256, 20240520, 1]", "rebuild it: python scripts/")),
+        (damage_version, ("its header is [256, 20240520, 2], not [256, 20240520, 1]", "rebuild it")),
         (damage_tail, ("announces 40 tokens but holds 38.5", "truncated", "copy or build it again")),
-        (damage_header, ("not a token shard", "rebuild it")),
-        (damage_all, ("not a token shard", "rebuild it")),
+        (damage_header, ("its header is [250, 20240520, 1], not [256, 20240520, 1]", "rebuild it")),
+        (damage_all, ("not a token shard: its header is [0], not [256", "rebuild it")),
         (damage_count, ("announces 39 tokens but holds 40", "copy or build it again")),
         (damage_sign, ("announces -40 tokens", "copy or build it again")),
         (damage_token, ("holds token 64", "VOCAB_SIZE")),
