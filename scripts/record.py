@@ -115,7 +115,7 @@ def steps_of(args: argparse.Namespace, env: Mapping[str, str]) -> list[Step]:
         add("sweep.py", *baselines.split(","), *runs)
     settings |= {k: v for k, v in RECORD[args.protocol].items() if not (args.rehearse and k in SIZES and k in env)}
     add("sweep.py", "direct", *runs)
-    levels = tg.SCHEMES[settings.get("EXPORT_SCHEME", "int8+zlib")][0][:3]  # the artifact takes one of the first
+    levels = tg.SCHEMES[settings.get("EXPORT_SCHEME", "int8+zlib")][0][:4]  # the artifact takes one of the first
     export = ["--levels", ",".join(map(str, levels)), "--out", str(out / "export.json")]
     device = ["--device", settings.get("DEVICE", "auto")]
     add("bench_export.py", CHECKPOINT, *export, *device, NELBO_SEQUENCES=env.get("NELBO_SEQUENCES", "4096"))

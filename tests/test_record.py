@@ -22,7 +22,7 @@ def test_the_record_is_data_three_seeds_the_split_of_bytes_and_a_report() -> Non
     data, sweep, export, table = planned(["8xh100"], {})
     assert data[0].endswith("prepare_data.py --source fineweb --train-shards 80 --out data/fineweb")
     assert sweep[0].endswith("sweep.py direct --seeds 1337,42,2026 --seconds 600.0 --nproc 8 --out out/record_8xh100")
-    assert "bench_export.py CHECKPOINT --levels 31,27,23 --out out/record_8xh100/export.json" in export[0]
+    assert "bench_export.py CHECKPOINT --levels 31,27,23,19 --out out/record_8xh100/export.json" in export[0]
     assert "--submission out/record_8xh100/submission.json --write" in table[0]
     settings = {"PRESET": "8xh100", "DATA_PATH": "data/fineweb", "TOKENIZER_PATH": "data/fineweb/tokenizer.model"}
     assert data[1] == settings
