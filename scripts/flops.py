@@ -1,7 +1,7 @@
 """How many floating-point operations training takes, how many a device could do (what MFU in the logs is made of), and
 what it is called.
 
-train_gpt.py runs this file, beside itself; bench_train.py reads it, too.
+train_gpt.py runs this file, beside itself; bench/train.py reads it, too.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def per_token(cfg: Any, size: int = 0) -> float:
         passes = cfg.diffusion_passes + (cfg.self_condition != "none") / 3
         ahead = dim * dim if cfg.look_ahead and not cfg.diffusion_causal else 0
         token = 6 * (weights + ahead) + key * ((T - size) / 2 + own)
-        rows = cfg.train_batch_tokens // cfg.micro_batches // T  # of a part, some of which carry windows
+        rows = (
+            cfg.train_batch_tokens // cfg.micro_batches // T
+        )  # of a part, some of which carry windows
         share = max(round(rows * cfg.diffusion_row_frac), 1) / rows
         total += share * passes * (size + 1) / size * token
     return total

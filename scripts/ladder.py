@@ -1,6 +1,6 @@
 """Recipes besides the built-in ones: the rows of ladder.toml, checked, each with what its bases set.
 
-train_gpt.py runs this file where it stands beside it, so that RECIPE may name any row. scripts/sweep.py reads it for
+train_gpt.py runs this file where it stands beside it, so that RECIPE may name any row. scripts/study/sweep.py reads it for
 ladders, notes and published scores.
 """
 
@@ -14,12 +14,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-FILE = Path(__file__).with_name("ladder.toml")
+FILE = Path(__file__).with_name("study") / "ladder.toml"
 ABOUT = ("base", "note", "published")  # what a row says of itself; the rest are its settings
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    return "closest: " + (", ".join(difflib.get_close_matches(name, list(known), 3, cutoff=0.4)) or "none")
+    return "closest: " + (
+        ", ".join(difflib.get_close_matches(name, list(known), 3, cutoff=0.4)) or "none"
+    )
 
 
 def read(error: type[Exception]) -> dict[str, dict[str, Any]]:
@@ -31,11 +33,18 @@ def read(error: type[Exception]) -> dict[str, dict[str, Any]]:
     try:
         found = tomllib.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
     except (OSError, ValueError) as fault:
-        raise error(f"{FILE} is damaged ({fault}); repair it, or move it away and use built-in recipes") from fault
+        raise error(
+            f"{FILE} is damaged ({fault}); repair it, or move it away and use built-in recipes"
+        ) from fault
     tables = {name: found.get(name, {}) for name in ("rows", "ladders", "left_out")}
-    for name, table in [*tables.items(), *(tables["rows"].items() if isinstance(tables["rows"], dict) else ())]:
+    for name, table in [
+        *tables.items(),
+        *(tables["rows"].items() if isinstance(tables["rows"], dict) else ()),
+    ]:
         if not isinstance(table, dict):
-            raise error(f"{FILE} is damaged ({name} must be a table, not {table!r}); repair it, or move it away")
+            raise error(
+                f"{FILE} is damaged ({name} must be a table, not {table!r}); repair it, or move it away"
+            )
     return tables
 
 
@@ -44,7 +53,9 @@ def changes(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in ABOUT}
 
 
-def resolve(built_in: Mapping[str, dict[str, Any]], settings: Any, error: type[Exception]) -> dict[str, dict[str, Any]]:
+def resolve(
+    built_in: Mapping[str, dict[str, Any]], settings: Any, error: type[Exception]
+) -> dict[str, dict[str, Any]]:
     """Return all settings of every recipe, built in or a row, by name: those of its bases and over them its own.
 
     Args:
@@ -74,9 +85,13 @@ def resolve(built_in: Mapping[str, dict[str, Any]], settings: Any, error: type[E
             if key not in defaults:
                 faults.append(f"row {name!r}: {key} is not a setting; {closest(key, defaults)}")
             elif type(value) is not type(defaults[key]) or value == math.inf:
-                faults.append(f"row {name!r}: {key}={value!r} must be written like its default, {defaults[key]!r}")
+                faults.append(
+                    f"row {name!r}: {key}={value!r} must be written like its default, {defaults[key]!r}"
+                )
             elif name in built_in:
-                faults.append(f"row {name!r}: {key}={value!r} would do nothing: the recipe is built in; rename the row")
+                faults.append(
+                    f"row {name!r}: {key}={value!r} would do nothing: the recipe is built in; rename the row"
+                )
         if not faults and name not in built_in:
             recipes[name] = {k: v for at in reversed(chain) for k, v in own[at].items()}
     if faults:

@@ -21,7 +21,9 @@ def score_entropy(logits: Tensor, x0: Tensor, *_: Any) -> Tensor:
     """Denoising score entropy of absorbing noise (SEDD, arXiv:2310.16834) times t, at masked tokens, nats. Logits are
     log scores up to log V. With scores exp(l_y) (1 - t) / t and true ratios [y = x0] (1 - t) / t, SEDD sums (sum_y
     exp(l_y) - l_x0 - 1) / t over t: least where exp(l) is the posterior, and then its cross-entropy over t."""
-    log_score = logits - math.log(logits.shape[-1])  # zero logits are a normalised score, as the paper scales them
+    log_score = logits - math.log(
+        logits.shape[-1]
+    )  # zero logits are a normalised score, as the paper scales them
     return log_score.exp().sum(-1) - log_score.gather(-1, x0[..., None])[..., 0] - 1
 
 
@@ -30,10 +32,16 @@ def sedd_uniform(logits: Tensor, x0: Tensor, _: Tensor, noisy: Any) -> Tensor:
     (1 - t) [y = x0] + t / V (iid tokens), and sigma'(t) / V = 1 / ((1 - t) V) the rate of each change. Logits are those
     of x0 as everywhere, and score y by its p(y) / p(xt): the mean of p(y | x0) / p(xt | x0) over their softmax."""
     size, here, t = logits.shape[-1], noisy.xt[..., None], noisy.t[..., None, None]
-    kept = 1 + (1 - t) * size / t  # how much likelier a token is to be kept than to come up by chance
-    p = torch.stack((logits.softmax(-1), F.one_hot(x0, size).to(logits.dtype)))  # what is predicted, and what is true
+    kept = (
+        1 + (1 - t) * size / t
+    )  # how much likelier a token is to be kept than to come up by chance
+    p = torch.stack(
+        (logits.softmax(-1), F.one_hot(x0, size).to(logits.dtype))
+    )  # what is predicted, and what is true
     own = p.gather(-1, here.expand(2, *here.shape))
-    score, true = (1 - own) + own / kept + p * (kept - 1)  # each term is at least 0; meaningless at y = xt
+    score, true = (
+        (1 - own) + own / kept + p * (kept - 1)
+    )  # each term is at least 0; meaningless at y = xt
     entropy: Tensor = score - true + true * (true / score).log()
     return entropy.scatter(-1, here, 0.0).mean(-1)
 
@@ -45,11 +53,18 @@ def cross_entropy(logits: Tensor, x0: Tensor, *_: Any) -> Tensor:
 
 def clean_divergence(logits: Tensor, x0: Tensor, clean_logits: Tensor, _: Any) -> Tensor:
     """KL divergence of a window from what the clean stream says of the same tokens, nats: (..., V) to (...)."""
-    return F.kl_div(logits.log_softmax(-1), clean_logits.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    return F.kl_div(
+        logits.log_softmax(-1), clean_logits.log_softmax(-1), reduction="none", log_target=True
+    ).sum(-1)
 
 
 LOSSES = {
-    "middle": (cross_entropy, lambda t, _: (6 * t * (1 - t)).clamp_min(1e-3), True, False),  # middle levels count most
+    "middle": (
+        cross_entropy,
+        lambda t, _: (6 * t * (1 - t)).clamp_min(1e-3),
+        True,
+        False,
+    ),  # middle levels count most
     "score_entropy": (score_entropy, lambda t, clip: (1 / t).clamp_max(clip), False, False),
     "sedd_uniform": (sedd_uniform, lambda t, clip: (1 / (1 - t)).clamp_max(clip), False, True),
     "consistency": (clean_divergence, lambda t, _: torch.ones_like(t), True, False),

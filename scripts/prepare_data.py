@@ -34,19 +34,27 @@ if TYPE_CHECKING:
     import numpy as np
     import sentencepiece as spm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # train_gpt.py lies beside this folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
 
 Item = TypeVar("Item")
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
-STAGING, DOWNLOADS = ".staging", ".download"  # folders inside --out that a finished command leaves no trace of
+STAGING, DOWNLOADS = (
+    ".staging",
+    ".download",
+)  # folders inside --out that a finished command leaves no trace of
 MAX_VOCAB = 65_535  # tokens are uint16
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 SAMPLE_BYTES = 8_000_000  # of training text that a tokenizer is fitted to; trains in seconds
 BATCH_BYTES = 4_000_000  # of text encoded at a time
-MAX_DOCUMENT = 16_000_000  # bytes; encoding takes about 45 bytes of memory for each byte of a document
+MAX_DOCUMENT = (
+    16_000_000  # bytes; encoding takes about 45 bytes of memory for each byte of a document
+)
 STDLIB_MAX_BYTES = 24_000_000
-SPACE_MARK = "\u2581"  # stands for a space inside SentencePiece, which therefore cannot tell it from one
+SPACE_MARK = (
+    "\u2581"  # stands for a space inside SentencePiece, which therefore cannot tell it from one
+)
 HUB_REPO, HUB_ROOT, HUB_DATASET = "willdepueoai/parameter-golf", "datasets", "fineweb10B_sp1024"
 HUB_TOKENIZER = "tokenizers/fineweb_1024_bpe.model"
 
@@ -59,37 +67,69 @@ def fail(message: str) -> NoReturn:
 
 
 def reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
+    return (
+        getattr(error, "strerror", None)
+        or " ".join(str(error).split())[:300]
+        or type(error).__name__
+    )
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", choices=list(SOURCES), default="stdlib", help="where text comes from")
-    parser.add_argument("patterns", nargs="*", metavar="GLOB", help="files: JSONL with a text field, or plain text")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--source", choices=list(SOURCES), default="stdlib", help="where text comes from"
+    )
+    parser.add_argument(
+        "patterns", nargs="*", metavar="GLOB", help="files: JSONL with a text field, or plain text"
+    )
     parser.add_argument("--files", nargs="+", default=[], metavar="GLOB", help="the same as GLOB")
     parser.add_argument("--out", type=Path, help="folder to write; default ./data/SOURCE")
-    parser.add_argument("--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model, train none")
     parser.add_argument(
-        "--vocab-size", type=int, default=1024, help="pieces of a trained tokenizer (default %(default)s)"
+        "--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model, train none"
     )
-    parser.add_argument("--val-percent", type=float, help="share of documents held out (default: stdlib 5, files 2)")
     parser.add_argument(
-        "--shard-tokens", type=int, default=100_000_000, help="most tokens a shard (default %(default)s)"
+        "--vocab-size",
+        type=int,
+        default=1024,
+        help="pieces of a trained tokenizer (default %(default)s)",
     )
-    parser.add_argument("--max-bytes", type=int, help=f"stdlib: most bytes of text (default {STDLIB_MAX_BYTES})")
-    parser.add_argument("--train-shards", type=int, help="fineweb: how many training shards (default 1)")
-    parser.add_argument("--force", action="store_true", help="replace the shards of another manifest in --out")
+    parser.add_argument(
+        "--val-percent", type=float, help="share of documents held out (default: stdlib 5, files 2)"
+    )
+    parser.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=100_000_000,
+        help="most tokens a shard (default %(default)s)",
+    )
+    parser.add_argument(
+        "--max-bytes", type=int, help=f"stdlib: most bytes of text (default {STDLIB_MAX_BYTES})"
+    )
+    parser.add_argument(
+        "--train-shards", type=int, help="fineweb: how many training shards (default 1)"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace the shards of another manifest in --out"
+    )
     args = parser.parse_args(argv)
     args.patterns += args.files
-    for name, source in (("patterns", "files"), ("max_bytes", "stdlib"), ("train_shards", "fineweb")):
+    for name, source in (
+        ("patterns", "files"),
+        ("max_bytes", "stdlib"),
+        ("train_shards", "fineweb"),
+    ):
         if getattr(args, name) and args.source != source:
             flag = "GLOB" if name == "patterns" else "--" + name.replace("_", "-")
             parser.error(f"{flag} needs --source {source}; got --source {args.source}")
     if args.source == "files" and not args.patterns:
         parser.error("--source files needs at least one GLOB, as in 'books/*.jsonl'")
     args.out = args.out or Path("data") / args.source
-    args.val_percent = {"stdlib": 5.0}.get(args.source, 2.0) if args.val_percent is None else args.val_percent
+    args.val_percent = (
+        {"stdlib": 5.0}.get(args.source, 2.0) if args.val_percent is None else args.val_percent
+    )
     args.max_bytes = STDLIB_MAX_BYTES if args.max_bytes is None else args.max_bytes
     args.train_shards = 1 if args.train_shards is None else args.train_shards
     for name, low, high in (
@@ -100,7 +140,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         ("train_shards", 1, 1_000_000),
     ):
         if not low <= getattr(args, name) <= high:
-            parser.error(f"--{name.replace('_', '-')}={getattr(args, name)} must lie in {low}..{high}")
+            parser.error(
+                f"--{name.replace('_', '-')}={getattr(args, name)} must lie in {low}..{high}"
+            )
     return args
 
 
@@ -171,9 +213,13 @@ def stdlib_corpus(root: Path, max_bytes: int, val_percent: float) -> Corpus:
     foreign = found = total = 0
     for path in sorted(root.rglob("*")):
         parts = path.relative_to(root).parts
-        if path.suffix not in (".py", ".rst", ".txt") or {"site-packages", "dist-packages"} & set(parts):
+        if path.suffix not in (".py", ".rst", ".txt") or {"site-packages", "dist-packages"} & set(
+            parts
+        ):
             continue
-        if parts[:3] == ("lib2to3", "tests", "data") or not path.is_file():  # files that are wrong on purpose
+        if (
+            parts[:3] == ("lib2to3", "tests", "data") or not path.is_file()
+        ):  # files that are wrong on purpose
             continue
         found += 1
         try:
@@ -212,9 +258,13 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     """List the files of all patterns, in the order of the patterns, each once."""
     paths: dict[Path, None] = {}
     for pattern in patterns:
-        matches = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
+        matches = sorted(
+            Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file()
+        )
         if not matches:
-            fail(f"GLOB {pattern!r} matches no file in {Path.cwd()}; check the spelling, and quote it in the shell")
+            fail(
+                f"GLOB {pattern!r} matches no file in {Path.cwd()}; check the spelling, and quote it in the shell"
+            )
         paths |= dict.fromkeys(matches)
     return list(paths)
 
@@ -232,18 +282,28 @@ def read_jsonl(path: Path) -> Iterator[Document]:
         with open_jsonl(path) as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield Document(text_field(line, f"{path}, line {number}"), f"{path}, line {number}")
+                    yield Document(
+                        text_field(line, f"{path}, line {number}"), f"{path}, line {number}"
+                    )
     except (OSError, EOFError, lzma.LZMAError) as error:
-        fail(f"{path} cannot be read after line {number} ({reason(error)}); copy or compress it again")
+        fail(
+            f"{path} cannot be read after line {number} ({reason(error)}); copy or compress it again"
+        )
 
 
 def text_field(line: bytes, place: str) -> str:
     try:
         row = json.loads(line)
     except ValueError as error:  # also where the bytes are not UTF-8
-        fail(f'{place}: not JSON ({reason(error)}); each line must be an object such as {{"text": "..."}}')
+        fail(
+            f'{place}: not JSON ({reason(error)}); each line must be an object such as {{"text": "..."}}'
+        )
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        held = f"fields {', '.join(map(repr, row)) or 'none'}" if isinstance(row, dict) else f"a {type(row).__name__}"
+        held = (
+            f"fields {', '.join(map(repr, row)) or 'none'}"
+            if isinstance(row, dict)
+            else f"a {type(row).__name__}"
+        )
         fail(f'{place}: holds {held}, needs a string field "text"; rename or add it')
     return str(row["text"])
 
@@ -256,7 +316,9 @@ def read_files(paths: Sequence[Path]) -> Iterator[Document]:
         try:
             yield Document(read_bytes(path).decode("utf-8"), str(path))
         except UnicodeDecodeError as error:
-            fail(f"{path} is not UTF-8 text (byte {error.start}); convert it, or leave it out of GLOB")
+            fail(
+                f"{path} is not UTF-8 text (byte {error.start}); convert it, or leave it out of GLOB"
+            )
 
 
 def file_sha256(path: Path) -> str:
@@ -271,7 +333,11 @@ def files_corpus(patterns: Sequence[str], val_percent: float) -> Corpus:
     """Read JSONL files (one document a line) and any other files (one document each), in the order named."""
     paths = find_files(patterns)
     digest = hashlib.sha256("".join(file_sha256(path) for path in paths).encode()).hexdigest()
-    inputs = {"files": len(paths), "bytes": sum(path.stat().st_size for path in paths), "sha256": digest}
+    inputs = {
+        "files": len(paths),
+        "bytes": sum(path.stat().st_size for path in paths),
+        "sha256": digest,
+    }
     limit = round(256 * val_percent / 100)
     return Corpus("files", lambda: read_files(paths), lambda key: key[0] < limit, inputs)
 
@@ -364,12 +430,18 @@ def load_tokenizer(data: bytes, name: str) -> spm.SentencePieceProcessor:
     import sentencepiece as spm
 
     try:
-        tokenizer = spm.SentencePieceProcessor(model_proto=data or b"empty")  # without a model it would not complain
+        tokenizer = spm.SentencePieceProcessor(
+            model_proto=data or b"empty"
+        )  # without a model it would not complain
         size, bos = tokenizer.vocab_size(), tokenizer.bos_id()
     except (RuntimeError, OSError) as error:
-        fail(f"{name} is not a SentencePiece model ({reason(error)}); name another, or train one without --tokenizer")
+        fail(
+            f"{name} is not a SentencePiece model ({reason(error)}); name another, or train one without --tokenizer"
+        )
     if size > MAX_VOCAB:
-        fail(f"{name} has {size:,} pieces, uint16 shards hold at most {MAX_VOCAB:,}; use a smaller vocabulary")
+        fail(
+            f"{name} has {size:,} pieces, uint16 shards hold at most {MAX_VOCAB:,}; use a smaller vocabulary"
+        )
     if bos < 0:
         fail(f"{name} has no BOS piece, which opens every document; train it with bos_id=1")
     return tokenizer
@@ -391,7 +463,9 @@ def check_roundtrip(
     expected = [document.text for document in batch]
     if not exact:
         expected = texts
-        texts = tokenizer.decode(tokenizer.encode(texts, out_type="numpy", num_threads=threads), num_threads=threads)
+        texts = tokenizer.decode(
+            tokenizer.encode(texts, out_type="numpy", num_threads=threads), num_threads=threads
+        )
     for document, before, after in zip(batch, expected, texts, strict=True):
         if before != after:
             pairs = enumerate(zip(before, after, strict=False))
@@ -423,7 +497,11 @@ class ShardWriter:
 
     def add(self, tokens: np.ndarray[Any, Any], num_bytes: int) -> None:
         """Append one document, BOS included; it may run on into the next shard."""
-        self.documents, self.tokens, self.bytes = self.documents + 1, self.tokens + len(tokens), self.bytes + num_bytes
+        self.documents, self.tokens, self.bytes = (
+            self.documents + 1,
+            self.tokens + len(tokens),
+            self.bytes + num_bytes,
+        )
         while len(tokens):
             if self.file is None or self.held == self.limit:
                 self.open_next()
@@ -453,7 +531,9 @@ class ShardWriter:
     def abandon(self) -> None:
         """Let go of a shard that an error left open."""
         if self.file is not None:
-            with contextlib.suppress(OSError):  # the disk may be full: that is being reported already
+            with contextlib.suppress(
+                OSError
+            ):  # the disk may be full: that is being reported already
                 self.file.close()
 
 
@@ -471,7 +551,9 @@ def progress(items: Iterable[Item], label: str, unit: str) -> Iterator[Item]:
     """Pass items through, with a bar on a terminal."""
     from tqdm import tqdm
 
-    yield from tqdm(items, desc=label, unit=f" {unit}", disable=not sys.stderr.isatty(), file=sys.stderr)
+    yield from tqdm(
+        items, desc=label, unit=f" {unit}", disable=not sys.stderr.isatty(), file=sys.stderr
+    )
 
 
 def batches(items: Iterator[tuple[Document, bytes]]) -> Iterator[list[tuple[Document, bytes]]]:
@@ -489,7 +571,11 @@ def batches(items: Iterator[tuple[Document, bytes]]) -> Iterator[list[tuple[Docu
 
 
 def encode_corpus(
-    corpus: Corpus, tokenizer: spm.SentencePieceProcessor, exact: bool, folder: Path, shard_tokens: int
+    corpus: Corpus,
+    tokenizer: spm.SentencePieceProcessor,
+    exact: bool,
+    folder: Path,
+    shard_tokens: int,
 ) -> dict[str, ShardWriter]:
     """Write all shards of a corpus into a folder; return the closed writers of both splits.
 
@@ -498,14 +584,19 @@ def encode_corpus(
     """
     import numpy as np
 
-    writers = {split: ShardWriter(folder, f"{corpus.name}_{split}", shard_tokens) for split in ("train", "val")}
+    writers = {
+        split: ShardWriter(folder, f"{corpus.name}_{split}", shard_tokens)
+        for split in ("train", "val")
+    }
     bos = np.array([tokenizer.bos_id()])
     with contextlib.ExitStack() as stack:
         for writer in writers.values():
             stack.callback(writer.abandon)
         for batch in batches(progress(corpus.usable(), "encode", "documents")):
             documents = [document for document, _ in batch]
-            ids = tokenizer.encode([d.text for d in documents], out_type="numpy", num_threads=num_threads())
+            ids = tokenizer.encode(
+                [d.text for d in documents], out_type="numpy", num_threads=num_threads()
+            )
             check_roundtrip(tokenizer, documents, ids, exact)
             for (document, key), tokens in zip(batch, ids, strict=True):
                 writer = writers["val" if corpus.is_val(key) else "train"]
@@ -543,12 +634,18 @@ def build(corpus: Corpus, settings: dict[str, Any], args: argparse.Namespace) ->
         name = f"--tokenizer={args.tokenizer}" if args.tokenizer else "the new tokenizer"
         tokenizer = load_tokenizer(model, name)
         (staging / TOKENIZER).write_bytes(model)
-        writers = encode_corpus(corpus, tokenizer, args.tokenizer is None, staging, args.shard_tokens)
+        writers = encode_corpus(
+            corpus, tokenizer, args.tokenizer is None, staging, args.shard_tokens
+        )
         manifest = {
             "settings": settings,
-            "tokenizer": {"sha256": hashlib.sha256(model).hexdigest(), "vocab_size": tokenizer.vocab_size()},
+            "tokenizer": {
+                "sha256": hashlib.sha256(model).hexdigest(),
+                "vocab_size": tokenizer.vocab_size(),
+            },
             "splits": {
-                split: {"documents": w.documents, "tokens": w.tokens, "bytes": w.bytes} for split, w in writers.items()
+                split: {"documents": w.documents, "tokens": w.tokens, "bytes": w.bytes}
+                for split, w in writers.items()
             },
             "skipped": dict(sorted(corpus.skipped.items())),
             "files": {name: row for w in writers.values() for name, row in w.files.items()},
@@ -593,8 +690,12 @@ def refuse_other(out: Path, old: dict[str, Any], settings: dict[str, Any]) -> No
     before = old.get("settings", {})
     if not shards_in(out) or before == settings:
         return
-    keys = [key for key in dict.fromkeys([*settings, *before]) if settings.get(key) != before.get(key)]
-    differing = "; ".join(f"{key} {short(before.get(key))} -> {short(settings.get(key))}" for key in keys)
+    keys = [
+        key for key in dict.fromkeys([*settings, *before]) if settings.get(key) != before.get(key)
+    ]
+    differing = "; ".join(
+        f"{key} {short(before.get(key))} -> {short(settings.get(key))}" for key in keys
+    )
     fail(
         f"--out={out} already holds shards made otherwise ({differing if before else 'no manifest'}); name another "
         "folder, or replace them with --force"
@@ -608,10 +709,18 @@ def short(value: Any) -> str:
 
 def is_complete(out: Path, old: dict[str, Any], settings: dict[str, Any]) -> bool:
     """Do the manifest's settings, and every file it lists, agree with what is asked and what is there?"""
-    if old.get("settings") != settings or {path.name for path in shards_in(out)} != old.get("files", {}).keys():
+    if (
+        old.get("settings") != settings
+        or {path.name for path in shards_in(out)} != old.get("files", {}).keys()
+    ):
         return False
-    wanted = {name: row["sha256"] for name, row in old["files"].items()} | {TOKENIZER: old["tokenizer"]["sha256"]}
-    return all((out / name).is_file() and file_sha256(out / name) == digest for name, digest in wanted.items())
+    wanted = {name: row["sha256"] for name, row in old["files"].items()} | {
+        TOKENIZER: old["tokenizer"]["sha256"]
+    }
+    return all(
+        (out / name).is_file() and file_sha256(out / name) == digest
+        for name, digest in wanted.items()
+    )
 
 
 def make_corpus(corpus: Corpus, args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
@@ -619,7 +728,9 @@ def make_corpus(corpus: Corpus, args: argparse.Namespace) -> tuple[dict[str, Any
     settings = {
         "source": corpus.name,
         "vocab_size": None if args.tokenizer else args.vocab_size,
-        "tokenizer": hashlib.sha256(read_bytes(args.tokenizer)).hexdigest() if args.tokenizer else None,
+        "tokenizer": hashlib.sha256(read_bytes(args.tokenizer)).hexdigest()
+        if args.tokenizer
+        else None,
         "val_percent": args.val_percent,
         "shard_tokens": args.shard_tokens,
         "inputs": corpus.inputs,
@@ -633,7 +744,9 @@ def make_corpus(corpus: Corpus, args: argparse.Namespace) -> tuple[dict[str, Any
 
 
 def make_stdlib(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    return make_corpus(stdlib_corpus(Path(sysconfig.get_paths()["stdlib"]), args.max_bytes, args.val_percent), args)
+    return make_corpus(
+        stdlib_corpus(Path(sysconfig.get_paths()["stdlib"]), args.max_bytes, args.val_percent), args
+    )
 
 
 def make_files(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
@@ -658,7 +771,9 @@ def fetch(out: Path, remote: str, again: bool = False) -> Path:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        fail("--source fineweb needs the package huggingface_hub: pip install -r requirements-dev.txt")
+        fail(
+            "--source fineweb needs the package huggingface_hub: pip install -r requirements-dev.txt"
+        )
     path = Path(HUB_ROOT) / remote
     try:
         return Path(
@@ -673,7 +788,9 @@ def fetch(out: Path, remote: str, again: bool = False) -> Path:
                 )
             )
         )
-    except Exception as error:  # the hub, its HTTP library and the disk each have a family of errors
+    except (
+        Exception
+    ) as error:  # the hub, its HTTP library and the disk each have a family of errors
         fail(
             f"{remote} of {HUB_REPO} could not be downloaded ({reason(error)}); check network and disk space, then run "
             "the same command again: finished shards are kept"
@@ -687,7 +804,11 @@ def published_shards(out: Path) -> tuple[int, int, str]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         entry = next(row for row in manifest["datasets"] if row["name"] == HUB_DATASET)
         counts = int(entry["stats"]["files_train"]), int(entry["stats"]["files_val"])
-        rows = [row for row in manifest.get("tokenizers", []) if row.get("name") == entry.get("tokenizer_name")]
+        rows = [
+            row
+            for row in manifest.get("tokenizers", [])
+            if row.get("name") == entry.get("tokenizer_name")
+        ]
         return *counts, str(rows[0].get("model_path") or HUB_TOKENIZER) if rows else HUB_TOKENIZER
     except (ValueError, TypeError, KeyError, StopIteration, AttributeError) as error:
         fail(
@@ -709,7 +830,11 @@ def shard_fault(path: Path) -> str:
     if len(found) < SHARD_HEADER or found.tobytes() != header(int(found[2])):
         return f"{path} is not a token shard"
     held = (size - found.nbytes) / 2
-    return "" if 0 < found[2] == held else f"{path} announces {found[2]:,} tokens but holds {held:,.1f}"
+    return (
+        ""
+        if 0 < found[2] == held
+        else f"{path} announces {found[2]:,} tokens but holds {held:,.1f}"
+    )
 
 
 def fetch_shard(out: Path, name: str) -> None:
@@ -726,7 +851,9 @@ def fetch_shard(out: Path, name: str) -> None:
         os.replace(fetch(out, f"datasets/{HUB_DATASET}/{name}", again), out / name)
     if fault := shard_fault(out / name):
         (out / name).unlink()
-        fail(f"{HUB_REPO} or the way from it damaged a file twice: {fault}; run the same command again later")
+        fail(
+            f"{HUB_REPO} or the way from it damaged a file twice: {fault}; run the same command again later"
+        )
 
 
 def describe_shards(out: Path, names: Sequence[str]) -> dict[str, Any]:
@@ -773,19 +900,25 @@ def make_fineweb(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
         out.mkdir(parents=True, exist_ok=True)
         most, num_val, tokenizer = published_shards(out)
         if args.train_shards > most:
-            fail(f"--train-shards={args.train_shards} is more than the {most} that {HUB_REPO} publishes; lower it")
+            fail(
+                f"--train-shards={args.train_shards} is more than the {most} that {HUB_REPO} publishes; lower it"
+            )
         names = [f"fineweb_val_{i:06d}.bin" for i in range(num_val)] + sorted(wanted)
         os.replace(fetch(out, tokenizer), out / TOKENIZER)
         for name in progress(names, "download", "shards"):
             fetch_shard(out, name)
         manifest = {"settings": settings, **describe_shards(out, names)}
-        (out / DOWNLOADS / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        (out / DOWNLOADS / MANIFEST).write_text(
+            json.dumps(manifest, indent=1) + "\n", encoding="utf-8"
+        )
         for name in {path.name for path in shards_in(out)} - set(names):
             (out / name).unlink()
         os.replace(out / DOWNLOADS / MANIFEST, out / MANIFEST)
         shutil.rmtree(out / DOWNLOADS, ignore_errors=True)
     except OSError as error:
-        fail(f"--out={out} could not be written ({reason(error)}); finished shards are kept: free space and run again")
+        fail(
+            f"--out={out} could not be written ({reason(error)}); finished shards are kept: free space and run again"
+        )
     return manifest, False
 
 
@@ -800,16 +933,27 @@ def summary(manifest: dict[str, Any], out: Path, was_there: bool, seconds: float
     """Print sizes for people; return them for programs."""
     print(f"{out} was already complete" if was_there else f"{out} written in {seconds:.1f} s")
     for split, row in manifest["splits"].items():
-        text = f"{row['bytes']:>12,} bytes  {row['bytes'] / row['tokens']:.3f} bytes a token" if row["bytes"] else ""
+        text = (
+            f"{row['bytes']:>12,} bytes  {row['bytes'] / row['tokens']:.3f} bytes a token"
+            if row["bytes"]
+            else ""
+        )
         print(f"  {split:<6}{row['documents']:>10,} documents  {row['tokens']:>12,} tokens  {text}")
     if any(manifest["skipped"].values()):
-        print("  left out:", ", ".join(f"{count} {why}" for why, count in manifest["skipped"].items() if count))
+        print(
+            "  left out:",
+            ", ".join(f"{count} {why}" for why, count in manifest["skipped"].items() if count),
+        )
     print(f"train on it: DATA_PATH={out} TOKENIZER_PATH={out / TOKENIZER} python train_gpt.py")
     return {
         "data_path": str(out),
         "tokenizer_path": str(out / TOKENIZER),
         "vocab_size": manifest["tokenizer"]["vocab_size"],
-        **{f"{split}_{key}": value for split, row in manifest["splits"].items() for key, value in row.items()},
+        **{
+            f"{split}_{key}": value
+            for split, row in manifest["splits"].items()
+            for key, value in row.items()
+        },
         "was_complete": was_there,
         "seconds": round(seconds, 2),
     }

@@ -31,10 +31,16 @@ def adopt(state: Any, sha256: str, load: Callable[..., Any], error: type[Excepti
     except error as fault:
         raise error(f"INIT_FROM: {fault}; or make one: RECIPE=ar python train_gpt.py") from fault
     there, shared = vars(model.cfg), SHAPE + ADDED * model.cfg.diffusion * cfg.diffusion
-    pairs = [(n.upper(), there[n], getattr(cfg, n)) for n in shared if n in SHAPE or there[n] * getattr(cfg, n)]
+    pairs = [
+        (n.upper(), there[n], getattr(cfg, n))
+        for n in shared
+        if n in SHAPE or there[n] * getattr(cfg, n)
+    ]
     pairs += [("SHA-256 of TOKENIZER_PATH", other[:12], sha256[:12])]
     if differ := [f"{name} is {a} there and {b} here" for name, a, b in pairs if a != b]:
-        raise error(f"INIT_FROM={cfg.init_from!r} does not fit: {'; '.join(differ)}; set here what holds there")
+        raise error(
+            f"INIT_FROM={cfg.init_from!r} does not fit: {'; '.join(differ)}; set here what holds there"
+        )
     fresh = state.model.load_state_dict(model.state_dict(), strict=False).missing_keys
     state.ema = [p.detach().clone() for p in state.model.parameters()] if state.ema else []
     run.log.event("init_from", artifact=cfg.init_from, fresh=len(fresh))

@@ -1,0 +1,245 @@
+"""Measure likelihood and speed against the length of the context, with and without position interpolation.
+
+    DATA_PATH=data/stdlib python scripts/bench/context.py final_model.int8.ptz
+    DATA_PATH=data/stdlib python scripts/bench/context.py final_model.int8.ptz --factors 1,2,4,8 --out context.json
+
+A factor f reads rows of f times the TRAIN_SEQ_LEN (T) tokens that a model was trained on: at their own positions, which
+it has never seen from T on, and with all positions divided by f (ROPE_SCALE; arXiv:2306.15595), without more training.
+Every factor scores the same text, cut into longer or shorter rows. "Beyond T" are the tokens with more than T tokens
+before them in a row of f T; beside them stand the very same tokens in rows of T. Both kinds of rows begin with nothing,
+so these tokens have (f + 1) T / 2 tokens before them on average in the one, and T / 2 in the other.
+
+Speeds are tokens a second of a batch, medians of three after a warm-up; decoding is mode ar with its cache, the prompt
+not counted. Text comes from DATA_PATH and TOKENIZER_PATH, or from where the artifact was trained. The table is
+Markdown; the last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
+
+import train_gpt as tg
+from scripts.bench import infill as shared
+from scripts.bench.infill import fail
+
+TOKENS_AT_ONCE = 4096  # a batch; larger ones are slower on a CPU, whose cache they leave
+DECODED_ROWS = 4  # decoded together, whatever their length
+TIMED = 3  # runs whose median counts, after one that does not
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; UserError: it is wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = fail  # type: ignore[method-assign]  # report a wrong command line as any other mistake
+    parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
+    parser.add_argument(
+        "--factors", type=shared.counts, default="1,2,4", help="rows over T (default %(default)s)"
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=32,
+        help="rows of the longest common length (default %(default)s)",
+    )
+    parser.add_argument(
+        "--decode-tokens",
+        type=int,
+        default=64,
+        help="tokens to decode, below T (default %(default)s)",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the result there")
+    args = parser.parse_args(argv)
+    for name, low in (("rows", 1), ("decode_tokens", 2)):  # the first token's time is taken off
+        if getattr(args, name) < low:
+            fail(f"--{name.replace('_', '-')}={getattr(args, name)} must be {low} or more")
+    return args
+
+
+class Loaded(NamedTuple):
+    """A model, and text that the rows of every factor tile."""
+
+    model: tg.GPT
+    text: Tensor  # (N, L + 1) int64 on the device; L is a multiple of every context length
+    bytes: Tensor  # (N, L) of each token but the first, as the challenge counts them, on the CPU
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Compute as training's evaluation does: bf16 on CUDA, fp32 on a CPU."""
+        return (
+            torch.autocast("cuda", torch.bfloat16)
+            if self.text.is_cuda
+            else contextlib.nullcontext()
+        )
+
+
+def load(args: argparse.Namespace) -> Loaded:
+    """Read artifact, tokenizer and evenly spaced pieces of validation text.
+
+    Raises:
+        UserError: one is missing, damaged, too short or does not fit; no CUDA device.
+    """
+    device = shared.pick_device(args.device)
+    model, expected = tg.load_artifact(args.artifact, device)
+    paths = {
+        name: os.environ.get(name.upper(), getattr(model.cfg, name))
+        for name in ("data_path", "tokenizer_path")
+    }
+    cfg = dataclasses.replace(model.cfg, **paths)
+    counter, loader = tg.ByteCounter(cfg), tg.TokenLoader(cfg, "val")
+    if counter.sha256 != expected:
+        fail(
+            f"TOKENIZER_PATH={cfg.tokenizer_path!r} is not the tokenizer {args.artifact} was trained with"
+        )
+    if args.decode_tokens >= cfg.train_seq_len:
+        fail(
+            f"--decode-tokens={args.decode_tokens} must be below TRAIN_SEQ_LEN={cfg.train_seq_len}"
+        )
+    length = math.lcm(*args.factors) * cfg.train_seq_len
+    if loader.total <= length:
+        held = f"DATA_PATH={cfg.data_path!r} holds {loader.total:,} validation tokens"
+        fail(f"--factors: rows of all of them tile {length:,} tokens, but {held}; name lower ones")
+    total = (loader.total - 1) // length
+    count = min(args.rows, total)
+    text = torch.cat([loader.rows(i * total // count * length, 1, length) for i in range(count)])
+    return Loaded(model, text.to(device), counter.count(text[:, :-1], text[:, 1:]))
+
+
+def rescaled(model: tg.GPT, factor: float) -> tg.GPT:
+    """The same weights with positions divided by a further factor."""
+    other = tg.GPT(dataclasses.replace(model.cfg, rope_scale=model.cfg.rope_scale * factor))
+    other.load_state_dict(model.state_dict())
+    return other.to(model.tok_emb.device).eval()
+
+
+def cut(text: Tensor, length: int) -> list[Tensor]:
+    """Cut text (N, L + 1), in order, into rows of `length` tokens and the one before: batches of (B, length + 1)."""
+    rows, at_once = (
+        text.unfold(1, length + 1, length).flatten(0, 1),
+        max(TOKENS_AT_ONCE // length, 1),
+    )
+    return [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
+
+
+def token_nats(at: Loaded, model: tg.GPT, length: int) -> Tensor:
+    """Nats of each token of the text but the first, read in rows of `length`: (N, L) float64 on the CPU."""
+    with at.autocast():
+        nats = torch.cat([tg.score(model, rows).double().cpu() for rows in cut(at.text, length)])
+    return nats.view(at.bytes.shape)
+
+
+def bpb(nats: Tensor, num_bytes: Tensor, where: Tensor) -> float | None:
+    """Bits per byte of some tokens, (N, L) at (L,) bool; None where they hold no byte."""
+    total = num_bytes[:, where].sum().item()
+    return tg.bits_per_byte(nats[:, where].sum().item(), total) if total else None
+
+
+def seconds(run: Callable[[], Tensor]) -> float:
+    times = list[float]()
+    for _ in range(1 + TIMED):
+        began = time.perf_counter()
+        run().sum().item()  # waits for the device
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def speeds(at: Loaded, model: tg.GPT, length: int, count: int) -> dict[str, float]:
+    """Tokens a second of scoring a batch of rows, and of decoding their last `count` tokens with a cache: its time less
+    that of reading the prompt and decoding one."""
+    batch, ids, start = cut(at.text, length)[0], at.text[:DECODED_ROWS, :length], length - count
+    with at.autocast():
+        scored = batch[:, 1:].numel() / seconds(lambda: tg.score(model, batch))
+        first = seconds(lambda: tg.decode(model, ids[:, : start + 1], start, start + 1).ids)
+        others = seconds(lambda: tg.decode(model, ids, start, length).ids) - first
+    return {"scored_tok_s": scored, "decoded_tok_s": len(ids) * (count - 1) / max(others, 1e-9)}
+
+
+def measure(at: Loaded, factors: Sequence[int], count: int) -> dict[str, Any]:
+    """Compute everything that is printed: rows of every factor, each with and without interpolation."""
+    T, place, results = at.model.cfg.train_seq_len, torch.arange(at.bytes.shape[1]), []
+    base = token_nats(at, at.model, T)
+    jobs = [(factor, scale) for factor in factors for scale in dict.fromkeys((1, factor))]
+    for factor, scale in tqdm(jobs, desc="context", leave=False, disable=None):
+        model, length = rescaled(at.model, scale), factor * T
+        nats, far = token_nats(at, model, length), place % length >= T
+        row = {"factor": factor, "context": length, "rope_scale": model.cfg.rope_scale}
+        row |= {"bpb": bpb(nats, at.bytes, place >= 0), "bpb_beyond": bpb(nats, at.bytes, far)}
+        results.append(
+            row
+            | {"bpb_beyond_in_rows_of_t": bpb(base, at.bytes, far)}
+            | speeds(at, model, length, count)
+        )
+    about: dict[str, Any] = {
+        "train_seq_len": T,
+        "tokens": at.bytes.numel(),
+        "bytes": int(at.bytes.sum()),
+    }
+    about |= {
+        "device": str(at.text.device),
+        "decode_tokens": count,
+        "decoded_rows": min(DECODED_ROWS, len(at.text)),
+    }
+    return about | {"bpb_in_rows_of_t": bpb(base, at.bytes, place >= 0), "results": results}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Write the result as Markdown."""
+    T, rows = result["train_seq_len"], []
+    head = [
+        "context",
+        "ROPE_SCALE",
+        "bpb",
+        f"bpb beyond {T}",
+        f"same, rows of {T}",
+        "scored tok/s",
+        "decoded tok/s",
+    ]
+    for row in result["results"]:
+        scores = [row["bpb"], row["bpb_beyond"], row["bpb_beyond_in_rows_of_t"]]
+        cells = [
+            f"{row['context']:,}",
+            f"{row['rope_scale']:g}",
+            *("-" if x is None else f"{x:.4f}" for x in scores),
+        ]
+        rows.append([*cells, f"{row['scored_tok_s']:,.0f}", f"{row['decoded_tok_s']:,.0f}"])
+    return (
+        f"{result['tokens']:,} tokens of {result['bytes']:,} bytes\n\n{shared.markdown(head, rows)}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, or 2 after an error the user can repair."""
+    try:
+        args = parse_args(argv)
+        result = {"artifact": str(args.artifact)} | measure(
+            load(args), args.factors, args.decode_tokens
+        )
+        line = shared.to_json(result)
+        print(table(result), line, sep="\n\n", flush=True)
+        if args.out is not None:
+            tg.atomic_write(args.out, f"{line}\n".encode(), "result")
+    except tg.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

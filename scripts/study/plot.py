@@ -1,0 +1,334 @@
+"""Draw run logs: loss against time, infill against passes, exact score against the bound.
+
+    python scripts/study/plot.py --plots out/plots
+    python scripts/study/plot.py --plots out/plots --logs logs/ladder --rows late,direct
+
+Reads logs/ and logs/ladder/, each into pictures of its own: FOLDER_DATA_training.png, .._infill.png and
+.._likelihood.png, one of each for runs on the same data and machine, of the same size and settings. A colour and a
+marker are a recipe. Curves are single runs (dotted: it did not finish); points are means over seeds, bars their
+standard deviation where there are several. Of a run that did not finish nothing else is drawn. The last line is one
+JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
+
+from scripts.study import rows as ladder
+from scripts.study.rows import Rows
+from scripts.study.runlog import (
+    REFINE,
+    Group,
+    Key,
+    ReportError,
+    RunLog,
+    key_of,
+    need,
+    numbers,
+    read_logs,
+    spread,
+)
+from scripts.study.sweep import ladders
+
+ROOT = Path(__file__).resolve().parents[2]
+NEAR_T = 16  # the window beside T at which bounds are drawn
+FEW = 10  # recipes that can be named within a panel
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; exits with 2 on a wrong one."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--plots",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder to draw into; made if need be",
+    )
+    parser.add_argument(
+        "--logs", type=Path, action="append", help="folder of logs; may be given again"
+    )
+    parser.add_argument(
+        "--rows",
+        type=lambda text: text.split(","),
+        help="only these recipes or ladders, with commas",
+    )
+    return parser.parse_args(argv)
+
+
+# ==============================================================================
+# 1  PANELS -- each draws what the logs of one context hold
+# ==============================================================================
+
+
+def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Give every recipe a colour and a marker, the same in all pictures of a context."""
+    import matplotlib as mpl
+
+    colours = mpl.color_sequences["tab10" if len(names) <= 10 else "tab20"]
+    return {
+        n: {"color": colours[i % len(colours)], "marker": "osD^vP*X"[i // len(colours) % 8]}
+        for i, n in enumerate(names)
+    }
+
+
+def draw_curves(
+    loss: Axes, bpb: Axes, runs: Mapping[str, Sequence[RunLog]], style: Mapping[str, Any]
+) -> None:
+    """Draw training loss and val_bpb against seconds of training, a line a run."""
+    for name, of_row in runs.items():
+        for i, run in enumerate(of_row):
+            label = name if i == 0 else None
+            line = {"ls": ":" if run.why_left_out else "-", "lw": 1.2, "alpha": 0.8, **style[name]}
+            for panel, event, key in ((loss, "train", "train_loss"), (bpb, "val", "val_bpb")):
+                found = [
+                    p
+                    for p in run.curve
+                    if p["event"] == event and numbers([p.get("train_ms"), p.get(key)])
+                ]
+                times, values = [p["train_ms"] / 1e3 for p in found], [p[key] for p in found]
+                marks = {"marker": None} if event == "train" else {"ms": 5}
+                panel.plot(times, values, label=label, **line | marks)
+    loss.set(ylabel="train loss, nats a token")
+    bpb.set(ylabel="val_bpb, exact, before export", xlabel="seconds of training")
+
+
+def point(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation; 0 for one seed."""
+    return statistics.mean(values), spread(values) or 0.0
+
+
+def draw_infill(panel: Axes, rows: Rows, span: int, key: str, style: Mapping[str, Any]) -> None:
+    """Draw one measure of infill by refinement against passes, a line a recipe."""
+    for name, g in rows.items():
+        steps = sorted(
+            {
+                k[2]
+                for run in g.runs
+                for k in run.decode
+                if (k[0], k[1], k[3]) == ("infill", span, REFINE)
+            }
+        )
+        found = [(n, point(values)) for n in steps if (values := ladder.infill(g, n, key, span))]
+        if found:
+            means, bars = [mean for _, (mean, _) in found], [bar for _, (_, bar) in found]
+            at = [n for n, _ in found]
+            panel.errorbar(
+                at,
+                means,
+                yerr=bars if any(bars) else None,
+                label=name,
+                capsize=2,
+                ms=4,
+                **style[name],
+            )
+    panel.set(xscale="log")
+    ticks = sorted(
+        {k[2] for g in rows.values() for run in g.runs for k in run.decode if k[0] == "infill"}
+    )
+    panel.set_xticks(ticks, [str(tick) for tick in ticks])
+    panel.minorticks_off()
+
+
+def draw_likelihood(panel: Axes, rows: Rows, window: int, style: Mapping[str, Any]) -> None:
+    """Draw exact val_bpb against the bound, a labelled point a recipe; one without a bound is a line.
+
+    Where there are many, points are labelled by numbers, which the legend explains.
+    """
+    crowded = len(rows) > FEW
+    for number, (name, g) in enumerate(rows.items(), start=1):
+        exact, bound = g.values("final", "val_bpb"), ladder.bounds(g, window)
+        label = f"{number} {name}" if crowded else name
+        if not bound:
+            panel.axhline(
+                point(exact)[0],
+                color=style[name]["color"],
+                ls="--",
+                lw=1,
+                label=f"{label} (no bound)",
+            )
+            continue
+        (x, x_bar), (y, y_bar) = point(bound), point(exact)
+        bars: dict[str, Any] = {"xerr": x_bar, "yerr": y_bar} if len(exact) > 1 else {}
+        panel.errorbar(
+            x, y, **bars, label=label if crowded else None, capsize=2, ms=5, ls="", **style[name]
+        )
+        text = str(number) if crowded else name
+        panel.annotate(text, (x, y), textcoords="offset points", xytext=(5, 4), size=7)
+    panel.margins(x=0.1 if crowded else 0.2)  # for the names
+    panel.set(xlabel=f"bound, window {window}, bits a byte")
+
+
+# ==============================================================================
+# 2  PICTURES -- one context each
+# ==============================================================================
+
+
+def new_figure(about: str, height: int, width: int, **grid: Any) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 + 5 * width, 1 + 3.2 * height), layout="constrained")
+    figure.suptitle(about, size=10)
+    return figure, figure.subplots(height, width, squeeze=False, **grid)
+
+
+def legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """Name every line once, below the panels if there are many."""
+    named: dict[str, Any] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    if len(named) > FEW:
+        columns = int(figure.get_figwidth() // 2)
+        figure.set_figheight(figure.get_figheight() + 0.3 + 0.17 * -(-len(named) // columns))
+        figure.legend(
+            named.values(), named.keys(), loc="outside lower center", fontsize=7, ncols=columns
+        )
+    elif named:
+        panels[0].legend(named.values(), named.keys(), fontsize=8)
+
+
+def training(about: str, runs: Mapping[str, Sequence[RunLog]], style: Mapping[str, Any]) -> Figure:
+    figure, panels = new_figure(about, 2, 1, sharex=True)
+    draw_curves(panels[0, 0], panels[1, 0], runs, style)
+    legend(figure, list(panels[:, 0]))
+    return figure
+
+
+def infill(about: str, rows: Rows, style: Mapping[str, Any]) -> Figure | None:
+    """Draw accuracy and speed, a column a hole length; None if no run has filled holes."""
+    spans = sorted(
+        {
+            key[1]
+            for g in rows.values()
+            for run in g.runs
+            for key in run.decode
+            if key[0] == "infill"
+        }
+    )
+    if not spans:
+        return None
+    figure, panels = new_figure(about, 2, len(spans), sharex=True, sharey="row")
+    for column, span in enumerate(spans):
+        draw_infill(panels[0, column], rows, span, "token_acc", style)
+        draw_infill(panels[1, column], rows, span, "tok_per_sec", style)
+        panels[0, column].set(title=f"holes of {span} tokens")
+        panels[1, column].set(xlabel="passes", yscale="log")
+    panels[0, 0].set(ylabel="infill: tokens equal to the text", ylim=(0, None))
+    panels[1, 0].set(ylabel="infill: tokens/s")
+    legend(figure, list(panels[0]))
+    return figure
+
+
+def likelihood(about: str, rows: Rows, style: Mapping[str, Any]) -> Figure | None:
+    """Draw val_bpb against the bounds at 16 and at T; None if no run has one."""
+    windows = [window for window in ladder.windows_of(rows) if window > 1]
+    chosen = sorted({window for window in (NEAR_T, *windows[-1:]) if window in windows})
+    if not chosen:
+        return None
+    figure, panels = new_figure(about, 1, len(chosen), sharey=True)
+    for panel, window in zip(panels[0], chosen, strict=True):
+        draw_likelihood(panel, rows, window, style)
+    panels[0, 0].set(ylabel="val_bpb, exact, causal")
+    legend(figure, list(panels[0]))
+    return figure
+
+
+def curves_by_context(runs: Sequence[RunLog]) -> dict[Key, dict[str, list[RunLog]]]:
+    """Gather all runs that have begun, finished or not, by context and row."""
+    found: dict[Key, dict[str, list[RunLog]]] = {}
+    for run in runs:
+        if run.curve and {"header", "config"} <= run.events.keys():
+            key = key_of(run)
+            found.setdefault(key._replace(recipe=""), {}).setdefault(key.recipe, []).append(run)
+    return found
+
+
+def kept(found: Mapping[str, Any], only: Sequence[str] | None) -> dict[str, Any]:
+    names = None if only is None else {row for name in only for row in ladders().get(name, (name,))}
+    return {name: value for name, value in found.items() if names is None or name in names}
+
+
+def draw_folder(folder: Path, args: argparse.Namespace) -> tuple[list[Path], set[str]]:
+    """Draw what one folder holds; return the files, and the recipes it has."""
+    runs, files, seen = read_logs(folder), list[Path](), set[str]()
+    finished, notes = ladder.by_context(runs)
+    curves, used = curves_by_context(runs), Counter[str]()
+    for note in notes:
+        print(f"note: {folder}: {note}", file=sys.stderr)
+    for key in sorted(curves.keys() | finished.keys()):
+        of_row: dict[str, Group] = kept(finished.get(key, {}), args.rows)
+        begun: dict[str, list[RunLog]] = kept(curves.get(key, {}), args.rows)
+        names = list(dict.fromkeys([*of_row, *sorted(begun)]))
+        seen.update(names)
+        if not names:
+            continue
+        style, about = styles(names), f"{ladder.context_name(key).replace('`', '')}"
+        start = re.sub(r"[^\w.-]+", "_", f"{folder.resolve().name}_{key.data}")
+        used[start] += 1
+        start += f"_{used[start]}" if used[start] > 1 else ""
+        pictures: dict[str, Figure | None]
+        pictures = {"training": training(about, {n: begun[n] for n in names if n in begun}, style)}
+        pictures |= {
+            "infill": infill(about, of_row, style),
+            "likelihood": likelihood(about, of_row, style),
+        }
+        for name, figure in pictures.items():
+            if figure is not None:
+                files.append(args.plots / f"{start}_{name}.png")
+                save(figure, files[-1])
+    return files, seen
+
+
+def save(figure: Figure, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150, format="png")
+    except OSError as error:
+        raise ReportError(
+            f"--plots: {path} was not written ({error.strerror}); name another folder"
+        ) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, or 2 after an error the user can repair."""
+    args = parse_args(argv)
+    folders = args.logs or [
+        folder for folder in (ROOT / "logs", ROOT / "logs" / "ladder") if folder.is_dir()
+    ]
+    files, seen = list[Path](), set[str]()
+    try:
+        need("matplotlib", "plot.py")
+        for folder in folders:
+            drawn, names = draw_folder(folder, args)
+            files, seen = files + drawn, seen | names
+        lacking = [
+            name for name in args.rows or () if seen.isdisjoint(ladders().get(name, (name,)))
+        ]
+        if lacking:
+            raise ReportError(f"--rows={','.join(lacking)}: no run of it in the logs; leave it out")
+    except ReportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps({"plots": [str(path) for path in files]}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

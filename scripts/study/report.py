@@ -1,0 +1,542 @@
+"""Turn run logs into the results tables, submission.json, and a check that both still say what was measured.
+
+    python scripts/study/report.py            print the tables
+    python scripts/study/report.py --write    also put them into README.md and submission.json
+    python scripts/study/report.py --check    exit 1 if either disagrees with the logs
+
+Runs that differ only in their seed are one row. A run counts once it has written its `done` event. Runs of sweep.py's
+rows lie in a folder of their own, logs/ladder, and have a table of their own. See compare.py for tests of differences,
+plot.py for curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
+
+from scripts.study.runlog import (
+    LEFT_TO_RIGHT,
+    NONE,
+    REFINE,
+    Group,
+    Key,
+    ReportError,
+    RunLog,
+    group_runs,
+    is_number,
+    markdown,
+    mean_cell,
+    missing_seeds,
+    numbers,
+    read_lines,
+    read_log,
+    read_logs,
+    spread,
+)
+
+__all__ = [
+    "NONE",
+    "ReportError",
+    "RunLog",
+    "main",
+    "markdown",
+    "mean_cell",
+    "numbers",
+    "read_log",
+    "spread",
+]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Block(NamedTuple):
+    """What stands between two lines of README.md is written here."""
+
+    begin: str
+    end: str
+
+
+RESULTS, RECIPES = (
+    Block(f"<!-- {name} -->", f"<!-- /{name} -->") for name in ("results", "recipes")
+)
+
+# What the challenge ranks: the `direct` recipe on FineWeb on eight devices, for at most so many seconds.
+RANKED_RECIPE, RANKED_DATA, RANKED_RANKS, RANKED_PRESET, RANKED_SECONDS = (
+    "direct",
+    "fineweb",
+    8,
+    "8xh100",
+    600.0,
+)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; exits with 2 on a wrong one."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--logs", type=Path, default=ROOT / "logs", help="folder of *.jsonl run logs"
+    )
+    parser.add_argument(
+        "--readme", type=Path, default=ROOT / "README.md", help=f"file with {' and '.join(RESULTS)}"
+    )
+    parser.add_argument(
+        "--ladder", type=Path, help="folder of logs of sweep.py's rows (default: ladder in --logs)"
+    )
+    parser.add_argument("--submission", type=Path, default=ROOT / "submission.json")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument(
+        "--check", action="store_true", help="exit 1 if README.md or submission.json disagree"
+    )
+    action.add_argument(
+        "--write", action="store_true", help="bring README.md and submission.json up to date"
+    )
+    args = parser.parse_args(argv)
+    args.ladder = args.ladder or args.logs / "ladder"
+    return args
+
+
+# ==============================================================================
+# 1  TABLES -- Markdown for README.md
+# ==============================================================================
+
+
+def shared_changes(groups: Sequence[Group]) -> list[str]:
+    """List the settings given by hand that every row has in common: they are said once, below the table."""
+    return [
+        change for change in groups[0].key.changes if all(change in g.key.changes for g in groups)
+    ]
+
+
+def name_cells(key: Key, shared: Sequence[str]) -> list[str]:
+    ranks = f", {key.ranks} ranks" if key.ranks > 1 else ""
+    own = [change for change in key.changes if change not in shared]
+    return [
+        ", ".join(f"`{name}`" for name in [key.recipe, *own]),
+        key.data,
+        f"{key.machine}{ranks}",
+    ]
+
+
+def score_table(groups: Sequence[Group]) -> str:
+    """One row a group: exact bits per byte, diffusion bounds by window, size, speed, memory."""
+    shared = shared_changes(groups)
+    windows = sorted({window for g in groups for run in g.runs for window in run.nelbo})
+    head = ["recipe", "data", "machine", "n", "val_bpb", *(f"bound, window {w}" for w in windows)]
+    rows = []
+    for g in groups:
+        bounds = [
+            mean_cell(numbers(run.nelbo.get(w, {}).get("nelbo_bpb") for run in g.runs))
+            for w in windows
+        ]
+        speed = numbers(run.events.get("train", {}).get("tok_per_sec") for run in g.runs)
+        rows.append(
+            [
+                *name_cells(g.key, shared),
+                str(len(g.runs)),
+                mean_cell(g.values("final", "val_bpb")),
+                *bounds,
+                f"{max(g.values('size', 'total_bytes')):,.0f}",
+                f"{statistics.mean(speed):,.0f}" if speed else NONE,
+                f"{max(g.values('done', 'peak_memory_mib')):,.0f}",
+            ]
+        )
+    return markdown([*head, "bytes", "train tok/s", "peak MiB"], rows, 3)
+
+
+def decode_table(groups: Sequence[Group]) -> str:
+    """One row a group, task and span; one column a number of passes: token accuracy and decoded tokens a second."""
+    shared = shared_changes(groups)
+    ways = sorted(
+        {
+            (key[3], key[2])
+            for g in groups
+            for run in g.runs
+            for key in run.decode
+            if key[3] != LEFT_TO_RIGHT
+        }
+    )
+    rows = []
+    for g in groups:
+        for task, span in sorted(
+            {key[:2] for run in g.runs for key in run.decode}, key=lambda t: (t[0], -t[1])
+        ):
+            wanted = [(task, span, steps, mode) for mode, steps in ways] + [
+                (task, span, span, LEFT_TO_RIGHT)
+            ]
+            rows.append(
+                [
+                    *name_cells(g.key, shared),
+                    task,
+                    str(span),
+                    *(decode_cell(g, key) for key in wanted),
+                ]
+            )
+    heads = [
+        f"{n} pass{'es' if n > 1 else ''}{'' if mode == REFINE else f', {mode}'}"
+        for mode, n in ways
+    ]
+    return markdown(["recipe", "data", "machine", "task", "span", *heads, "left to right"], rows, 4)
+
+
+def decode_cell(g: Group, key: tuple[str, int, int, str]) -> str:
+    rows = [run.decode.get(key, {}) for run in g.runs]
+    accuracy, speed = (
+        numbers(r.get("token_acc") for r in rows),
+        numbers(r.get("tok_per_sec") for r in rows),
+    )
+    return (
+        f"{mean_cell(accuracy, 3)} ({statistics.mean(speed):,.0f}/s)"
+        if accuracy and speed
+        else NONE
+    )
+
+
+def bound_note(groups: Sequence[Group]) -> str:
+    """State the Monte Carlo error that bounds carry besides the spread over seeds."""
+    rows = [row for g in groups for run in g.runs for row in run.nelbo.values()]
+    errors = [float(row["standard_error"]) for row in rows if row.get("standard_error")]
+    if not errors:
+        return ""
+    return f" Largest Monte Carlo standard error of one run's bound: {max(errors):.4f}."
+
+
+def version_notes(groups: Sequence[Group]) -> list[str]:
+    notes = []
+    for g in groups:
+        name = ", ".join(name_cells(g.key, shared_changes(groups)))
+        versions = {run.get("header", "sha256") for run in g.runs}
+        if len(versions) > 1:
+            notes.append(f"{name}: averages {len(versions)} versions of train_gpt.py")
+    return notes
+
+
+def results_block(groups: Sequence[Group], notes: Sequence[str]) -> str:
+    """The text that README.md carries between its markers."""
+    if not groups:
+        parts = ["No finished run."]
+    else:
+        parts = [
+            score_table(groups),
+            "val_bpb is exact, over the whole validation split. A bound is the diffusion upper bound in bits per byte "
+            "over the rows that NELBO_SEQUENCES names; at window 1 it is their exact value. Mean ± standard deviation "
+            f"over n seeds; bytes and peak MiB are the largest.{bound_note(groups)}",
+        ]
+        if shared := shared_changes(groups):
+            parts.append(f"In all rows: {', '.join(f'`{change}`' for change in shared)}.")
+        if any(run.decode for g in groups for run in g.runs):
+            parts += [
+                decode_table(groups),
+                "Share of tokens equal to the text, and decoded tokens a second, by number of refinement passes over "
+                "the span; left to right reads no text after the span.",
+            ]
+    left_out = [*notes, *version_notes(groups)]
+    if left_out:
+        parts.append(
+            "Not averaged, or to be read with care:\n\n"
+            + "\n".join(f"- {note}" for note in left_out)
+        )
+    return "\n\n".join(parts)
+
+
+# ==============================================================================
+# 2  SUBMISSION -- what submission.json says
+# ==============================================================================
+
+
+def rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def measured(g: Group) -> dict[str, Any]:
+    """Describe one group of `direct` runs for `measured_here`."""
+    bpb, loss = g.values("final", "val_bpb"), g.values("final", "val_loss")
+    return {
+        "recipe": g.key.recipe,
+        "hardware": g.key.machine,
+        "ranks": g.key.ranks,
+        "preset": g.key.preset,
+        "changed_settings": list(g.key.changes),
+        "n": len(g.runs),
+        "seeds": g.seeds,
+        "val_bpb_mean": rounded(statistics.mean(bpb)),
+        "val_bpb_std": rounded(spread(bpb)),
+        "val_loss_mean": rounded(statistics.mean(loss)),
+        "val_loss_std": rounded(spread(loss)),
+        "bytes_total": int(max(g.values("size", "total_bytes"))),
+        "per_seed": seed_results(g),
+        "parallel_eval": decode_means(g),
+        "logs": [run.name for run in g.runs],
+    }
+
+
+def seed_results(g: Group) -> dict[str, dict[str, Any]]:
+    found = {}
+    for seed, run in zip(g.seeds, g.runs, strict=True):
+        scores = {key: rounded(run.number("final", key)) for key in ("val_bpb", "val_loss")}
+        found[str(seed)] = {
+            **scores,
+            "bytes_total": run.get("size", "total_bytes"),
+            "log": run.name,
+        }
+    return found
+
+
+def decode_means(g: Group) -> list[dict[str, Any]] | None:
+    """Average what parallel decoding scored over the seeds; None if it was not measured in every run."""
+    found = []
+    for key in (key for key in g.runs[0].decode if all(key in run.decode for run in g.runs)):
+        task, span, steps, mode = key
+        row: dict[str, Any] = {"task": task, "span": span, "mode": mode, "steps": steps}
+        for name in ("token_acc", "exact_seq", "tok_per_sec"):
+            values = numbers(run.decode[key].get(name) for run in g.runs)
+            row[name] = rounded(statistics.mean(values)) if values else None
+        found.append(row)
+    return found or None
+
+
+def read_benchmarks(folder: Path) -> list[dict[str, Any]]:
+    """Read what bench/decode.py printed or wrote into *decode*.txt and *decode*.json: its JSON lines.
+
+    Raises:
+        ReportError: a line that begins as JSON is none, or lacks what bench/decode.py writes.
+    """
+    found = []
+    for path in sorted([*folder.glob("*decode*.txt"), *folder.glob("*decode*.json")]):
+        for number, line in enumerate(read_lines(path), start=1):
+            if not line.startswith("{"):
+                continue
+            try:
+                found.append(benchmark(json.loads(line), path.name))
+            except (ValueError, TypeError, KeyError) as error:
+                raise ReportError(
+                    f"log {path}, line {number}: not a result of bench/decode.py ({type(error).__name__}: {error}); "
+                    "copy it again or move it away"
+                ) from error
+    return found
+
+
+def benchmark(line: dict[str, Any], log: str) -> dict[str, Any]:
+    """Keep of a result of bench/decode.py what a reader compares."""
+    about = {
+        name: line[name] for name in ("recipe", "artifact", "judge", "device", "threads", "python")
+    }
+    about |= {
+        name: line[name] for name in ("examples", "prefix", "target", "temperature", "repeats")
+    }
+    rows = []
+    for row in line["rows"]:
+        kept = {name: row[name] for name in ("mode", "passes", "batch")}
+        for name in (
+            "tokens_per_forward",
+            "tokens_per_second",
+            "times_cached_ar",
+            "identical",
+            "judge_nats",
+        ):
+            value = row[name]["mean"] if isinstance(row[name], dict) else row[name]
+            kept[name] = rounded(value) if is_number(value) else None
+        rows.append(kept)
+    return {"log": log, "data": Path(line["data_path"]).name, **about, "rows": rows}
+
+
+def is_ranked(key: Key) -> bool:
+    """Are these runs what the challenge ranks? Any settings will do but those of the time."""
+    same = (key.recipe, key.ranks, key.preset) == (RANKED_RECIPE, RANKED_RANKS, RANKED_PRESET)
+    given = dict(change.partition("=")[::2] for change in key.changes)
+    in_time = 0 < float(given.get("MAX_WALLCLOCK_SECONDS", RANKED_SECONDS)) <= RANKED_SECONDS
+    return same and in_time and key.data.startswith(RANKED_DATA)
+
+
+def submission(
+    groups: Sequence[Group], benchmarks: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """Build submission.json: the challenge's fields from ranked runs, null without one; everything else apart."""
+    candidates = [
+        g for g in groups if is_ranked(g.key)
+    ]  # the one with the most seeds, then the best score
+    ranked = min(
+        candidates,
+        key=lambda g: (-len(g.runs), statistics.mean(g.values("final", "val_bpb"))),
+        default=None,
+    )
+    here: dict[str, list[dict[str, Any]]] = {}
+    for g in groups:
+        if g.key.recipe == RANKED_RECIPE:
+            here.setdefault(g.key.data, []).append(measured(g))
+    decoded: dict[str, list[dict[str, Any]]] = {}
+    for found in benchmarks:
+        decoded.setdefault(found["data"], []).append(found)
+
+    def of_ranked(value: Callable[[Group], Any]) -> Any:
+        return None if ranked is None else value(ranked)
+
+    def mean(key: str) -> Any:
+        return of_ranked(lambda g: rounded(statistics.mean(g.values("final", key))))
+
+    def largest(key: str) -> Any:
+        return of_ranked(lambda g: int(max(g.values("size", key))))
+
+    return {
+        "name": "Text diffusion, exactly autoregressive",
+        "author": "The text-diffusion-golf authors",
+        "github_id": None,
+        "blurb": "One set of weights that scores text exactly, left to right, and fills it in by diffusion.",
+        "recipe": RANKED_RECIPE,
+        "val_bpb": mean("val_bpb"),
+        "val_loss": mean("val_loss"),
+        "bytes_total": largest("total_bytes"),
+        "bytes_code": largest("code_bytes"),
+        "bytes_model": largest("model_bytes"),
+        "hardware": of_ranked(lambda g: f"{g.key.ranks} x {g.key.machine}"),
+        "seeds": of_ranked(seed_results),
+        "parallel_eval": of_ranked(decode_means),
+        "decode_benchmark": of_ranked(lambda g: decoded.get(g.key.data)),
+        "measured_here": here or None,
+        "decode_benchmark_here": decoded or None,
+    }
+
+
+# ==============================================================================
+# 3  FILES -- compare or replace
+# ==============================================================================
+
+
+def read_readme(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ReportError(
+            f"{path} cannot be read ({error.strerror}); name it with --readme"
+        ) from error
+
+
+def split(text: str, block: Block, path: Path) -> tuple[str, str, str]:
+    """Cut README.md into before, between and after the lines of a block; ReportError: not there once each, in order."""
+    begin, end = block
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ReportError(
+            f"{path} needs the lines {begin} and {end}, once each and in this order; add them"
+        )
+    before, rest = text.split(begin)
+    between, after = rest.split(end)
+    return before, between, after
+
+
+def block_differences(args: argparse.Namespace, block: Block, text: str) -> list[str]:
+    """List how one block of README.md disagrees with the logs."""
+    try:
+        _, held, _ = split(read_readme(args.readme), block, args.readme)
+    except ReportError as error:
+        return [str(error)]
+    ours, theirs = text.split("\n"), held.strip().split("\n")
+    found = [f"{args.readme}: logs give {line!r}" for line in ours if line not in theirs]
+    found += [f"{args.readme}: no log gives {line!r}" for line in theirs if line not in ours]
+    if not found and ours != theirs:
+        found.append(
+            f"{args.readme}: lines between {block.begin} and {block.end} stand in another order"
+        )
+    return found
+
+
+def differences(
+    args: argparse.Namespace, blocks: dict[Block, str], entry: dict[str, Any]
+) -> list[str]:
+    """List how README.md and submission.json disagree with the logs."""
+    found = [
+        line for block, text in blocks.items() for line in block_differences(args, block, text)
+    ]
+    try:
+        stored = json.loads(args.submission.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [*found, f"{args.submission} cannot be read ({error})"]
+    if not isinstance(stored, dict):
+        return [*found, f"{args.submission} is not a JSON object"]
+    for key in dict.fromkeys([*entry, *stored]):
+        if key not in entry or key not in stored or entry[key] != stored[key]:
+            found.append(
+                f"{args.submission}: {key} is {stored.get(key)!r}, logs give {entry.get(key)!r}"
+            )
+    return found
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file as a whole, or leave the old one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ReportError(
+            f"{path} was not written ({error.strerror}); the old one is intact: free space"
+        ) from error
+
+
+def write(args: argparse.Namespace, blocks: dict[Block, str], entry: dict[str, Any]) -> None:
+    readme = read_readme(args.readme)
+    for block, text in blocks.items():
+        before, _, after = split(readme, block, args.readme)
+        readme = f"{before}{block.begin}\n\n{text}\n\n{block.end}{after}"
+    replace_file(args.readme, readme)
+    replace_file(args.submission, json.dumps(entry, indent=2, ensure_ascii=False) + "\n")
+
+
+def recipes(args: argparse.Namespace) -> tuple[list[RunLog], dict[Block, str]]:
+    """Read the logs of sweep.py's rows; without one, README.md needs no place for their table."""
+    runs = read_logs(args.ladder) if args.ladder.exists() else []
+    readme = read_readme(args.readme) if args.readme.exists() else ""
+    if not runs and not any(line in readme for line in RECIPES):
+        return [], {}
+    from scripts.study.rows import recipes_block
+
+    return runs, {RECIPES: recipes_block(runs)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, 1 if --check found a disagreement, 2 after an error the user can repair."""
+    args = parse_args(argv)
+    try:
+        runs = read_logs(args.logs)
+        groups, notes = group_runs(runs)
+        ladder, more = recipes(args)
+        blocks, entry = (
+            {RESULTS: results_block(groups, notes), **more},
+            submission(groups, read_benchmarks(args.logs)),
+        )
+        print("\n\n".join(blocks.values()))
+        if args.write:
+            write(args, blocks, entry)
+        found = differences(args, blocks, entry) if args.check else []
+    except ReportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    missing = missing_seeds(groups)
+    for line in missing:
+        print(f"note: {line}", file=sys.stderr)
+    for line in found:
+        print(f"differs: {line}", file=sys.stderr)
+    if found:
+        print("run python scripts/study/report.py --write, and read what changed", file=sys.stderr)
+    counts = {
+        "logs": len(runs),
+        "averaged": sum(len(g.runs) for g in groups),
+        "groups": len(groups),
+    }
+    counts |= {"ladder_logs": len(ladder)}
+    lists = {"left_out": list(notes), "missing_seeds": missing, "differences": found}
+    print(json.dumps({**counts, **lists}, ensure_ascii=False))
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

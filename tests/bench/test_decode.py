@@ -1,0 +1,319 @@
+"""scripts/bench/decode.py: what is counted, by hand and against tiny random models."""
+
+from __future__ import annotations
+
+import json
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece as spm
+import torch
+
+import train_gpt as tg
+from scripts import policy
+from scripts.bench import decode as bench
+from tests.conftest import ROOT, VOCAB, Recorder, random_rows, randomise, tiny, write_shard
+
+V, PREFIX, TARGET, SUFFIX = 64, 6, 8, 3
+
+
+@pytest.fixture(autouse=True)
+def no_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DATA_PATH", "TOKENIZER_PATH"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def model_of(recipe: str = "direct", std: float = 0.4) -> tg.GPT:
+    return randomise(tg.GPT(tiny(recipe, train_seq_len=32)), std=std)
+
+
+def bench_of(rows: int = 6, judge: tg.GPT | None = None, repeats: int = 1) -> bench.Bench:
+    return bench.Bench(
+        model_of(),
+        judge,
+        None,
+        random_rows(rows, PREFIX + TARGET + SUFFIX, V),
+        PREFIX,
+        TARGET,
+        repeats,
+    )
+
+
+def jobs_of(
+    modes: list[str], passes: list[int], batch: list[int], temperature: float = 0.0
+) -> list[bench.Job]:
+    return bench.plan_jobs(
+        modes, Namespace(passes=passes, batch=batch, target=TARGET, temperature=temperature)
+    )
+
+
+def measured(at: bench.Bench, *args: Any) -> list[dict[str, Any]]:
+    return bench.measure(at, jobs_of(*args), Namespace(update=lambda: None))
+
+
+def test_every_mode_has_the_passes_its_windows_can_take() -> None:
+    jobs = jobs_of(["ar", "refine", "block", "threshold", "speculative"], [1, 6, 30], [3], 0.5)
+    stepped = [
+        (mode, n) for mode in ("refine", "block") for n in (1, 6, 8)
+    ]  # 30 on eight tokens are eight
+    assert [job[:2] for job in jobs] == [("ar", 0), *stepped, ("threshold", 0), ("speculative", 0)]
+    for job in jobs:
+        assert job.how == policy.MODES[job.mode]._replace(
+            temperature=0.5, steps=job.passes or policy.MODES[job.mode].steps
+        )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_decoding_without_a_cache_says_the_same(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompt = model_of(), random_rows(5, PREFIX, V)
+    how = tg.AR._replace(temperature=temperature, seed=3)
+    expected = tg.generate(model, prompt, TARGET, how)
+    read, real = list[int](), tg.GPT.clean
+    monkeypatch.setattr(
+        tg.GPT,
+        "clean",
+        lambda self, ids, *rest: read.append(ids.shape[1]) or real(self, ids, *rest),
+    )
+    found = bench.uncached(model, prompt, TARGET, how)
+    assert read == list(range(PREFIX, PREFIX + TARGET))
+    assert found.ids.equal(expected.ids)
+    assert len(found.ids[:, PREFIX:].unique(dim=0)) == 5
+
+
+@pytest.mark.parametrize("suffix", [False, True])
+def test_what_is_decoded_is_not_seen(suffix: bool) -> None:
+    at = bench_of()
+    other = at.rows.clone()
+    other[:, PREFIX : PREFIX + TARGET] = random_rows(6, TARGET, V, seed=9)
+    for how in policy.MODES.values():
+        decode = bench.decoder(at, how, suffix)
+        assert decode(at.rows, 0).ids.equal(decode(other, 0).ids)
+        assert decode(at.rows, 0).ids.shape[1] == PREFIX + TARGET + suffix * SUFFIX
+
+
+def test_speed_is_the_median_over_all_batches_after_a_warm_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ticks, seeds, at = iter([0.0, 1.0, 10.0, 14.0, 20.0, 22.0]), list[int](), bench_of(repeats=3)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+
+    def decode(rows: torch.Tensor, seed: int) -> tg.Decoded:
+        seeds.append(seed)
+        return tg.Decoded(rows, rows[:, :1] * 0 + len(rows))
+
+    found, speed = bench.timed(at, decode, 2)
+    assert found.ids.equal(at.rows)
+    assert found.forwards.unique().tolist() == [2]
+    assert seeds == [0, 2, 4] * 4
+    assert speed == {"tokens_per_second": 6 * TARGET / 2, "seconds": [1, 4, 2]}
+
+
+def test_speeds_are_by_ar_of_the_same_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, at = bench.timed, bench_of()
+    costs = iter([2.0, 0.5, 1.0, 8.0, 2.0, 4.0])
+    monkeypatch.setattr(
+        bench, "timed", lambda *a: (real(*a)[0], {"tokens_per_second": next(costs), "seconds": []})
+    )
+    rows = measured(at, ["ar", "speculative", "refine"], [2], [2, 3], 1.0)
+    assert [row["times_cached_ar"] for row in rows] == [1, 0.25, 0.5, 1, 0.25, 0.5]
+    assert rows[0]["identical"] == rows[1]["identical"] == 1 > rows[2]["identical"]
+    assert [row["right_infill"] is None for row in rows[:3]] == [True, True, False]
+
+
+def test_a_wrong_token_makes_a_row_differ_and_rows_count_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    at = bench_of(rows=4)
+    outputs, forwards = (
+        [at.rows[:, : PREFIX + TARGET].clone() for _ in range(4)],
+        torch.tensor([[2], [8], [8], [8]]),
+    )
+    for changed in outputs[2:]:  # a warm-up and a repeat of each mode
+        changed[0, -1] = (changed[0, -1] + 1) % V
+    monkeypatch.setattr(
+        bench, "decoder", lambda *a, **k: lambda rows, seed: tg.Decoded(outputs.pop(0), forwards)
+    )
+    rows = measured(at, ["ar", "speculative"], [1], [4])
+    assert [row["identical"] for row in rows] == [1, 0.75]
+    assert [row["right"] for row in rows] == [1, 1 - 1 / (4 * TARGET)]
+    assert rows[0]["tokens_per_forward"] == (TARGET / 2 + 3 * TARGET / 8) / 4  # not 4 * TARGET / 26
+
+
+def test_quality_by_hand() -> None:
+    judge = model_of("ar", std=0.2)
+    at, ids = bench_of(judge=judge, rows=40), random_rows(40, PREFIX + TARGET, V, seed=5)
+    found = bench.quality(at, ids)
+    for key, model in (("own_nats", at.model), ("judge_nats", judge)):
+        nats = torch.cat([tg.score(model, row[None])[0, -TARGET:].mean()[None] for row in ids])
+        assert found[key]["mean"] == pytest.approx(nats.mean().item(), rel=1e-5)
+        assert found[key]["se"] == pytest.approx(nats.std().item() / 40**0.5, rel=1e-4)
+    ids[:, PREFIX:] = torch.tensor([1, 2] * (TARGET // 2))
+    found = bench.quality(at._replace(judge=None), ids)
+    assert (found["judge_nats"], found["python"]) == (None, None)
+    assert found["entropy_bits"] == pytest.approx(1)
+    assert found["distinct_2"] == pytest.approx(2 / (TARGET - 1))
+
+
+@pytest.mark.parametrize(
+    ("decoded", "accepted"),
+    [
+        ("return x\n", True),
+        ("return x\n    y = (1,\n        2", True),  # an open bracket: cut back to the return
+        ("return x\n    if y:\n", True),  # a block without a body
+        ("return x\n    '''goes on\n\n  and on\n", True),
+        ("return x\n    y = = 1\n", False),
+        ("return x\n    )\n    y = 1\n", False),  # not the end is wrong
+        ("return '\\d'\n", True),
+        ("return x", False),  # no complete line
+        ("\n\n\n\n", False),  # nothing but blanks
+    ],
+)
+def test_python_is_cut_back_to_what_can_be_judged(decoded: str, accepted: bool) -> None:
+    for prompt in ("def f(x):\n    ", "@cache\ndef f(x):\n    x += 1\n    "):
+        assert bench.parses(prompt + decoded, prompt) is accepted
+
+
+def python_data(folder: Path, data: Any) -> spm.SentencePieceProcessor:
+    sp = spm.SentencePieceProcessor(model_file=data["tokenizer_path"])
+    write_shard(
+        folder / "x_val_000000.bin", sp.encode((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
+    )
+    return sp
+
+
+def test_excerpts_are_spread_out_and_python_begins_with_a_definition(
+    data: dict[str, Any], tmp_path: Path
+) -> None:
+    write_shard(tmp_path / "x_val_000000.bin", range(1000))
+    rows = bench.excerpts(tiny(vocab_size=1000, data_path=str(tmp_path)), 17, 9, None)
+    assert rows[:, 0].tolist() == [i * 58 // 9 * 17 for i in range(9)]
+    sp = python_data(tmp_path, data)
+    rows = bench.excerpts(tiny(vocab_size=VOCAB, data_path=str(tmp_path)), 24, 30, sp)
+    texts = {sp.decode(row) for row in rows.tolist()}
+    assert len([text for text in texts if text.startswith(("def ", "class "))]) == 30
+
+
+def save(
+    folder: Path, data: dict[str, Any], recipe: str = "direct", name: str = "m", sha256: str = ""
+) -> Path:
+    cfg, path = tiny(recipe, **data | {"train_seq_len": 32}), folder / f"{name}.ptz"
+    weights = dict(randomise(tg.GPT(cfg)).named_parameters())
+    tg.save_artifact(path, weights, cfg, sha256 or tg.ByteCounter(cfg).sha256, Recorder())
+    return path
+
+
+SMALL = [
+    "--prefix=16",
+    "--target=8",
+    "--suffix=4",
+    "--examples=4",
+    "--passes=2",
+    "--repeats=1",
+    "--device=cpu",
+]
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
+    return bench.main([str(arg) for arg in argv]), *capsys.readouterr()
+
+
+def test_all_modes_from_end_to_end(
+    data: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python_data(tmp_path, data)
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    path, judge, out, plot = (
+        save(tmp_path, data),
+        save(tmp_path, data, "ar", "j"),
+        tmp_path / "json",
+        tmp_path / "png",
+    )
+    more = [
+        "--batch=1,4",
+        "--python",
+        "--predecessor",
+        f"--judge={judge}",
+        f"--out={out}",
+        f"--plot={plot}",
+    ]
+    _, printed, _ = run(capsys, path, *SMALL, *more)
+    found = json.loads(printed.splitlines()[-1])
+    assert json.loads(out.read_text(encoding="utf-8")) == found
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert [(row["batch"], row["mode"]) for row in found["rows"]] == [
+        (n, mode) for n in (1, 4) for mode in policy.MODES
+    ]
+    assert all(
+        row["judge_nats"]["mean"] > 0 and row["python"] is not None
+        for row in [*found["rows"], found["text"]]
+    )
+    slow, cached, *windows = found["predecessor"]
+    assert (slow["times_uncached_ar"], cached["times_cached_ar"], slow["right"]) == (
+        1,
+        1,
+        cached["right"],
+    )
+    assert [round(row["published_times_uncached_ar"], 1) for row in windows] == [21.9, 34.5, 97.3]
+    assert all(f" {mode} | " in printed for mode in [*policy.MODES, "the text", "1 pass, infill"])
+
+
+def test_a_compiled_pass_says_the_same(
+    data: dict[str, Any], tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    artifact, compiled, whole = save(tmp_path, data), list[Any](), torch.compile
+
+    def eager(function: Any, **how: Any) -> Any:  # as the default backend, but without a compiler
+        compiled.append((function.__name__, how))
+        return whole(function, backend="eager", **how)
+
+    options = [*SMALL, "--batch=2", "--modes=ar,refine,speculative"]
+    plain = json.loads(run(capsys, artifact, *options)[1].splitlines()[-1])
+    monkeypatch.setattr(torch, "compile", eager)
+    fast = json.loads(run(capsys, artifact, *options, "--compile")[1].splitlines()[-1])
+    assert compiled == [("trunk", {"dynamic": True})]
+    assert [row["right"] for row in fast["rows"]] == [row["right"] for row in plain["rows"]]
+
+
+def test_modes_that_need_a_denoiser_are_left_out(
+    data: dict[str, Any], tmp_path: Path, capsys: Any
+) -> None:
+    _, out, _ = run(
+        capsys,
+        save(tmp_path, data, "ar"),
+        *SMALL,
+        "--batch=2",
+        "--modes=refine,ar",
+        "--predecessor",
+    )
+    found = json.loads(out.splitlines()[-1])
+    assert ([row["mode"] for row in found["rows"]], len(found["predecessor"])) == (["ar"], 2)
+    assert "has no trained denoiser: refine.\nNo --judge" in out
+    assert "judge nats" not in out
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--modes=specultive", "no mode is called 'specultive'; closest: speculative"),
+        ("--passes=0,2", "'0,2' must list whole numbers from 1"),
+        ("--batch=3", "--examples=4 must be a multiple of --batch=3"),
+        ("--target=40", "take 60 tokens; {path} was trained to read 32 (TRAIN_SEQ_LEN)"),
+        ("--examples=4000", "hold only"),
+        ("--python", "top-level def or class"),
+        ("--judge={path}", "is the model to be judged"),
+        ("--judge={other}", "has another tokenizer than"),
+    ],
+)
+def test_mistakes_are_named(
+    option: str, message: str, data: dict[str, Any], tmp_path: Path, capsys: Any
+) -> None:
+    path, other = save(tmp_path, data), save(tmp_path, data, "ar", "other", "0" * 64)
+    option, message = (text.format(path=path, other=other) for text in (option, message))
+    code, out, err = run(capsys, path, *SMALL, "--batch=2", option)
+    assert (code, out, err[:7]) == (2, "", "error: ")
+    assert message in err

@@ -1,0 +1,144 @@
+"""scripts/study/record.py: the plan is what a user would type; tests/smoke.sh rehearses it on two processes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import train_gpt as tg
+from scripts.study import record
+from tests.conftest import facts, outcome
+
+
+def planned(argv: list[str], env: dict[str, str]) -> list[tuple[str, dict[str, str]]]:
+    steps = record.steps_of(record.parse_args(argv), env)
+    return [
+        (" ".join(step.command).replace(f"{record.SCRIPTS}/", ""), step.settings) for step in steps
+    ]
+
+
+def test_the_record_is_data_three_seeds_the_split_of_bytes_and_a_report() -> None:
+    data, sweep, export, table = planned(["8xh100"], {})
+    assert data[0].endswith("prepare_data.py --source fineweb --train-shards 80 --out data/fineweb")
+    assert sweep[0].endswith(
+        "sweep.py direct --seeds 1337,42,2026 --seconds 600.0 --nproc 8 --out out/record_8xh100"
+    )
+    assert (
+        "bench/export.py CHECKPOINT --levels 31,27,23,19 --out out/record_8xh100/export.json"
+        in export[0]
+    )
+    assert "--submission out/record_8xh100/submission.json --write" in table[0]
+    settings = {
+        "PRESET": "8xh100",
+        "DATA_PATH": "data/fineweb",
+        "TOKENIZER_PATH": "data/fineweb/tokenizer.model",
+    }
+    assert data[1] == settings
+    assert sweep[1] == settings | record.RECORD["8xh100"]
+
+
+def test_baselines_go_first_and_without_record_settings() -> None:
+    steps = planned(
+        ["1xgpu", "--seconds", "600", "--seeds", "1", "--out", "x"], {"DATA_PATH": "mine"}
+    )
+    assert len(steps) == 4  # nothing is downloaded
+    (naive, plain), (strong, more), *_ = steps
+    assert "sweep.py ar retrograde direct --seeds 1 --seconds 600.0 --nproc 1 --out x" in naive
+    assert plain == {"PRESET": "1xgpu"}
+    assert "sweep.py direct --seeds 1 --seconds 600.0 --nproc 1 --out x" in strong
+    assert more == plain | record.RECORD["1xgpu"]
+    assert len(planned(["1xgpu", "--baselines", ""], {"DATA_PATH": "mine"})) == 3
+
+
+@pytest.mark.parametrize("protocol", record.PROTOCOLS)
+def test_record_settings_are_settings_and_change_something(protocol: str) -> None:
+    preset = {"PRESET": record.PROTOCOLS[protocol].preset}
+    plain, _, _ = tg.Config.from_env(preset)
+    strong, source, warnings = tg.Config.from_env(preset | record.RECORD[protocol])
+    assert not warnings
+    for name in record.RECORD[protocol]:
+        assert source[name.lower()] == "env"
+        assert getattr(strong, name.lower()) != getattr(plain, name.lower()), name
+
+
+def test_the_checkpoint_is_that_of_a_finished_run_of_this_protocol(tmp_path: Path) -> None:
+    args = record.parse_args(["cpu", "--out", str(tmp_path), "--seconds", "7", "--seeds", "42,1"])
+    env = {"PRESET": "cpu"} | record.RECORD["cpu"]
+    budget = {"MAX_WALLCLOCK_SECONDS": "7"}
+    made = {}
+    for name, changes in (
+        ("plain", {"VALUE_RESIDUAL": "0"}),
+        ("longer", {"MAX_WALLCLOCK_SECONDS": "8"}),
+        ("mine", {}),
+    ):
+        cfg, source, _ = tg.Config.from_env(
+            env | budget | {"SEED": "42", "RECIPE": "direct"} | changes
+        )
+        run_id = f"direct_42_{cfg.path('', '').name[-8:]}"
+        cfg = dataclasses.replace(cfg, run_id=run_id, out_dir=str(tmp_path))
+        log = tg.Log(cfg, 0, continued=False)
+        log.event("config", table="", values=dataclasses.asdict(cfg), source=source)
+        made[name] = tmp_path / run_id / "checkpoints" / f"{run_id}.pt"
+        made[name].parent.mkdir(parents=True)
+        made[name].touch()
+    assert len(set(made.values())) == 3
+    with pytest.raises(tg.UserError, match="holds no checkpoint"):
+        record.checkpoint(args, env)  # it is not finished
+    logged = sorted((tmp_path / "logs").glob("*.jsonl"))
+    assert len(logged) == 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record.report, "read_log", lambda path: SimpleNamespace(why_left_out=""))
+        assert record.checkpoint(args, env) == made["mine"]
+
+
+def test_a_machine_without_a_compiler_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", "")
+    status, out, err = outcome(record.main, ["cpu"], capsys)
+    assert (status, out) == (2, "")
+    assert "PROTOCOL=cpu: COMPILE=1 needs a C++ compiler (no-such-compiler or clang++)" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DATA_PATH", raising=False)
+    called = outcome(record.main, ["8xh100", "--plan"], capsys)
+    expected = {"protocol": "8xh100", "out": "out/record_8xh100", "planned": True, "val_bpb": None}
+    assert facts(called) == expected
+    assert called[2].count("PRESET=8xh100") == 4
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_machine_without_the_devices_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    status, out, err = outcome(record.main, ["8xh100"], capsys)
+    assert (status, out) == (2, "")
+    assert (
+        "PROTOCOL=8xh100 needs 8 CUDA devices, 2 found; run it there, or try the path with --rehearse"
+        in err
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_step_that_fails_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DATA_PATH", str(tmp_path / "nowhere"))
+    argv = ["8xh100", "--rehearse", "--baselines", "", "--out", str(tmp_path / "out")]
+    status, out, err = outcome(record.main, argv, capsys)
+    assert (status, out) == (2, "")
+    assert "sweep.py ended with status 2" in err
+    assert not (tmp_path / "out" / "README.md").exists()  # the steps after it are not taken
+    assert {how.preset for how in record.PROTOCOLS.values()} <= set(tg.PRESETS)

@@ -1,0 +1,662 @@
+"""report.py: what is averaged, what is not, and that tables and logs cannot drift apart unseen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.study import report, runlog
+
+CPU = "Some Processor, 2 cores"
+
+
+def events(
+    *,
+    recipe: str = "direct",
+    seed: int = 1,
+    bpb: float | None = 2.0,
+    data: str = "/somewhere/data/stdlib",
+    changed: dict[str, Any] | None = None,
+    time: str = "2026-01-01T00:00:00+00:00",
+    ranks: int = 1,
+    preset: str = "cpu",
+    code: str = "abc",
+    total_bytes: int = 1_000_000,
+) -> list[dict[str, Any]]:
+    """The events of one finished run."""
+    values = {
+        "recipe": recipe,
+        "preset": preset,
+        "run_id": "",
+        "seed": seed,
+        "data_path": data,
+        "matrix_lr": 0.04,
+    }
+    values |= changed or {}
+    source = dict.fromkeys(values, "default") | dict.fromkeys(
+        ["seed", "data_path", *(changed or {})], "env"
+    )
+    bound = None if bpb is None else bpb + 0.5
+    decoded = {"exact_seq": 0.0, "tokens": 512, "forwards": 8}
+    return [
+        {"event": "header", "time": time, "commit": "none", "machine": CPU, "sha256": code},
+        {"event": "kernels", "device": "cpu", "world_size": ranks},
+        {"event": "config", "values": values, "source": source},
+        {"event": "data", "train_tokens": 9, "val_tokens": 9},
+        {"event": "train", "step": 10, "train_loss": 3.0, "tok_per_sec": 1000.0 * seed},
+        {
+            "event": "size",
+            "total_bytes": total_bytes + seed,
+            "code_bytes": 90_000,
+            "model_bytes": total_bytes - 90_000,
+        },
+        {"event": "final", "val_loss": 1.5, "val_bpb": bpb, "tokens": 9, "bytes": 9},
+        {
+            "event": "nelbo",
+            "window": 1,
+            "nelbo_bpb": bpb,
+            "standard_error": 0.0,
+            "samples": 1,
+            "tokens": 9,
+        },
+        {
+            "event": "nelbo",
+            "window": 16,
+            "nelbo_bpb": bound,
+            "standard_error": 0.0123,
+            "samples": 8,
+            "tokens": 9,
+        },
+        *(
+            {
+                "event": "parallel_eval",
+                "task": task,
+                "span": 8,
+                "mode": mode,
+                "steps": steps,
+                **decoded,
+                **scores,
+            }
+            for task, mode, steps, scores in (
+                ("continuation", "ar_cached", 8, {"token_acc": 0.5, "tok_per_sec": 100.0}),
+                ("continuation", "refine", 1, {"token_acc": 0.25, "tok_per_sec": 800.0}),
+                ("infill", "refine", 1, {"token_acc": 0.375, "tok_per_sec": 700.0}),
+                ("infill", "refine", 8, {"token_acc": 0.4, "tok_per_sec": 200.0}),
+            )
+        ),
+        {"event": "done", "artifact": "a", "log": "b", "steps": 10, "peak_memory_mib": 300 + seed},
+    ]
+
+
+class Project:
+    """A folder with logs, a README and a submission, and the command over it."""
+
+    def __init__(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.root, self.capsys = root, capsys
+        (root / "logs").mkdir()
+        self.readme = root / "README.md"
+        self.readme.write_text(
+            "# Title\n\n<!-- results -->\nold\n<!-- /results -->\n\nThe end.\n", encoding="utf-8"
+        )
+        self.submission = root / "submission.json"
+
+    def log(self, name: str, lines: list[dict[str, Any]], tail: str = "") -> Path:
+        path = self.root / "logs" / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines) + tail, encoding="utf-8")
+        return path
+
+    def ladder(self, name: str, lines: list[dict[str, Any]]) -> None:
+        (self.root / "logs" / "ladder").mkdir(exist_ok=True)
+        self.log(f"ladder/{name}", lines)
+
+    def mark(self) -> None:
+        """Give README.md a place for the table of recipes."""
+        text = self.readme.read_text(encoding="utf-8")
+        self.readme.write_text(f"{text}\n<!-- recipes -->\n<!-- /recipes -->\n", encoding="utf-8")
+
+    def run(self, *argv: str, code: int = 0) -> str:
+        """Run the command, require its exit status, and return what it printed, errors included."""
+        paths = [
+            "--logs",
+            self.root / "logs",
+            "--readme",
+            self.readme,
+            "--submission",
+            self.submission,
+        ]
+        self.capsys.readouterr()
+        assert report.main([str(p) for p in paths] + list(argv)) == code
+        captured = self.capsys.readouterr()
+        if code != 2:
+            json.loads(captured.out.splitlines()[-1])
+        return captured.out + captured.err
+
+    def rows(self, out: str) -> list[list[str]]:
+        lines = [line for line in out.splitlines() if line.startswith("| `")]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+    def entry(self) -> dict[str, Any]:
+        self.run("--write")
+        entry: dict[str, Any] = json.loads(self.submission.read_text(encoding="utf-8"))
+        return entry
+
+
+@pytest.fixture
+def project(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Project:
+    return Project(tmp_path, capsys)
+
+
+def test_seeds_are_averaged_into_one_row(project: Project) -> None:
+    project.log("a", events(seed=1, bpb=2.0))
+    project.log("b", events(seed=2, bpb=2.2))
+    out = project.run()
+    scores, continuation, infill = project.rows(out)
+    expected = [
+        "`direct`",
+        "stdlib",
+        CPU,
+        "2",
+        "2.1000 ± 0.1414",
+        "2.1000 ± 0.1414",
+        "2.6000 ± 0.1414",
+    ]
+    assert scores == [*expected, "1,000,002", "1,500", "302"]
+    assert continuation[3:] == [
+        "continuation",
+        "8",
+        "0.250 ± 0.000 (800/s)",
+        "-",
+        "0.500 ± 0.000 (100/s)",
+    ]
+    assert infill[3:] == ["infill", "8", "0.375 ± 0.000 (700/s)", "0.400 ± 0.000 (200/s)", "-"]
+    assert "| bound, window 1 | bound, window 16 |" in out
+    assert "| 1 pass | 8 passes | left to right |" in out
+    assert "standard error of one run's bound: 0.0123" in out
+
+
+def test_one_run_has_no_deviation(project: Project) -> None:
+    project.log("a", events(bpb=2.0))
+    assert project.rows(project.run())[0][3:5] == ["1", "2.0000"]
+
+
+def test_an_unfinished_run_is_listed_and_never_averaged(project: Project) -> None:
+    project.log("a", events(seed=1, bpb=2.0))
+    project.log("cut", events(seed=2, bpb=9.0)[:-1])
+    project.log(
+        "failed", [*events(seed=3, bpb=9.0)[:5], {"event": "error", "reason": "loss is not finite"}]
+    )
+    project.log("nan", events(seed=4, bpb=None))
+    out = project.run()
+    assert project.rows(out)[0][3:5] == ["1", "2.0000"]
+    assert "- `cut`: unfinished, last logged step 10" in out
+    assert "- `failed`: loss is not finite" in out
+    assert "- `nan`: its score is not a finite number" in out
+
+
+def test_a_run_that_was_started_again_counts_from_its_last_header(project: Project) -> None:
+    project.log("crashed", events(seed=1, bpb=5.0) + events(seed=1, bpb=6.0)[:5])
+    project.log("resumed", events(seed=2, bpb=5.0)[:5] + events(seed=2, bpb=2.0))
+    out = project.run()
+    assert project.rows(out)[0][3:5] == ["1", "2.0000"]
+    assert "`crashed`: unfinished" in out
+
+
+def test_a_seed_never_counts_twice(project: Project) -> None:
+    project.log("new", events(seed=1, bpb=2.0, time="2026-02-01T00:00:00+00:00"))
+    project.log("old", events(seed=1, bpb=4.0, time="2026-01-01T00:00:00+00:00"))
+    out = project.run()
+    assert project.rows(out)[0][3:5] == ["1", "2.0000"]
+    assert "- `old`: repeated later by `new`" in out
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"recipe": "ar"},
+        {"data": "/elsewhere/books"},
+        {"changed": {"matrix_lr": 0.02}},
+        {"ranks": 2},
+        {"preset": "1xgpu"},
+    ],
+)
+def test_runs_that_differ_in_more_than_the_seed_are_rows_apart(
+    project: Project, other: dict[str, Any]
+) -> None:
+    project.log("a", events(seed=1, bpb=2.0))
+    project.log("b", events(seed=2, bpb=3.0, **other))
+    rows = [row for row in project.rows(project.run()) if len(row) == 10]
+    assert sorted(row[4] for row in rows) == ["2.0000", "3.0000"]
+
+
+def test_changed_settings_are_named_once_if_all_rows_share_them(project: Project) -> None:
+    project.log("a", events(bpb=2.0, changed={"iterations": 50}))
+    project.log("b", events(bpb=3.0, changed={"iterations": 50, "matrix_lr": 0.02, "eval_seed": 7}))
+    out = project.run()
+    assert [row[0] for row in project.rows(out) if len(row) == 10] == [
+        "`direct`",
+        "`direct`, `MATRIX_LR=0.02`",
+    ]
+    assert "In all rows: `ITERATIONS=50`." in out
+
+
+def test_mixed_versions_of_the_program_are_pointed_out(project: Project) -> None:
+    project.log("a", events(seed=1, code="abc"))
+    project.log("b", events(seed=2, code="def"))
+    assert "averages 2 versions of train_gpt.py" in project.run()
+
+
+def test_submission_without_a_ranked_run_claims_nothing(project: Project) -> None:
+    project.log("a", events(seed=1, bpb=2.0))
+    project.log("b", events(seed=2, bpb=2.2))
+    project.log("c", events(recipe="ar", bpb=1.0))
+    entry = project.entry()
+    assert entry["name"] == "Text diffusion, exactly autoregressive"
+    for key in (
+        "github_id",
+        "val_bpb",
+        "val_loss",
+        "bytes_total",
+        "bytes_code",
+        "bytes_model",
+        "hardware",
+        "seeds",
+    ):
+        assert entry[key] is None
+    (measured,) = entry["measured_here"]["stdlib"]
+    assert measured["val_bpb_mean"] == pytest.approx(2.1)
+    assert measured["val_bpb_std"] == pytest.approx(0.02**0.5, abs=1e-6)
+    assert (measured["n"], measured["seeds"], measured["hardware"]) == (2, [1, 2], CPU)
+
+
+def test_submission_takes_ranked_runs_from_fineweb_on_eight_ranks_only(project: Project) -> None:
+    ranked: dict[str, Any] = {"data": "/x/fineweb10B_sp1024", "ranks": 8, "preset": "8xh100"}
+    project.log("a", events(seed=1, bpb=1.2, **ranked))
+    project.log("b", events(seed=2, bpb=1.3, **ranked))
+    for seed in (3, 4, 5):  # more seeds, better scores, and each not what is ranked
+        project.log(f"ranks{seed}", events(seed=seed, bpb=0.1, **{**ranked, "ranks": 4}))
+        project.log(f"data{seed}", events(seed=seed, bpb=0.1, **{**ranked, "data": "/x/books"}))
+        project.log(f"preset{seed}", events(seed=seed, bpb=0.1, **{**ranked, "preset": "cpu"}))
+        project.log(f"recipe{seed}", events(seed=seed, bpb=0.1, recipe="ar", **ranked))
+        project.log(f"unfinished{seed}", events(seed=seed, bpb=0.1, **ranked)[:-1])
+        project.log(
+            f"longer{seed}",
+            events(seed=seed, bpb=0.1, changed={"max_wallclock_seconds": 601.0}, **ranked),
+        )
+    for seed in (1, 2):  # as many seeds, and worse; one seed fewer, and better
+        project.log(
+            f"worse{seed}", events(seed=seed, bpb=1.4, changed={"num_layers": 99}, **ranked)
+        )
+    project.log("few", events(seed=1, bpb=0.1, changed={"num_layers": 98}, **ranked))
+    entry = project.entry()
+    assert entry["val_bpb"] == pytest.approx(1.25)
+    assert {seed: row["val_bpb"] for seed, row in entry["seeds"].items()} == {"1": 1.2, "2": 1.3}
+    assert (entry["bytes_total"], entry["bytes_code"], entry["bytes_model"]) == (
+        1_000_002,
+        90_000,
+        910_000,
+    )
+    assert entry["hardware"] == f"8 x {CPU}"
+
+
+def test_write_then_check_agree_and_keep_the_rest_of_the_readme(project: Project) -> None:
+    project.log("a", events())
+    assert "differs" in project.run("--check", code=1)
+    project.run("--write")
+    text = project.readme.read_text(encoding="utf-8")
+    assert text.startswith("# Title\n\n<!-- results -->\n\n| recipe |")
+    assert text.endswith("\n\n<!-- /results -->\n\nThe end.\n")
+    assert "differs" not in project.run("--check")
+    project.run("--write")
+    assert project.readme.read_text(encoding="utf-8") == text
+
+
+def test_check_notices_any_change(project: Project) -> None:
+    project.log("a", events(seed=1, bpb=2.0))
+    project.run("--write")
+    good_readme, good_entry = (
+        path.read_text(encoding="utf-8") for path in (project.readme, project.submission)
+    )
+    for readme, entry in (
+        (good_readme.replace("2.0000", "1.9999", 1), good_entry),
+        (good_readme.replace("2.0000", "2.0000 "), good_entry),
+        (good_readme.replace("<!-- /results -->", "More.\n<!-- /results -->"), good_entry),
+        (good_readme.replace("<!-- /results -->", ""), good_entry),
+        (good_readme, good_entry.replace('"val_bpb_mean": 2.0', '"val_bpb_mean": 1.9')),
+        (good_readme, good_entry.replace('"val_bpb": null', '"val_bpb": 1.1')),
+        (good_readme, good_entry.replace('"github_id": null,', "")),
+        (good_readme, good_entry.replace('"github_id": null,', '"github_id": null, "more": 1,')),
+        (good_readme, "not json"),
+    ):
+        assert (readme, entry) != (good_readme, good_entry)
+        project.readme.write_text(readme, encoding="utf-8")
+        project.submission.write_text(entry, encoding="utf-8")
+        assert "differs" in project.run("--check", code=1)
+    project.readme.write_text(good_readme, encoding="utf-8")
+    project.submission.write_text(good_entry, encoding="utf-8")
+    project.run("--check")
+    project.log("b", events(seed=2, bpb=2.5))  # a new log makes both stale
+    out = project.run("--check", code=1)
+    assert "README.md" in out
+    assert "submission.json: measured_here" in out
+
+
+def test_no_log_is_not_an_error(project: Project) -> None:
+    assert "No finished run." in project.run()
+    assert project.entry()["measured_here"] is None
+
+
+def test_faults_are_named(project: Project) -> None:
+    path = project.log("a", events())
+    good = path.read_text(encoding="utf-8")
+    path.write_text(good.replace('"event": "data"', '"event": data'), encoding="utf-8")
+    assert f"log {path}, line 4: not an event" in project.run(code=2)
+    path.write_text(good.replace('{"event": "data"', '{"evnt": "data"'), encoding="utf-8")
+    assert "line 4: not an event (KeyError: 'event')" in project.run(code=2)
+    project.log("a", [event for event in events() if event["event"] != "size"])
+    assert "log a: no total_bytes in a size event" in project.run(code=2)
+    path.unlink()
+    project.readme.write_text("no markers", encoding="utf-8")
+    assert "needs the lines <!-- results --> and <!-- /results -->" in project.run(
+        "--write", code=2
+    )
+    (project.root / "logs").rmdir()
+    assert "is not a folder" in project.run(code=2)
+
+
+def test_a_line_cut_off_at_the_end_is_passed_over(project: Project) -> None:
+    project.log("a", events(seed=1, bpb=2.0))
+    project.log("b", events(seed=2, bpb=9.0)[:-1], tail='{"event": "do')
+    assert project.rows(project.run())[0][3:5] == ["1", "2.0000"]
+
+
+def test_short_names_of_scores_and_ranks_in_the_header_are_understood(project: Project) -> None:
+    lines = events(bpb=2.0)
+    lines[0]["world_size"] = 2
+    del lines[1]
+    for line in lines:
+        for long, short in (("val_bpb", "bpb"), ("val_loss", "loss"), ("nelbo_bpb", "bpb")):
+            if long in line:
+                line[short] = line.pop(long)
+    project.log("a", lines)
+    assert project.rows(project.run())[0][2:7] == [
+        f"{CPU}, 2 ranks",
+        "1",
+        "2.0000",
+        "2.0000",
+        "2.5000",
+    ]
+
+
+def test_logs_of_another_format_or_version_are_named(project: Project) -> None:
+    lines = {line["event"]: line for line in events()}
+
+    def without(name: str, key: str, **other: Any) -> list[dict[str, Any]]:
+        return [
+            {k: v for k, v in line.items() if k != key} | other if line is lines[name] else line
+            for line in kept
+        ]
+
+    kept = list(lines.values())
+    values = {k: v for k, v in lines["config"]["values"].items() if k != "data_path"}
+    for log, said in (
+        (
+            without("config", "source"),
+            "log a: no source in a config event; another version wrote it: run it again",
+        ),
+        (
+            without("config", "values", values=values),
+            "log a: no data_path among the values of its config event",
+        ),
+        (without("final", "val_bpb"), "log a: no val_bpb in a final event; another version"),
+        (
+            without("done", "", peak_memory_mib=None),
+            "log a: peak_memory_mib of its done event is None, not a number",
+        ),
+        (
+            without("nelbo", "window", window="T"),
+            "window of a nelbo event is 'T', not a whole number",
+        ),
+        (without("nelbo", "window"), "not an event (KeyError: 'window')"),
+        (
+            [{"row": "td_control", "val_bpb": 2.0}],
+            "line 1: not an event (KeyError: 'event'); copy it again or move it",
+        ),
+        (kept[1:], "log a: no machine in a header event"),
+    ):
+        project.log("a", log)
+        assert said in project.run(code=2)
+
+
+def test_seeds_that_a_recipe_lacks_are_said(project: Project) -> None:
+    for seed in (1, 2, 3):
+        project.log(f"d{seed}", events(seed=seed))
+    project.log("a2", events(recipe="ar", seed=2))
+    project.log("other", events(recipe="ar", seed=9, data="/x/books"))
+    out = project.run()
+    assert (
+        "note: stdlib: `ar` has no finished run of seeds 1, 3, which other recipes there have\n"
+        in out
+    )
+    assert out.count("no finished run of") == 2  # as a note, and in the JSON line
+    project.log("a1", events(recipe="ar", seed=1)[:-1])  # it died: still missing
+    assert "no finished run of seeds 1, 3" in project.run()
+    project.log("a1", events(recipe="ar", seed=1))
+    assert "no finished run of seed 3, which" in project.run()
+
+
+def test_recipes_have_a_table_of_their_own_and_are_never_averaged_with_the_results(
+    project: Project,
+) -> None:
+    project.mark()
+    project.log("a", events(seed=1, bpb=2.0))
+    project.ladder("b", events(seed=2, bpb=3.0))
+    project.ladder("c", events(recipe="td_span15", seed=2, bpb=4.0))
+    project.ladder("d", events(recipe="td_span15", seed=3, bpb=5.0))
+    project.ladder("cut", events(recipe="td_span15", seed=4, bpb=9.0)[:-1])
+    (project.root / "logs" / "ladder" / "sweep.jsonl").write_text(
+        '{"row": "td_span15"}\n', encoding="utf-8"
+    )
+    project.run("--write")
+    readme = project.readme.read_text(encoding="utf-8")
+    main, ladder = readme.split("<!-- recipes -->")
+    assert "| 1 | 2.0000 |" in main
+    assert "3.0" not in main
+    head = "| row | n | steps | train tok/s | peak MiB | val_bpb | bound, window 1 | bound, window 16 | infill 8, 1 pass |"
+    assert head in ladder
+    direct, span15 = project.rows(ladder)
+    bounds = ["3.0000", "3.5000"]
+    assert direct == [
+        "`direct`",
+        "1",
+        "10",
+        "2,000",
+        "302",
+        "3.0000",
+        *bounds,
+        "0.375",
+        "0.400",
+        "1,000,002",
+        "-",
+    ]
+    assert span15[:6] == ["`td_span15`", "2", "10", "2,500", "303", "4.5000 ± 0.7071"]
+    assert span15[-2:] == ["1,000,003", "2.1725 (1)"]
+    assert "- `cut`: unfinished, last logged step 10" in ladder
+    assert (
+        "- stdlib: `direct` has no finished run of seed 3, which other recipes there have\n"
+        in ladder
+    )
+    assert "stdlib, Some Processor, 2 cores:" in ladder
+    assert "Of equal settings" not in ladder
+    project.ladder("e", events(recipe="td_control", seed=2, bpb=4.0))
+    assert (
+        "the same runs: `td_control` is also `ar`, `ab_control`, `mdlm_100_0`.\n" in project.run()
+    )
+    project.ladder("f", events(recipe="mdlm_100_0", seed=2, bpb=4.0))
+    assert (
+        "`td_control` is also `ar`, `ab_control`; `mdlm_100_0` is also `ar`, `ab_control`.\n"
+        in project.run()
+    )
+    for name in "ef":
+        (project.root / "logs" / "ladder" / f"{name}.jsonl").unlink()
+    project.run("--check")
+    project.readme.write_text(readme.replace("4.5000", "4.4000"), encoding="utf-8")
+    assert "logs give '| `td_span15`" in project.run("--check", code=1)
+
+
+def test_recipes_need_their_place_only_if_they_have_logs(project: Project) -> None:
+    project.log("a", events())
+    project.run("--write")
+    project.run("--check")
+    project.ladder("b", events(recipe="ar"))
+    assert "needs the lines <!-- recipes --> and <!-- /recipes -->, once each" in project.run(
+        "--check", code=1
+    )
+    before = (
+        project.readme.read_text(encoding="utf-8"),
+        project.submission.read_text(encoding="utf-8"),
+    )
+    assert "needs the lines <!-- recipes --> and <!-- /recipes -->, once each" in project.run(
+        "--write", code=2
+    )
+    assert (
+        project.readme.read_text(encoding="utf-8"),
+        project.submission.read_text(encoding="utf-8"),
+    ) == before
+    project.mark()
+    project.run("--write")
+    project.run("--check")
+    (project.root / "logs" / "ladder" / "b.jsonl").unlink()
+    assert "no log gives '| `ar`" in project.run("--check", code=1)
+
+
+def test_runs_of_a_row_with_a_setting_changed_are_apart(project: Project) -> None:
+    project.mark()
+    changed = {"iterations": 50}
+    project.ladder("a", events(recipe="td_span15", seed=1, bpb=2.0, changed=changed))
+    project.ladder("b", events(recipe="td_span15", seed=2, bpb=3.0, changed=changed))
+    out = project.run()
+    assert "stdlib, Some Processor, 2 cores, `ITERATIONS=50`:" in out
+    assert [row[:2] for row in project.rows(out)] == [["`td_span15`", "2"]]
+    assert "| 2.5000 ± 0.7071 |" in out
+    other = {**changed, "diffusion_max_mask_ratio": 0.5}
+    project.ladder("b", events(recipe="td_span15", seed=2, bpb=3.0, changed=other))
+    out = project.run()  # its settings are not the row's: never averaged with it
+    assert "2 cores, `ITERATIONS=50`, `DIFFUSION_MAX_MASK_RATIO=0.5`:" in out
+    assert "±" not in out.replace("± standard", "")
+
+
+def test_submission_holds_every_field_whatever_was_measured(project: Project) -> None:
+    fields = {
+        "name",
+        "recipe",
+        "val_bpb",
+        "seeds",
+        "bytes_total",
+        "hardware",
+        "parallel_eval",
+        "decode_benchmark",
+    }
+    entry = project.entry()
+    assert fields <= entry.keys()
+    unmeasured = fields - {"name", "recipe"}
+    assert all(
+        entry[name] is None for name in (*unmeasured, "measured_here", "decode_benchmark_here")
+    )
+    ranked: dict[str, Any] = {"data": "/x/fineweb10B_sp1024", "ranks": 8, "preset": "8xh100"}
+    project.log("a", events(seed=1, bpb=1.2, **ranked))
+    lines = events(seed=2, bpb=1.3, **ranked)
+    lines[-2]["token_acc"] = 0.5  # infill in 8 passes
+    project.log("b", lines)
+    entry = project.entry()
+    assert all(entry[name] is not None for name in fields - {"decode_benchmark"})
+    assert entry["seeds"]["2"] == {
+        "val_bpb": 1.3,
+        "val_loss": 1.5,
+        "bytes_total": 1_000_002,
+        "log": "b",
+    }
+    infill = {"task": "infill", "span": 8, "mode": "refine", "steps": 8}
+    assert entry["parallel_eval"][-1] == {
+        **infill,
+        "token_acc": 0.45,
+        "exact_seq": 0.0,
+        "tok_per_sec": 200.0,
+    }
+    (here,) = entry["measured_here"]["fineweb10B_sp1024"]
+    assert here["per_seed"] == entry["seeds"]
+    assert here["parallel_eval"] == entry["parallel_eval"]
+    assert here["recipe"] == "direct"
+
+
+def decoded(**other: Any) -> dict[str, Any]:
+    """A result of bench/decode.py."""
+    about = dict.fromkeys(
+        ("recipe", "artifact", "judge", "device", "threads", "python", "examples"), "x"
+    )
+    about |= {
+        "prefix": 64,
+        "target": 64,
+        "temperature": 0.0,
+        "repeats": 1,
+        "data_path": "/x/fineweb10B_sp1024",
+    }
+    row = {
+        "mode": "speculative",
+        "passes": None,
+        "batch": 1,
+        "tokens_per_forward": 2.5,
+        "tokens_per_second": 100.0,
+    }
+    row |= {"times_cached_ar": 2.0, "identical": 1.0, "judge_nats": {"mean": 3.0, "se": 0.1}}
+    return {**about, "rows": [row], **other}
+
+
+def test_submission_takes_decoding_from_the_benchmarks_own_line(project: Project) -> None:
+    ranked: dict[str, Any] = {"data": "/x/fineweb10B_sp1024", "ranks": 8, "preset": "8xh100"}
+    text = (
+        f"| a table |\n\n{json.dumps(decoded())}\n{json.dumps(decoded(data_path='books'))}\nmore\n"
+    )
+    path = project.root / "logs" / "x_decode.txt"
+    path.write_text(text, encoding="utf-8")
+    entry = project.entry()
+    assert entry["decode_benchmark"] is None
+    assert list(entry["decode_benchmark_here"]) == ["fineweb10B_sp1024", "books"]
+    project.log("a", events(**ranked))
+    (found,) = project.entry()["decode_benchmark"]
+    assert (found["log"], found["rows"][0]["times_cached_ar"], found["rows"][0]["judge_nats"]) == (
+        path.name,
+        2.0,
+        3.0,
+    )
+    path.write_text('{"rows": []}\n', encoding="utf-8")
+    assert (
+        f"log {path}, line 1: not a result of bench/decode.py (KeyError: 'recipe')"
+        in project.run(code=2)
+    )
+
+
+def test_the_curve_of_a_resumed_run_leaves_out_what_was_done_again(tmp_path: Path) -> None:
+    def train(step: int, loss: float) -> dict[str, Any]:
+        return {"event": "train", "step": step, "train_ms": 1000.0 * step, "train_loss": loss}
+
+    header = {"event": "header"}
+    lines = [
+        header,
+        train(1, 9.0),
+        train(2, 8.0),
+        train(3, 0.0),
+        header,
+        {"event": "resume", "step": 2},
+        train(3, 7.0),
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert [point["train_loss"] for point in runlog.read_log(path).curve] == [9.0, 8.0, 7.0]
+    path.write_text(
+        "".join(json.dumps(line) + "\n" for line in [*lines, header, train(1, 5.0)]),
+        encoding="utf-8",
+    )
+    assert [point["train_loss"] for point in runlog.read_log(path).curve] == [5.0]
