@@ -1,8 +1,8 @@
 """Shared by all scripts: options and their checks, artifacts, tables, and how a command ends.
 
 A script begins with `sys.path.insert(0, <repository>)`, so that it runs from any working directory,
-and then imports `train_gpt` and `scripts.*` by their full names. `torch` and `train_gpt` are imported
-inside functions here, so that `--help` and a mistyped option answer at once.
+and then imports `train_gpt` and `scripts.*` by their full names. `torch` and `train_gpt` are
+imported inside functions here, so that `--help` and a mistyped option answer at once.
 """
 
 from __future__ import annotations
@@ -206,7 +206,9 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], num_texts: int 
 
 
 def cell(value: Any) -> str:
-    """Write a table cell: text as it is, a count, a number with about four digits, or a mean ± error."""
+    """Write a table cell: text as it is, a count, a number with about four digits, or a mean ±
+    error.
+    """
     if isinstance(value, Mapping):
         return f"{value['mean']:.3f} ± {value['se']:.3f}"
     if isinstance(value, float):

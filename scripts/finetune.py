@@ -1,14 +1,16 @@
-"""Fine-tune an artifact on new text by low-rank updates of its matrices, which are kept in a small file beside it.
+"""Fine-tune an artifact on new text by low-rank updates of its matrices, which are kept in a small
+file beside it.
 
     DATA_PATH=data/mine python scripts/finetune.py final_model.int8.ptz --rank 8 --out adapter.ptz
     DATA_PATH=data/mine RECIPE=ar MAX_WALLCLOCK_SECONDS=60 python scripts/finetune.py final_model.int8.ptz
     python scripts/sample.py --artifact final_model.int8.ptz --adapter adapter.ptz --prompt 'Dear'
 
-Settings are those of train_gpt.py, from the environment: RECIPE (default: the artifact's) chooses the loss, ADAPTER_LR
-the rate, LORA_RANK the rank of the updates (as --rank), ITERATIONS and MAX_WALLCLOCK_SECONDS the budget; logs and
-checkpoints go to OUT_DIR, RESUME=auto goes on. What a model is (its sizes, and how its windows are read) is the
-artifact's. Windows carry loss from the first step unless DIFFUSION_START_FRAC says else. New text is prepared with the
-artifact's tokenizer (scripts/prepare_data.py). Progress goes to standard error; the last line of standard output is one
+Settings are those of train_gpt.py, from the environment: RECIPE (default: the artifact's) chooses
+the loss, ADAPTER_LR the rate, LORA_RANK the rank of the updates (as --rank), ITERATIONS and
+MAX_WALLCLOCK_SECONDS the budget; logs and checkpoints go to OUT_DIR, RESUME=auto goes on. What a
+model is (its sizes, and how its windows are read) is the artifact's. Windows carry loss from the
+first step unless DIFFUSION_START_FRAC says else. New text is prepared with the artifact's tokenizer
+(scripts/prepare_data.py). Progress goes to standard error; the last line of standard output is one
 JSON object.
 """
 
@@ -204,7 +206,9 @@ def load_adapter(path: Path, model: tg.GPT, artifact: Path) -> dict[str, Any]:
     again = f"train one: python scripts/finetune.py {artifact}"
     try:
         about = read_adapter(path)
-        tensors, own, found = about.pop("tensors"), dict(matrices(model)), sha256_of(artifact)
+        tensors = about.pop("tensors")
+        own = dict(matrices(model))
+        found = sha256_of(artifact)
         if about["artifact_sha256"] == found:
             updates = {
                 name: tensors[f"{name}.lora_b"].float() @ tensors[f"{name}.lora_a"].float()
@@ -235,10 +239,12 @@ def load_adapter(path: Path, model: tg.GPT, artifact: Path) -> dict[str, Any]:
 
 
 def configure(model: tg.GPT, env: Mapping[str, str]) -> tuple[tg.Config, dict[str, str], list[str]]:
-    """Take what a model is from the artifact, all else from the environment; as train_gpt.Config.from_env.
+    """Take what a model is from the artifact, all else from the environment; as
+    train_gpt.Config.from_env.
 
     Raises:
-        UserError: no DATA_PATH, a setting of the environment contradicts the artifact, or the loss needs a denoiser
+        UserError: no DATA_PATH, a setting of the environment contradicts the artifact, or the loss
+        needs a denoiser
             that it does not have.
     """
     if "DATA_PATH" not in env:
@@ -295,7 +301,9 @@ def bound_window(args: argparse.Namespace, cfg: tg.Config) -> int:
 def scores(
     model: tg.GPT, run: tg.Run, val: tg.TokenLoader, counter: tg.ByteCounter, size: int
 ) -> dict[str, Any]:
-    """Score the validation split: exact bits per byte, and the bound with its standard error if there is a denoiser."""
+    """Score the validation split: exact bits per byte, and the bound with its standard error if
+    there is a denoiser.
+    """
     exact = tg.evaluate_bpb(model, run, val, counter)
     found: dict[str, Any] = {"val_bpb": exact["bpb"], "bound": None, "bound_se": None}
     if model.mask_emb is not None:  # RECIPE=ar trains no windows, but it moves them
@@ -305,21 +313,22 @@ def scores(
 
 
 def finetune(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]:
-    """Train updates, write them, load them beside the artifact and score both; empty where this is not rank 0."""
+    """Train updates, write them, load them beside the artifact and score both; empty where this is
+    not rank 0.
+    """
     model, expected = tg.load_artifact(args.artifact, torch.device("cpu"))
     cfg, source, warnings = configure(model, env)
     size, sha256 = bound_window(args, cfg), sha256_of(args.artifact)
-    loader, val, counter = (
-        tg.TokenLoader(cfg, "train"),
-        tg.TokenLoader(cfg, "val"),
-        tg.ByteCounter(cfg),
-    )
+    loader = tg.TokenLoader(cfg, "train")
+    val = tg.TokenLoader(cfg, "val")
+    counter = tg.ByteCounter(cfg)
     if counter.sha256 != expected:
         fail(
             f"TOKENIZER_PATH={cfg.tokenizer_path!r} (SHA-256 {counter.sha256[:12]}) is not the tokenizer "
             f"{args.artifact} was trained with ({expected[:12]}); name that one, and prepare the text with it"
         )
-    name = f"{cfg.path('', '').name}_finetune_{sha256[:8]}_r{args.rank}"  # a checkpoint is of one artifact and rank
+    # A checkpoint is of one artifact and rank.
+    name = f"{cfg.path('', '').name}_finetune_{sha256[:8]}_r{args.rank}"
     cfg = dataclasses.replace(cfg, run_id=name)
     add_updates(model, args.rank, cfg.seed)
     model.cfg = cfg

@@ -1,7 +1,8 @@
-"""Recipes besides the built-in ones: the rows of ladder.toml, checked, each with what its bases set.
+"""Recipes besides the built-in ones: the rows of ladder.toml, checked, each with what its bases
+set.
 
-train_gpt.py runs this file where it stands beside it, so that RECIPE may name any row. scripts/study/sweep.py reads it for
-ladders, notes and published scores.
+train_gpt.py runs this file where it stands beside it, so that RECIPE may name any row.
+scripts/study/sweep.py reads it for ladders, notes and published scores.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def closest(name: str, known: Iterable[str]) -> str:
 
 
 def read(error: type[Exception]) -> dict[str, dict[str, Any]]:
-    """Read the tables `rows` (by name), `ladders` (lists of rows) and `left_out` (reasons); all empty without the file.
+    """Read the tables `rows` (by name), `ladders` (lists of rows) and `left_out` (reasons); all
+    empty without the file.
 
     Raises:
         error: the file is damaged.
@@ -56,7 +58,8 @@ def changes(row: Mapping[str, Any]) -> dict[str, Any]:
 def resolve(
     built_in: Mapping[str, dict[str, Any]], settings: Any, error: type[Exception]
 ) -> dict[str, dict[str, Any]]:
-    """Return all settings of every recipe, built in or a row, by name: those of its bases and over them its own.
+    """Return all settings of every recipe, built in or a row, by name: those of its bases and over
+    them its own.
 
     Args:
         built_in: settings of the recipes of train_gpt.py.
@@ -64,8 +67,10 @@ def resolve(
         error: what is raised.
 
     Raises:
-        error: the file is damaged, or a row has an unknown base, stands on itself, sets what is no setting, writes a
-            value unlike its default (which would change the names of runs), or sets anything for a built-in recipe.
+        error: the file is damaged, or a row has an unknown base, stands on itself, sets what is no
+        setting, writes a
+            value unlike its default (which would change the names of runs), or sets anything for a
+            built-in recipe.
     """
     rows, recipes, faults = read(error)["rows"], dict(built_in), list[str]()
     own = {name: changes(row) for name, row in rows.items()} | dict(built_in)

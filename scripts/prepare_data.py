@@ -4,8 +4,9 @@
     python scripts/prepare_data.py --source files --out data/books --tokenizer bpe.model 'books/*.jsonl.xz'
     python scripts/prepare_data.py --source fineweb --train-shards 10        the challenge's published export
 
-A shard is a header of 256 little-endian int32 (magic, version, number of tokens, zeros) and then that many uint16
-tokens; every document begins with BOS. The same text, settings and SentencePiece version give the same bytes.
+A shard is a header of 256 little-endian int32 (magic, version, number of tokens, zeros) and then
+that many uint16 tokens; every document begins with BOS. The same text, settings and SentencePiece
+version give the same bytes.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ STDLIB_MAX_BYTES = 24_000_000
 SPACE_MARK = (
     "\u2581"  # stands for a space inside SentencePiece, which therefore cannot tell it from one
 )
-HUB_REPO, HUB_ROOT, HUB_DATASET = "willdepueoai/parameter-golf", "datasets", "fineweb10B_sp1024"
+HUB_REPO = "willdepueoai/parameter-golf"
+HUB_ROOT = "datasets"
+HUB_DATASET = "fineweb10B_sp1024"
 HUB_TOKENIZER = "tokenizers/fineweb_1024_bpe.model"
 
 
@@ -172,7 +175,9 @@ class Corpus:
     skipped: dict[str, int] = field(default_factory=dict)
 
     def usable(self) -> Iterator[tuple[Document, bytes]]:
-        """Yield every document that has tokens, with the SHA-256 of its text; count the others in `skipped`."""
+        """Yield every document that has tokens, with the SHA-256 of its text; count the others in
+        `skipped`.
+        """
         empty = marked = 0
         for document in self.documents():
             if not document.text.strip():
@@ -204,10 +209,12 @@ def read_bytes(path: Path) -> bytes:
 
 
 def stdlib_corpus(root: Path, max_bytes: int, val_percent: float) -> Corpus:
-    """Collect the Python files and texts of a standard library, without duplicates, up to `max_bytes`.
+    """Collect the Python files and texts of a standard library, without duplicates, up to
+    `max_bytes`.
 
-    Documents come in order of the SHA-256 of their text, which is also the order they are dropped in at the cap, so
-    the choice and the mixture depend on the library alone. Files that are not UTF-8 are counted and left out.
+    Documents come in order of the SHA-256 of their text, which is also the order they are dropped
+    in at the cap, so the choice and the mixture depend on the library alone. Files that are not
+    UTF-8 are counted and left out.
     """
     chosen: dict[bytes, Document] = {}
     foreign = found = total = 0
@@ -330,7 +337,9 @@ def file_sha256(path: Path) -> str:
 
 
 def files_corpus(patterns: Sequence[str], val_percent: float) -> Corpus:
-    """Read JSONL files (one document a line) and any other files (one document each), in the order named."""
+    """Read JSONL files (one document a line) and any other files (one document each), in the order
+    named.
+    """
     paths = find_files(patterns)
     digest = hashlib.sha256("".join(file_sha256(path) for path in paths).encode()).hexdigest()
     inputs = {
@@ -348,7 +357,8 @@ def files_corpus(patterns: Sequence[str], val_percent: float) -> Corpus:
 
 
 def training_sample(corpus: Corpus, max_bytes: int) -> list[str]:
-    """Choose training documents of about `max_bytes` in all, by hash, in one pass and bounded memory.
+    """Choose training documents of about `max_bytes` in all, by hash, in one pass and bounded
+    memory.
 
     Raises:
         UserError: a split is empty.
@@ -360,7 +370,8 @@ def training_sample(corpus: Corpus, max_bytes: int) -> list[str]:
         if corpus.is_val(key):
             continue
         size = len(document.text.encode())
-        # other bytes than the ones that split, or the sample would lean towards one end of the training part
+        # other bytes than the ones that split, or the sample would lean towards one end of the
+        # training part
         heapq.heappush(heap, (-int.from_bytes(key[8:16], "big"), size, document.text))
         total += size
         while total - heap[0][1] >= max_bytes:
@@ -372,8 +383,8 @@ def training_sample(corpus: Corpus, max_bytes: int) -> list[str]:
 def train_tokenizer(sample: Sequence[str], vocab_size: int) -> bytes:
     """Train a BPE that gives every text back unchanged, and return its model file.
 
-    A newline is a piece of its own and no other piece crosses it; runs of spaces may be pieces, for indentation; what
-    is outside the alphabet is spelled in UTF-8 bytes.
+    A newline is a piece of its own and no other piece crosses it; runs of spaces may be pieces, for
+    indentation; what is outside the alphabet is spelled in UTF-8 bytes.
     """
     import sentencepiece as spm
 
@@ -453,10 +464,9 @@ def check_roundtrip(
     """Decode what was encoded and compare.
 
     Args:
-        tokenizer: the model that made `ids`.
-        batch: the documents.
-        ids: one int array a document.
-        exact: the text must come back unchanged. Otherwise the tokenizer may normalise it (fold white space, say),
+        tokenizer: the model that made `ids`. batch: the documents. ids: one int array a document.
+        exact: the text must come back unchanged. Otherwise the tokenizer may normalise it (fold
+        white space, say),
             but doing so again must change nothing.
     """
     texts, threads = tokenizer.decode(ids, num_threads=num_threads()), num_threads()
@@ -489,7 +499,9 @@ class ShardWriter:
     """Write the tokens of one split into consecutive shards of at most `limit` tokens."""
 
     def __init__(self, folder: Path, prefix: str, limit: int) -> None:
-        self.folder, self.prefix, self.limit = folder, prefix, limit
+        self.folder = folder
+        self.prefix = prefix
+        self.limit = limit
         self.file: IO[bytes] | None = None
         self.held = 0  # tokens in the open shard
         self.documents = self.tokens = self.bytes = 0
@@ -708,7 +720,9 @@ def short(value: Any) -> str:
 
 
 def is_complete(out: Path, old: dict[str, Any], settings: dict[str, Any]) -> bool:
-    """Do the manifest's settings, and every file it lists, agree with what is asked and what is there?"""
+    """Do the manifest's settings, and every file it lists, agree with what is asked and what is
+    there?
+    """
     if (
         old.get("settings") != settings
         or {path.name for path in shards_in(out)} != old.get("files", {}).keys()
@@ -759,7 +773,8 @@ def make_files(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
 
 
 def fetch(out: Path, remote: str, again: bool = False) -> Path:
-    """Download one file of the published export; an interrupted download continues where it stopped.
+    """Download one file of the published export; an interrupted download continues where it
+    stopped.
 
     Args:
         out: the --out folder, in which a hidden folder receives the file.
@@ -798,7 +813,9 @@ def fetch(out: Path, remote: str, again: bool = False) -> Path:
 
 
 def published_shards(out: Path) -> tuple[int, int, str]:
-    """Ask the export's manifest for its numbers of train and val shards and the path of its tokenizer."""
+    """Ask the export's manifest for its numbers of train and val shards and the path of its
+    tokenizer.
+    """
     path = fetch(out, MANIFEST)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -857,7 +874,9 @@ def fetch_shard(out: Path, name: str) -> None:
 
 
 def describe_shards(out: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Count tokens and documents of downloaded shards for the manifest; bytes of text are not known."""
+    """Count tokens and documents of downloaded shards for the manifest; bytes of text are not
+    known.
+    """
     import numpy as np
 
     from train_gpt import SHARD_HEADER
@@ -880,7 +899,9 @@ def describe_shards(out: Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 def make_fineweb(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    """Download the full val split and the first --train-shards training shards; finished shards are kept."""
+    """Download the full val split and the first --train-shards training shards; finished shards are
+    kept.
+    """
     out, old = args.out, read_manifest(args.out)
     settings = {"source": "fineweb", "repo": HUB_REPO, "dataset": HUB_DATASET}
     others = [path for path in shards_in(out) if not path.name.startswith("fineweb_")]

@@ -1,4 +1,5 @@
-"""Continue, fill in or revise text with an exported model: decode in any mode, show before and after, and every pass.
+"""Continue, fill in or revise text with an exported model: decode in any mode, show before and
+after, and every pass.
 
     python scripts/sample.py --prompt 'def area(radius):' --tokens 40
     python scripts/sample.py --prompt 'def area(radius):' --suffix 'return result' --tokens 16 --steps 8 --watch
@@ -7,7 +8,8 @@
     python scripts/sample.py --prompt 'import os' --mode auto --latency 0.1
     python scripts/sample.py --demo data/stdlib           one function filled in and one continued, beside the original
 
-Without --prompt or --prompt-file, the prompt is read from standard input. The last line is one JSON object.
+Without --prompt or --prompt-file, the prompt is read from standard input. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -58,10 +60,8 @@ LIMITS = {  # options that are numbers, and what they may be
     "latency": (0, 1e6),
     "nats": (0, 1e6),
 }
-SAMPLING, DENOISING = (
-    ("temperature", "top_k", "top_p", "seed"),
-    ("steps", "window", "threshold", "redo"),
-)
+SAMPLING = ("temperature", "top_k", "top_p", "seed")
+DENOISING = ("steps", "window", "threshold", "redo")
 
 
 def fail(message: str) -> NoReturn:
@@ -251,10 +251,12 @@ def pick_device(name: str) -> torch.device:
 def load(
     artifact: Path, tokenizer: Path | None, device: torch.device, adapter: Path | None = None
 ) -> Loaded:
-    """Read an artifact, the tokenizer it was trained with, and an adapter that was trained beside it, if any.
+    """Read an artifact, the tokenizer it was trained with, and an adapter that was trained beside
+    it, if any.
 
     Raises:
-        UserError: one is missing or damaged, the tokenizer is another one, or the adapter another artifact's.
+        UserError: one is missing or damaged, the tokenizer is another one, or the adapter another
+        artifact's.
     """
     import train_gpt as tg
 
@@ -279,7 +281,9 @@ def load(
 
 
 def encode(tokenizer: spm.SentencePieceProcessor, text: str, continues: bool = False) -> list[int]:
-    """Turn text into tokens; a text that continues another keeps a leading space even if the tokenizer drops it."""
+    """Turn text into tokens; a text that continues another keeps a leading space even if the
+    tokenizer drops it.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -320,7 +324,9 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def lay_out(parts: Iterable[tuple[str, str]], columns: int) -> list[str]:
-    """Break styled text into rows of at most `columns` cells of a terminal. A style is an SGR code, or empty."""
+    """Break styled text into rows of at most `columns` cells of a terminal. A style is an SGR code,
+    or empty.
+    """
     rows, width = [""], 0
     for text, style in parts:
         for c in text.replace("\t", "    "):
@@ -334,10 +340,8 @@ def lay_out(parts: Iterable[tuple[str, str]], columns: int) -> list[str]:
                 rows, width = [*rows, ""], 0
             if c != "\n":
                 safe = "\ufffd" if kind == "Cc" else c  # a model may not steer the terminal
-                rows[-1], width = (
-                    rows[-1] + (f"\x1b[{style}m{safe}\x1b[0m" if style else safe),
-                    width + wide,
-                )
+                rows[-1] = rows[-1] + (f"\x1b[{style}m{safe}\x1b[0m" if style else safe)
+                width = width + wide
     return rows
 
 
@@ -350,13 +354,19 @@ def colour(p: float) -> str:
 
 
 class Screen:
-    """Draws frames: in place and in colours on a terminal; elsewhere, or with NO_COLOR, one after another."""
+    """Draws frames: in place and in colours on a terminal; elsewhere, or with NO_COLOR, one after
+    another.
+    """
 
     def __init__(
         self, tokenizer: Any, before: str, after: str, delay: float, stream: TextIO
     ) -> None:
-        self.tokenizer, self.before, self.after = tokenizer, before[-CONTEXT:], after[:CONTEXT]
-        self.stream, self.delay, self.rows = stream, delay if stream.isatty() else 0.0, 0
+        self.tokenizer = tokenizer
+        self.before = before[-CONTEXT:]
+        self.after = after[:CONTEXT]
+        self.stream = stream
+        self.delay = delay if stream.isatty() else 0.0
+        self.rows = 0
         self.plain = (
             not stream.isatty()
             or bool(os.environ.get("NO_COLOR"))
@@ -372,7 +382,9 @@ class Screen:
         parts = [(self.before, "2"), *body, (self.after, "2")]
         columns, lines = shutil.get_terminal_size()
         if self.plain:
-            columns, lines, parts = sys.maxsize, sys.maxsize, [(text, "") for text, _ in parts]
+            columns = sys.maxsize
+            lines = sys.maxsize
+            parts = [(text, "") for text, _ in parts]
         rows = [f"--- {name}: {sum(cell.open for cell in cells)} of {len(cells)} tokens open"]
         rows += lay_out(parts, columns - 1)[-max(lines - 3, 1) :]
         back = f"\x1b[{self.rows}F\x1b[J" if self.rows else ""
@@ -386,7 +398,9 @@ class Screen:
 
 
 class Job(NamedTuple):
-    """What to decode: `num` tokens between others (BOS left out). `draft`: they stand there, to be revised."""
+    """What to decode: `num` tokens between others (BOS left out). `draft`: they stand there, to be
+    revised.
+    """
 
     title: str
     prompt: list[int]
@@ -403,14 +417,14 @@ class Completion(NamedTuple):
 
 
 def check_length(at: Loaded, job: Job) -> None:
-    """Raise UserError where prompt, span and suffix are longer than what the model was trained to read."""
+    """Raise UserError where prompt, span and suffix are longer than what the model was trained to
+    read.
+    """
     over = 1 + len(job.prompt) + job.num + len(job.suffix) - at.cfg.train_seq_len
     if over <= 0:
         return
-    remedies, span = (
-        [f"use --tokens={job.num - over} or fewer"] * (over < job.num),
-        f"--tokens={job.num}",
-    )
+    remedies = [f"use --tokens={job.num - over} or fewer"] * (over < job.num)
+    span = f"--tokens={job.num}"
     if job.draft:
         remedies, span = [f"revise a part, {over} tokens shorter"], f"--edit of {job.num}"
     elif over <= len(job.prompt) + len(job.suffix):
@@ -427,7 +441,9 @@ def settle(
     """Choose the mode and its settings; return also what `--mode auto` expects of it."""
     import train_gpt as tg
 
-    start, goal, more = len(job.prompt) + 1, (args.latency, args.nats), dict[str, Any]()
+    start = len(job.prompt) + 1
+    goal = (args.latency, args.nats)
+    more = dict[str, Any]()
     mode = args.mode or ("auto" if goal != (None, None) else "refine" if job.suffix else "ar")
     mode = "draft_refine" if job.draft else mode
     from scripts.policy import MODES, choose
@@ -454,11 +470,9 @@ def settle(
             fail(
                 f"{f'--nats={args.nats}' if args.latency is None else f'--latency={args.latency}'}: {error}; raise it"
             )
-        mode, how, more["auto"] = (
-            found.mode,
-            found.how,
-            {"seconds": found.seconds, "nats": found.nats},
-        )
+        mode = found.mode
+        how = found.how
+        more["auto"] = {"seconds": found.seconds, "nats": found.nats}
         print(
             f"--- auto: {mode}, {found.seconds:.3g} s, {found.nats:.3f} nats a token, of {len(found.table)} tried"
         )
@@ -480,10 +494,8 @@ def make_film(
 
     before, after = (spell(at.tokenizer, part) for part in (job.prompt, job.suffix))
     screen = Screen(at.tokenizer, before, after, args.delay, sys.stderr) if args.watch else None
-    film, start = (
-        Film(len(job.prompt) + 1, [Cell(-1, 0.0, True, 0)] * job.num, screen),
-        len(job.prompt),
-    )
+    film = Film(len(job.prompt) + 1, [Cell(-1, 0.0, True, 0)] * job.num, screen)
+    start = len(job.prompt)
     if job.draft:
         film.put("before", job.draft, tg.score(at.model, ids)[0, start : start + job.num].tolist())
         film.cells = [cell._replace(open=cell.p < redo) for cell in film.cells]
@@ -492,7 +504,9 @@ def make_film(
 
 
 def complete(at: Loaded, job: Job, args: argparse.Namespace) -> Completion:
-    """Decode or revise the span of a job. UserError: it is too long, or needs a denoiser and the model has none."""
+    """Decode or revise the span of a job. UserError: it is too long, or needs a denoiser and the
+    model has none.
+    """
     import torch
 
     import train_gpt as tg
@@ -579,7 +593,9 @@ def show_completion(facts: dict[str, Any], before: str, hole: str, after: str) -
 
 
 def functions(text: str) -> Iterator[str]:
-    """Yield the source of every function in a Python text: its `def` line and the deeper lines below."""
+    """Yield the source of every function in a Python text: its `def` line and the deeper lines
+    below.
+    """
     lines = text.split("\n")
     for first, line in enumerate(lines):
         if not line.lstrip().startswith("def "):
@@ -636,15 +652,15 @@ def middle(at: Loaded, ids: list[int], hole: int) -> int:
 
 
 def demo(at: Loaded, args: argparse.Namespace) -> tuple[dict[str, Any], list[Completion]]:
-    """Fill a hole in one validation function, continue it from its first half, and show both beside the original."""
+    """Fill a hole in one validation function, continue it from its first half, and show both beside
+    the original.
+    """
     hole, decode = args.tokens or min(DEMO_TOKENS, at.cfg.train_seq_len // 4), at.tokenizer.decode
     ids = find_function(at, args.demo, hole)
-    start, half, result, done = (
-        middle(at, ids, hole),
-        len(ids) // 2,
-        dict[str, Any](),
-        list[Completion](),
-    )
+    start = middle(at, ids, hole)
+    half = len(ids) // 2
+    result = dict[str, Any]()
+    done = list[Completion]()
     count = min(2 * hole, len(ids) - half)
     jobs = [
         (f"infill: {hole} tokens inside", Job("Infill", ids[:start], hole, ids[start + hole :])),
@@ -672,19 +688,17 @@ def demo(at: Loaded, args: argparse.Namespace) -> tuple[dict[str, Any], list[Com
 
 
 def sample(at: Loaded, args: argparse.Namespace) -> tuple[dict[str, Any], list[Completion]]:
-    """Continue the prompt, fill the hole before --suffix, or revise the prompt, and show before and after."""
+    """Continue the prompt, fill the hole before --suffix, or revise the prompt, and show before and
+    after.
+    """
     text = read_prompt(args)
-    prompt, suffix = (
-        encode(at.tokenizer, text),
-        encode(at.tokenizer, args.suffix or "", continues=True),
-    )
+    prompt = encode(at.tokenizer, text)
+    suffix = encode(at.tokenizer, args.suffix or "", continues=True)
     count = args.tokens or max(
         min(DEFAULT_TOKENS, at.cfg.train_seq_len - 1 - len(prompt) - len(suffix)), 1
     )
-    job, hole = (
-        Job("Infill" if suffix else "Continuation", prompt, count, suffix),
-        f"[... {count} tokens ...]",
-    )
+    job = Job("Infill" if suffix else "Continuation", prompt, count, suffix)
+    hole = f"[... {count} tokens ...]"
     if args.edit:
         if not prompt:
             fail(

@@ -1,4 +1,6 @@
-"""Passes of one decoding, kept by a `Film`, and a page without outside resources that plays them in a browser."""
+"""Passes of one decoding, kept by a `Film`, and a page without outside resources that plays them in
+a browser.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class Unit(NamedTuple):
 
 
 def character(raw: bytes) -> tuple[str, int]:
-    """Return the first character and its number of bytes; bytes that make none are one replacement mark."""
+    """Return the first character and its number of bytes; bytes that make none are one replacement
+    mark.
+    """
     text = raw.decode(errors="replace")
     sizes = (n for n in range(1, len(raw) + 1) if raw[:n].decode(errors="replace") == text[0])
     return text[0], next(n for n in sizes if raw[n:].decode(errors="replace") == text[1:])
@@ -67,13 +71,19 @@ def spell(tokenizer: Any, tokens: Iterable[int]) -> str:
 
 
 class Film:
-    """Keeps every pass over a span (the first row's); `decode` calls it. Its own time is kept apart."""
+    """Keeps every pass over a span (the first row's); `decode` calls it. Its own time is kept
+    apart.
+    """
 
     def __init__(
         self, start: int, cells: Sequence[Cell], draw: Callable[[str, Sequence[Cell]], None] | None
     ) -> None:
-        self.start, self.cells, self.draw = start, list(cells), draw
-        self.frames, self.passes, self.seconds = list[tuple[str, list[Cell]]](), 0, 0.0
+        self.start = start
+        self.cells = list(cells)
+        self.draw = draw
+        self.frames = list[tuple[str, list[Cell]]]()
+        self.passes = 0
+        self.seconds = 0.0
 
     def add(self, name: str) -> None:
         self.frames.append((name, list(self.cells)))
@@ -88,7 +98,9 @@ class Film:
         self.add(name)
 
     def __call__(self, *seen: Any) -> None:
-        """Take in positions, tokens, log-probabilities and what is still open after a pass: tensors (B, n)."""
+        """Take in positions, tokens, log-probabilities and what is still open after a pass: tensors
+        (B, n).
+        """
         began = time.perf_counter()
         self.passes += 1
         for place, token, log_p, still_open in zip(*(x[0].tolist() for x in seen), strict=True):
@@ -104,7 +116,9 @@ class Film:
         self.seconds += time.perf_counter() - began
 
     def reel(self, tokenizer: Any, count: int, **about: str) -> dict[str, Any]:
-        """Return what the page needs of the first `count` tokens, each unit once; about: title, note, before, after."""
+        """Return what the page needs of the first `count` tokens, each unit once; about: title,
+        note, before, after.
+        """
         index, frames = dict[Unit, int](), []
         for name, cells in self.frames:
             units = [unit._replace(p=round(unit.p, 4)) for unit in join(tokenizer, cells[:count])]

@@ -1,4 +1,6 @@
-"""What INIT_FROM does: training starts from the weights of an artifact. train_gpt.py runs this file, beside itself."""
+"""What INIT_FROM does: training starts from the weights of an artifact. train_gpt.py runs this
+file, beside itself.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ ADDED = ("time_embed_dim", "look_ahead")  # weights that only a denoiser has, an
 
 
 def adopt(state: Any, sha256: str, load: Callable[..., Any], error: type[Exception]) -> None:
-    """Start from the weights of the artifact INIT_FROM that have names of ours; the others stay as they are.
+    """Start from the weights of the artifact INIT_FROM that have names of ours; the others stay as
+    they are.
 
     Args:
         state: train_gpt.TrainState, before its first step.
@@ -23,7 +26,8 @@ def adopt(state: Any, sha256: str, load: Callable[..., Any], error: type[Excepti
         error: what is raised.
 
     Raises:
-        error: the artifact is missing or damaged, read with another tokenizer, or of another shape (settings named).
+        error: the artifact is missing or damaged, read with another tokenizer, or of another shape
+        (settings named).
     """
     cfg, run = state.cfg, state.run
     try:

@@ -1,4 +1,6 @@
-"""Shared by all tests: tiny settings, tiny data, a run without log files, and `python train_gpt.py` in a process."""
+"""Shared by all tests: tiny settings, tiny data, a run without log files, and `python train_gpt.py`
+in a process.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def same_every_time() -> None:
-    """Tiny matrices are slower on several threads; a test's own random numbers must not depend on the one before."""
+    """Tiny matrices are slower on several threads; a test's own random numbers must not depend on
+    the one before.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
@@ -115,8 +119,9 @@ def recorded(run: tg.Run, name: str) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def randomise(model: tg.GPT, seed: int = 0, std: float = 0.3) -> tg.GPT:
-    """Give every parameter random values, whatever others there are: a fresh model's zeros would hide what reaches the
-    logits."""
+    """Give every parameter random values, whatever others there are: a fresh model's zeros would
+    hide what reaches the logits.
+    """
     for name, p in model.named_parameters():
         p.normal_(0, std, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed))
     return model.eval()
@@ -183,7 +188,9 @@ NMT_NFKC = dict(normalization_rule_name="nmt_nfkc")  # the challenge's: folds wh
 
 def program_like(count: int) -> list[str]:
     """Lines like those of a program, always the same: no test may move with the code that it tests."""
-    draw, lines, known = random.Random("program"), list[str](), WORDS.split()
+    draw = random.Random("program")
+    lines = list[str]()
+    known = WORDS.split()
     for i in range(count):
         words = draw.choices(
             known, [1 / n for n in range(1, len(known) + 1)], k=8
@@ -235,10 +242,8 @@ def data(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], tokenizers: Tokenizers
 ) -> dict[str, Any]:
     """Settings that name tiny shards, two to train on and one to validate on, and their tokenizer."""
-    folder, sp = (
-        tmp_path_factory.mktemp("shards"),
-        spm.SentencePieceProcessor(model_file=str(tokenizers.identity)),
-    )
+    folder = tmp_path_factory.mktemp("shards")
+    sp = spm.SentencePieceProcessor(model_file=str(tokenizers.identity))
     documents = [[BOS, *sp.encode(text)] for text in texts]
     flat = [token for document in documents[:-6] for token in document]
     write_shard(folder / "tiny_train_000000.bin", flat[:5000])
@@ -256,7 +261,9 @@ def data(
 
 @pytest.fixture
 def launch(data: dict[str, Any], tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start `python train_gpt.py`, or another command, with settings as its environment; stop what is left after."""
+    """Start `python train_gpt.py`, or another command, with settings as its environment; stop what
+    is left after.
+    """
     started = list[subprocess.Popen[str]]()
 
     def start(

@@ -1,4 +1,6 @@
-"""The artifact: what it loses is bounded, what it weighs is what is said, and nothing damaged or foreign gets in."""
+"""The artifact: what it loses is bounded, what it weighs is what is said, and nothing damaged or
+foreign gets in.
+"""
 
 from __future__ import annotations
 

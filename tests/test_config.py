@@ -1,4 +1,6 @@
-"""Settings: where each comes from, that every fault is named at once, and that importing does nothing."""
+"""Settings: where each comes from, that every fault is named at once, and that importing does
+nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Shards, the order of tokens, and bytes: what is read is what was written, and every fault is named."""
+"""Shards, the order of tokens, and bytes: what is read is what was written, and every fault is
+named.
+"""
 
 from __future__ import annotations
 
@@ -248,10 +250,8 @@ def test_bytes_are_those_of_the_decoded_text(
     name: str, tokenizers: Tokenizers, texts: list[str]
 ) -> None:
     path = getattr(tokenizers, name)
-    sp, counter = (
-        spm.SentencePieceProcessor(model_file=str(path)),
-        tg.ByteCounter(tiny(vocab_size=400, tokenizer_path=str(path))),
-    )
+    sp = spm.SentencePieceProcessor(model_file=str(path))
+    counter = tg.ByteCounter(tiny(vocab_size=400, tokenizer_path=str(path)))
     for text in [*texts, "".join(texts), *(a + b for a in HARD_TEXTS for b in HARD_TEXTS)]:
         count, decoded = counted(sp, counter, text)
         assert count == decoded, text[:60]
@@ -291,12 +291,15 @@ def test_pieces_count_as_the_challenge_counts_them(tokenizers: Tokenizers) -> No
         for i in range(400)
         if len(sp.id_to_piece(i)) > 2 and sp.id_to_piece(i).startswith("\u2581")
     )
-    inner, byte, wide = sp.piece_to_id("e"), sp.piece_to_id("<0xE6>"), sp.piece_to_id("—")
+    inner = sp.piece_to_id("e")
+    byte = sp.piece_to_id("<0xE6>")
+    wide = sp.piece_to_id("—")
     length = len(sp.id_to_piece(spaced)) - 1
     assert not sp.is_unknown(wide)
     # fmt: off
     for prev, target, expected in (
-        (BOS, spaced, length), (0, spaced, length), (3, spaced, length),  # no space after a boundary
+        # No space after a boundary.
+        (BOS, spaced, length), (0, spaced, length), (3, spaced, length),
         (inner, spaced, length + 1), (byte, spaced, length + 1),
         (BOS, inner, 1), (inner, byte, 1), (inner, wide, 3),
         (inner, BOS, 0), (inner, 0, 0), (inner, 2, 0), (inner, 3, 0),  # control and unknown

@@ -1,4 +1,6 @@
-"""Decoding: the same tokens as without a cache, the passes that are claimed, and nothing read that must be found."""
+"""Decoding: the same tokens as without a cache, the passes that are claimed, and nothing read that
+must be found.
+"""
 
 from __future__ import annotations
 
@@ -172,10 +174,8 @@ def test_a_rows_result_does_not_depend_on_its_batch(
     ],
 )
 def test_a_rows_passes_do_not_depend_on_its_batch(how: tg.Decoding) -> None:
-    model, ids = (
-        model_of(),
-        random_rows(1, 20, V).expand(5, -1) if how.temperature else random_rows(5, 20, V),
-    )
+    model = model_of()
+    ids = random_rows(1, 20, V).expand(5, -1) if how.temperature else random_rows(5, 20, V)
     together = tg.decode(model, ids, 4, 16, how)
     alone = [tg.decode(model, ids[: i + 1], 4, 16, how) for i in range(5)]
     assert together.ids.equal(torch.cat([found.ids[i:] for i, found in enumerate(alone)]))
@@ -358,7 +358,9 @@ def test_a_draft_of_ar_is_repaired() -> None:
 
 @pytest.mark.parametrize("mode", policy.MODES)
 def test_a_watcher_is_told_of_every_pass(mode: str) -> None:
-    model, ids, seen = model_of(), random_rows(2, 5, V), list[Any]()
+    model = model_of()
+    ids = random_rows(2, 5, V)
+    seen = list[Any]()
     how = policy.MODES[mode]._replace(watch=lambda *told: seen.append([x.clone() for x in told]))
     found = tg.generate(model, ids, 12, how).ids
     text, left = torch.full_like(found, -1), torch.ones_like(found, dtype=torch.bool)
@@ -387,7 +389,9 @@ def test_stretched_positions_are_read_as_near_ones() -> None:
 
 
 def test_a_right_draft_saves_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids, real = model_of(), random_rows(3, 5, V), tg.Decoder.denoise
+    model = model_of()
+    ids = random_rows(3, 5, V)
+    real = tg.Decoder.denoise
     expected = tg.generate(model, ids, 12).ids
 
     def denoise(
@@ -404,12 +408,15 @@ def test_a_right_draft_saves_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tg.Decoder, "denoise", denoise)
     found = tg.generate(model, ids, 12, tg.Decoding(4, verify=True))
     assert found.ids.equal(expected)
-    # Rows 1 and 2: a token, then a draft of one and a token each pass. Row 0: two such passes, then one token a pass.
+    # Rows 1 and 2: a token, then a draft of one and a token each pass. Row 0: two such passes, then
+    # one token a pass.
     assert found.forwards[:, 0].tolist() == [1 + 2 + 7, 7, 7]
 
 
 def test_drafts_share_the_noise_of_what_checks_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids, real = model_of(), random_rows(3, 5, V), tg.Decoder.denoise
+    model = model_of()
+    ids = random_rows(3, 5, V)
+    real = tg.Decoder.denoise
     expected = tg.generate(model, ids, 12, tg.AR._replace(**HOT)).ids
     with torch.no_grad():
         truth = torch.nn.functional.pad(
@@ -481,7 +488,9 @@ def test_filters_keep_the_most_probable() -> None:
 
 
 def test_an_infill_follows_its_suffix() -> None:
-    model, prefix, suffix = model_of(), random_rows(8, 5, V), random_rows(8, 4, V, seed=1)
+    model = model_of()
+    prefix = random_rows(8, 5, V)
+    suffix = random_rows(8, 4, V, seed=1)
     found = tg.infill(model, prefix, suffix, 6, tg.Decoding(steps=6)).ids
     assert found.shape == (8, 15)
     assert found[:, :5].equal(prefix)

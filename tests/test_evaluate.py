@@ -93,7 +93,9 @@ def test_the_score_of_a_split_adds_up(data: dict[str, Any]) -> None:
 
 
 # A model small enough to write its distribution down: windows of 3 tokens out of 3.
-T3, S3, V3 = 6, 3, 3
+T3 = 6
+S3 = 3
+V3 = 3
 ORDERS = list(itertools.permutations(range(S3)))
 
 
@@ -112,7 +114,9 @@ def small_model(mode: str = "mask", **overrides: Any) -> tg.GPT:
 
 @torch.no_grad()
 def masked_set_nll(model: tg.GPT, rows: Tensor, window: int) -> Tensor:
-    """Nats of each token of one window under every set of masked tokens, (B, 2^S, S), by the cut-off cache."""
+    """Nats of each token of one window under every set of masked tokens, (B, 2^S, S), by the
+    cut-off cache.
+    """
     start = window * S3
     past = model.clean(rows[:, :start])[1] if start else None
     x0, sets = rows[:, start + 1 : start + 1 + S3], []
@@ -137,7 +141,9 @@ def masked_set_nll(model: tg.GPT, rows: Tensor, window: int) -> Tensor:
 
 
 def order_nll(nll: Tensor) -> Tensor:
-    """Nats of the window under each order, (B, orders): each token given those before it in the order."""
+    """Nats of the window under each order, (B, orders): each token given those before it in the
+    order.
+    """
     columns = []
     for order in ORDERS:
         open_set, total = 2**S3 - 1, torch.zeros(len(nll), dtype=torch.float64)
@@ -152,19 +158,15 @@ def order_nll(nll: Tensor) -> Tensor:
 @pytest.mark.parametrize("mode", ["mask", "hybrid", "uniform"])
 def test_the_bound_is_the_exact_any_order_bound(mode: str, overrides: dict[str, Any]) -> None:
     model, copies = small_model(mode, **overrides), 3000
-    row, mask = (
-        random_rows(1, T3 + 1, V3, seed=4),
-        tg.window_mask(T3, S3, model.cfg.diffusion_causal, CPU),
-    )
+    row = random_rows(1, T3 + 1, V3, seed=4)
+    mask = tg.window_mask(T3, S3, model.cfg.diffusion_causal, CPU)
     keys = tg.derive(torch.arange(copies)[:, None], 9, torch.arange(T3 // S3))
     sampled = tg.window_bounds(model, row.expand(copies, -1), keys, S3, 2, mask).mean(0)  # (B, W)
     error = sampled.std(0) / math.sqrt(copies)
     for window in range(T3 // S3):
         orders = order_nll(masked_set_nll(model, row, window))[0]
-        bound, exact = (
-            orders.mean().item(),
-            -(torch.logsumexp(-orders, 0) - math.log(len(ORDERS))).item(),
-        )
+        bound = orders.mean().item()
+        exact = -(torch.logsumexp(-orders, 0) - math.log(len(ORDERS))).item()
         assert exact < bound - 1e-3  # orders disagree, so that a bound is not the likelihood
         assert error[window] < 0.02 * bound
         assert abs(sampled[:, window].mean() - bound) < 4.5 * error[window]
@@ -180,16 +182,23 @@ def test_the_distribution_that_is_bounded_sums_to_one(mode: str) -> None:
 
 
 class Table:
-    """A model that knows the distribution of texts, and reads in a window all that is not masked, or nothing."""
+    """A model that knows the distribution of texts, and reads in a window all that is not masked,
+    or nothing.
+    """
 
     def __init__(self, p: Tensor, texts: Tensor, cfg: tg.Config, reads_window: bool) -> None:
-        self.p, self.texts, self.cfg, self.reads_window = p, texts, cfg, reads_window
+        self.p = p
+        self.texts = texts
+        self.cfg = cfg
+        self.reads_window = reads_window
 
     def clean(self, ids: Tensor) -> tuple[None, Tensor]:
         return None, ids
 
     def window(self, window: tg.Window, past: Tensor) -> Tensor:
-        """Logits of the true conditionals; positions of the text begin at 1, after a token that is always the same."""
+        """Logits of the true conditionals; positions of the text begin at 1, after a token that is
+        always the same.
+        """
         xt, size = window.noisy.xt, window.noisy.xt.shape[-1]
         logits = torch.zeros(*xt.shape, V3)
         for w in range(xt.shape[1]):
@@ -208,8 +217,10 @@ class Table:
 
 @pytest.mark.parametrize("reads_window", [False, True])
 def test_a_bound_over_blocks_is_at_most_that_over_the_whole_row(reads_window: bool) -> None:
-    """By enumeration: with the true conditionals every bound is the entropy, and blocks lose nothing; a denoiser that
-    reads only what stands before its window loses the less, the smaller the windows are."""
+    """By enumeration: with the true conditionals every bound is the entropy, and blocks lose
+    nothing; a denoiser that reads only what stands before its window loses the less, the smaller
+    the windows are.
+    """
     T, samples = 4, 64
     texts = torch.tensor(list(itertools.product(range(V3), repeat=T)))
     p = torch.softmax(2 * torch.randn(len(texts), dtype=torch.float64), 0)
@@ -256,7 +267,9 @@ class Spy(tg.GPT):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_bound_never_sees_what_it_scores(mode: str) -> None:
-    model, size, samples = randomise(Spy(tiny(diffusion_corruption_mode=mode))), 4, 6
+    model = randomise(Spy(tiny(diffusion_corruption_mode=mode)))
+    size = 4
+    samples = 6
     rows, mask = random_rows(3, 17, 64), tg.window_mask(16, 4, False, CPU)
     keys = tg.derive(torch.arange(3)[:, None], torch.arange(4))
     numbers = set()
@@ -366,11 +379,11 @@ def test_a_sliding_score_gives_every_token_its_longest_context(
     found = tg.evaluate_bpb(model, run, loader, counter, stride=stride)
     stride = min(stride, 16)
     rows = (69 - 16) // stride + 1
-    text, ends = (
-        torch.tensor(loader.shards[0].astype("int64")),
-        [16 + stride * i for i in range(rows)],
-    )
-    nats, num_bytes, scored = 0.0, 0, 0
+    text = torch.tensor(loader.shards[0].astype("int64"))
+    ends = [16 + stride * i for i in range(rows)]
+    nats = 0.0
+    num_bytes = 0
+    scored = 0
     for place in range(1, ends[-1] + 1):  # the first row that reaches it has the longest context
         end = next(end for end in ends if end >= place)
         nats += tg.score(model, text[None, end - 16 : end + 1])[0, place - 1 - end].item()
@@ -413,7 +426,9 @@ def test_parallel_decoding_is_judged_by_decoded_tokens_alone(
     cfg = tiny(
         **data, parallel_eval_examples=4, parallel_eval_span_len="4,2", parallel_eval_steps="1,2,4"
     )
-    run, loader, calls = make_run(cfg), tg.TokenLoader(cfg, "val"), list[tuple[Any, ...]]()
+    run = make_run(cfg)
+    loader = tg.TokenLoader(cfg, "val")
+    calls = list[tuple[Any, ...]]()
     readings = itertools.cycle(
         [0, 0, 0, 1, 1, 4, 4, 6]
     )  # a warm-up that must not count, then 1, 3 and 2 seconds

@@ -1,4 +1,6 @@
-"""finetune.py: only low-rank updates train, their file is small and belongs to one artifact, and bad input is named."""
+"""finetune.py: only low-rank updates train, their file is small and belongs to one artifact, and
+bad input is named.
+"""
 
 from __future__ import annotations
 

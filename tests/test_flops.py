@@ -1,4 +1,6 @@
-"""flops.py: operations are those that a profiler counts, and a log says what share of the device's best they are."""
+"""flops.py: operations are those that a profiler counts, and a log says what share of the device's
+best they are.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Who reads whom: masks against a rule spelt out in loops, and a model that no forbidden token can move."""
+"""Who reads whom: masks against a rule spelt out in loops, and a model that no forbidden token can
+move.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +102,9 @@ def test_only_what_a_window_may_read_moves_it(
 
 
 def decode_window(model: tg.GPT, ids: Tensor, at: int, size: int, end: int) -> Tensor:
-    """Logits of `size` masked tokens from `at` on, in a window that shows the text up to `end`; as decoding does it."""
+    """Logits of `size` masked tokens from `at` on, in a window that shows the text up to `end`; as
+    decoding does it.
+    """
     past = model.clean(ids[:, : at - 1])[1]
     places = torch.arange(end - at)
     hole = (places < size).expand(1, 1, -1)
@@ -174,7 +178,9 @@ def test_the_next_sure_token_is_found_in_the_same_window_within_reach(
 
 
 def test_windows_at_any_places_of_one_row_are_not_told_of_each_other() -> None:
-    """Drafts for several ends share a pass: their positions overlap, and clean tokens stand before them."""
+    """Drafts for several ends share a pass: their positions overlap, and clean tokens stand before
+    them.
+    """
     model, ids = model_of(), random_rows(2, 24, V)
     past = [(torch.nn.functional.pad(k, (0, 0, 0, 40)), torch.nn.functional.pad(v, (0, 0, 0, 40)))
             for k, v in model.clean(ids[:, :9])[1]]  # fmt: skip

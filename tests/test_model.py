@@ -110,10 +110,8 @@ def test_the_clean_stream_is_the_baseline_spelt_out(
     num_layers: int, value_residual: bool, pairs: int
 ) -> None:
     shape = dict(num_layers=num_layers, num_heads=4, num_kv_heads=2, bigram_vocab_size=pairs)
-    model, ids = (
-        model_of(**shape, logit_softcap=3.0, value_residual=value_residual),
-        random_rows(1, 7, V),
-    )
+    model = model_of(**shape, logit_softcap=3.0, value_residual=value_residual)
+    ids = random_rows(1, 7, V)
     p = dict(model.named_parameters())
     assert ("value_mix" in p) == value_residual
     assert ("bigram_emb" in p) == (pairs > 0)
@@ -130,7 +128,9 @@ def test_the_clean_stream_is_the_baseline_spelt_out(
             ]
         )
     first = x
-    skips, down, values = [], num_layers // 2, x
+    skips = []
+    down = num_layers // 2
+    values = x
     for i in range(num_layers):
         if i >= down and skips:  # the second half reads what the first half left, last in first out
             x = x + p["skip_weights"][i - down] * skips.pop()
@@ -152,7 +152,9 @@ def test_the_clean_stream_is_the_baseline_spelt_out(
 
 @torch.no_grad()
 def test_a_pair_is_an_input_only_where_both_tokens_are_known() -> None:
-    """In two windows that touch, after clean text that the cache holds: the token before a window is the cached one."""
+    """In two windows that touch, after clean text that the cache holds: the token before a window
+    is the cached one.
+    """
     model, text = model_of(), random_rows(1, 8, V)
     ids = torch.tensor([[9, 3, V, 5, 6, 7, V, V]])  # at 3 .. 6, then at 2 .. 5
     places = torch.tensor([3, 4, 5, 6, 2, 3, 4, 5])
@@ -258,7 +260,8 @@ def test_only_suspect_tokens_meet_time_and_self_conditioning() -> None:
     window, _ = window_of(model.cfg, rows, 4, previous=previous)
     kvs = model.clean(rows[:, :-1])[1]
     before, clean = model.window(window, kvs), model.clean(rows)[0]
-    # With causal attention a token is moved by suspects up to itself; shifted, input o - 1 predicts token o.
+    # With causal attention a token is moved by suspects up to itself; shifted, input o - 1 predicts
+    # token o.
     upto = torch.cat(
         (torch.zeros(2, 4, 1, dtype=torch.bool), window.noisy.suspect.cumsum(-1)[..., :-1] > 0),
         dim=-1,
@@ -283,7 +286,9 @@ def test_only_suspect_tokens_meet_time_and_self_conditioning() -> None:
 
 
 def test_a_fresh_denoiser_starts_as_the_clean_stream() -> None:
-    """Zero-initialised look-ahead, time and self-conditioning change nothing until they are trained."""
+    """Zero-initialised look-ahead, time and self-conditioning change nothing until they are
+    trained.
+    """
     model = randomise(tg.GPT(tiny(self_condition="soft")))
     rows = random_rows(2, T + 1, V)
     window, _ = window_of(model.cfg, rows, 4, previous=torch.randn(2, 4, 4, 16))
@@ -306,7 +311,9 @@ def test_a_fresh_denoiser_starts_as_the_clean_stream() -> None:
 def gradients(
     recipe: str = "direct", through_cache: bool = True, **overrides: Any
 ) -> dict[str, Tensor | None]:
-    """Gradients of the windows' loss alone; the keys and values are detached if `through_cache` is off."""
+    """Gradients of the windows' loss alone; the keys and values are detached if `through_cache` is
+    off.
+    """
     model = model_of(recipe, **overrides)
     rows = random_rows(2, T + 1, V)
     window, x0 = window_of(model.cfg, rows, 4)
@@ -320,10 +327,8 @@ OWN = ("time_proj", "mask_emb", "ahead_gain", "ahead_proj")  # what only windows
 
 
 def test_the_windows_loss_reaches_every_weight_through_windows_and_through_clean_keys() -> None:
-    apart, whole = (
-        gradients(through_cache=False, value_residual=True),
-        gradients(value_residual=True),
-    )
+    apart = gradients(through_cache=False, value_residual=True)
+    whole = gradients(value_residual=True)
     for name, grad in apart.items():
         assert grad is not None, name
         assert grad.abs().sum() > 0, name
@@ -346,10 +351,8 @@ def test_every_recipe_starts_from_the_same_shared_weights() -> None:
         assert other.keys() > first.keys()
         for name, p in first.items():
             assert p.equal(other[name]), name
-    again, seeded = (
-        dict(tg.GPT(tiny("ar")).named_parameters()),
-        dict(tg.GPT(tiny("ar", seed=1)).named_parameters()),
-    )
+    again = dict(tg.GPT(tiny("ar")).named_parameters())
+    seeded = dict(tg.GPT(tiny("ar", seed=1)).named_parameters())
     assert all(p.equal(again[name]) for name, p in first.items())
     assert not first["tok_emb"].equal(seeded["tok_emb"])
     assert not first["blocks.0.fc.weight"].equal(first["blocks.1.fc.weight"])
@@ -384,8 +387,9 @@ def test_a_clean_stream_alone_cannot_denoise() -> None:
 def test_gaussian_noise_takes_an_embedding_to_pure_noise_in_steps_of_its_level(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The variance-preserving process on embeddings: sqrt(1 - t) e + sqrt(t) noise, clean at 0 and without a trace of
-    the token at 1 (arXiv:2205.14217, arXiv:2211.15089)."""
+    """The variance-preserving process on embeddings: sqrt(1 - t) e + sqrt(t) noise, clean at 0 and
+    without a trace of the token at 1 (arXiv:2205.14217, arXiv:2211.15089).
+    """
     cfg = tiny(diffusion_corruption_mode="gaussian", look_ahead=0, time_embed_dim=0)
     model, x0 = randomise(tg.GPT(cfg)), random_rows(3, 4, 64)[:, None]
     everywhere, keys = torch.ones_like(x0, dtype=torch.bool), torch.arange(3)[:, None]

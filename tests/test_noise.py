@@ -273,11 +273,9 @@ def test_gaussian_noise_is_standard_normal() -> None:
 @pytest.mark.parametrize("mode", ["mask", "uniform", "hybrid", "gaussian"])
 def test_a_windows_noise_does_not_depend_on_its_batch(mode: str) -> None:
     cfg = tiny(diffusion_corruption_mode=mode, diffusion_regions="iid,spans,continuation,infill")
-    x0, t, keys = (
-        random_rows(9, 16, V).view(9, 2, 8),
-        torch.linspace(0.1, 1, 18).view(9, 2),
-        keys_of(9, 2),
-    )
+    x0 = random_rows(9, 16, V).view(9, 2, 8)
+    t = torch.linspace(0.1, 1, 18).view(9, 2)
+    keys = keys_of(9, 2)
     together = tg.corrupt(x0, t, keys, cfg)
     some = torch.tensor([7, 2])
     apart = tg.corrupt(x0[some], t[some], keys[some], cfg)
@@ -289,7 +287,9 @@ S3, V3 = 3, 4
 
 
 def any_order_nll(logits: Tensor, x0: Tensor) -> float:
-    """Mean over all orders of the chain rule, nats, for a predictor given by logits (2^S, S, V) of each masked set."""
+    """Mean over all orders of the chain rule, nats, for a predictor given by logits (2^S, S, V) of
+    each masked set.
+    """
     nll, total = tg.token_nll(logits, x0.expand(2**S3, S3)), 0.0
     for order in itertools.permutations(range(S3)):
         open_set = 2**S3 - 1
@@ -314,10 +314,8 @@ def test_the_elbo_loss_is_the_any_order_likelihood() -> None:
         masked_set = (noisy.corrupted * torch.tensor([1, 2, 4])).sum(-1)
         logits = table[masked_set]
         estimates.append(S3 * tg.losses(logits, logits, x0.expand(1, count, S3), noisy, cfg).item())
-    mean, error = (
-        torch.tensor(estimates).mean().item(),
-        torch.tensor(estimates).std().item() / math.sqrt(groups),
-    )
+    mean = torch.tensor(estimates).mean().item()
+    error = torch.tensor(estimates).std().item() / math.sqrt(groups)
     exact = any_order_nll(table, x0)
     assert error < 0.01 * exact
     assert abs(mean - exact) < 4 * error
@@ -401,7 +399,9 @@ PRIOR = torch.tensor([0.45, 0.3, 0.2, 0.05], dtype=torch.float64)
 
 
 def joint(t: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Under uniform noise at level t: p(xt | x0), (V0, Vt); p(x0 | xt), (Vt, V0); p(y) / p(xt), (Vt, Vy)."""
+    """Under uniform noise at level t: p(xt | x0), (V0, Vt); p(x0 | xt), (Vt, V0); p(y) / p(xt),
+    (Vt, Vy).
+    """
     kernel = (1 - t) * torch.eye(4, dtype=torch.float64) + t / 4
     both, marginal = PRIOR[:, None] * kernel, PRIOR @ kernel
     return kernel, (both / marginal).T, marginal / marginal[:, None]
@@ -422,7 +422,9 @@ def expected_sedd(table: Tensor, t: float) -> Tensor:
 
 
 def by_the_paper(score: Tensor, t: float) -> Tensor:
-    """Equation 9 of arXiv:2310.16834, term by term: scores (Vt, Vy), the rate of uniform noise 1 / ((1 - t) V)."""
+    """Equation 9 of arXiv:2310.16834, term by term: scores (Vt, Vy), the rate of uniform noise 1 /
+    ((1 - t) V).
+    """
     kernel, *_ = joint(t)
     total = torch.zeros((), dtype=torch.float64)
     for x0, xt, y in itertools.product(range(4), repeat=3):
@@ -457,7 +459,9 @@ def test_uniform_score_entropy_is_least_at_the_true_ratios(t: float) -> None:
 
 
 def test_uniform_score_entropy_bounds_the_likelihood() -> None:
-    """Over all t its mean under the exact scores is the entropy of the data, as the bound is tight there."""
+    """Over all t its mean under the exact scores is the entropy of the data, as the bound is tight
+    there.
+    """
     u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     points = (3 * u**2 - 2 * u**3, 6 * u * (1 - u) / 4000)  # denser at both ends
     total = sum(
@@ -468,7 +472,9 @@ def test_uniform_score_entropy_bounds_the_likelihood() -> None:
 
 
 def test_score_entropy_of_masks_is_the_papers() -> None:
-    """Equation 9 for absorbing noise: from [MASK], at level t, each token comes back at a rate of 1 / t."""
+    """Equation 9 for absorbing noise: from [MASK], at level t, each token comes back at a rate of 1
+    / t.
+    """
     logits = torch.randn(4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for t, x0 in itertools.product((0.1, 0.5, 0.9), range(4)):
         score = (logits - math.log(4)).exp() * (1 - t) / t

@@ -1,4 +1,6 @@
-"""Optimizers and schedules: every parameter trains, by the rule and at the rate that its group says."""
+"""Optimizers and schedules: every parameter trains, by the rule and at the rate that its group
+says.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,9 @@ def newton_schulz(g: Tensor, steps: int) -> Tensor:
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("shape", [(6, 18), (18, 6)])
 def test_muon_by_hand(shape: tuple[int, int], decay: float) -> None:
-    cfg, momentum, rate = tiny(muon_weight_decay=decay, muon_backend_steps=5), 0.9, 0.02
+    cfg = tiny(muon_weight_decay=decay, muon_backend_steps=5)
+    momentum = 0.9
+    rate = 0.02
     other = nn.Parameter(torch.randn(4, 4))  # of another shape, in between
     start = torch.randn(2, *shape)
     params = [

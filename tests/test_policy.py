@@ -1,4 +1,6 @@
-"""scripts/policy.py: measures by hand, the guard against mode ar, and the choice from tables of which all is known."""
+"""scripts/policy.py: measures by hand, the guard against mode ar, and the choice from tables of
+which all is known.
+"""
 
 from __future__ import annotations
 

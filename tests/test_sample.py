@@ -126,7 +126,9 @@ def test_a_suffix_is_read_and_kept(call: Callable[..., Called]) -> None:
 def test_a_continuation_stops_where_the_document_ends(
     call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    full, chosen, real = facts(call("--prompt", PROMPT, "--tokens", "12")), [0], tg.pick
+    full = facts(call("--prompt", PROMPT, "--tokens", "12"))
+    chosen = [0]
+    real = tg.pick
 
     def pick(logits: torch.Tensor, *rest: Any) -> Any:
         chosen[0] += logits.shape[1]
@@ -216,8 +218,17 @@ def test_tokens_are_spelled_as_they_were(at: sample.Loaded, text: str) -> None:
 
 
 def test_bytes_of_a_character_are_shown_as_one(at: sample.Loaded) -> None:
-    cells = [Cell(at.tokenizer.piece_to_id(f"<0x{byte:02X}>"), p, False, i) for i, (byte, p) in enumerate(
-        zip("日".encode() + b"\xf0\x9f" + b"A\xff", (0.5, 0.2, 0.9, 0.4, 0.3, 0.8, 0.7), strict=True))]  # fmt: skip
+    cells = [
+        Cell(at.tokenizer.piece_to_id(f"<0x{byte:02X}>"), p, False, i)
+        for i, (byte, p) in enumerate(
+            # Fmt: skip.
+            zip(
+                "日".encode() + b"\xf0\x9f" + b"A\xff",
+                (0.5, 0.2, 0.9, 0.4, 0.3, 0.8, 0.7),
+                strict=True,
+            )
+        )
+    ]
     units = join(at.tokenizer, cells)
     assert [(unit.text, unit.p, unit.at) for unit in units] == [
         ("日", 0.2, 2), ("\ufffd", 0.3, 4), ("A", 0.8, 5), ("\ufffd", 0.7, 6)]  # fmt: skip
@@ -294,11 +305,9 @@ def test_colours_go_from_red_to_green(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_watching_changes_nothing_and_leaves_the_last_line(
     call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    argv, slept, wait = (
-        ("--prompt", PROMPT, "--suffix", "x", "--tokens", "6", "--steps", "3"),
-        list[float](),
-        time.sleep,
-    )
+    argv = ("--prompt", PROMPT, "--suffix", "x", "--tokens", "6", "--steps", "3")
+    slept = list[float]()
+    wait = time.sleep
     monkeypatch.setattr("time.sleep", lambda seconds: (slept.append(seconds), wait(0.2)))
     status, out, err = call(*argv, "--watch", "--delay", "9")
     watched = facts((status, out, err))

@@ -1,4 +1,6 @@
-"""INIT_FROM: a run starts from an artifact's weights; DIFFUSION_ANNEAL_FRAC: attention turns both ways on the way."""
+"""INIT_FROM: a run starts from an artifact's weights; DIFFUSION_ANNEAL_FRAC: attention turns both
+ways on the way.
+"""
 
 from __future__ import annotations
 

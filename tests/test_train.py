@@ -40,7 +40,9 @@ GOLDEN = ROOT / "tests" / "golden" / "tiny_cpu.json"
 
 @pytest.fixture
 def synthetic(tmp_path: Path) -> dict[str, Any]:
-    """Settings that name shards which depend on nothing but these lines: 64 tokens that follow a simple rule."""
+    """Settings that name shards which depend on nothing but these lines: 64 tokens that follow a
+    simple rule.
+    """
     state, tokens = 1, []
     for i in range(6000):
         state = (1103515245 * state + 12345) % 2**31
@@ -370,7 +372,9 @@ def test_a_run_that_explodes_keeps_a_usable_checkpoint(synthetic: dict[str, Any]
 def test_the_windows_loss_is_named_when_it_is_the_one() -> None:
     cfg = tiny()
     state = tg.TrainState.__new__(tg.TrainState)
-    state.cfg, state.run, state.step = cfg, make_run(cfg), 17
+    state.cfg = cfg
+    state.run = make_run(cfg)
+    state.step = 17
     assert tg.check_finite(state, torch.tensor([2.0, 3.0])) == {
         "train_loss": 2.0,
         "denoise_loss": 3.0,
@@ -533,7 +537,9 @@ def test_a_killed_run_resumes_to_the_bit(
     run_main: Callable[..., subprocess.CompletedProcess[str]],
     tmp_path: Path,
 ) -> None:
-    steps, killed, whole = 40, tmp_path / "killed", tmp_path / "whole"
+    steps = 40
+    killed = tmp_path / "killed"
+    whole = tmp_path / "whole"
     same = dict(
         iterations=steps, ema_decay=0.9, self_condition="soft", checkpoint_seconds=0.01, run_id="r"
     )
@@ -693,7 +699,8 @@ def test_a_missing_device_is_named(
 def test_a_compiled_stream_is_one_whole_graph_and_loses_nothing(
     recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # CUDA runs compile by default: a construct that the tracer refuses would end them at the first step
+    # CUDA runs compile by default: a construct that the tracer refuses would end them at the first
+    # step
     monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="eager"))
     cfg = tiny(recipe, diffusion_start_frac=0.0, diffusion_start_step=0, bigram_vocab_size=50)
     rows = torch.arange(2 * (cfg.train_seq_len + 1)).remainder(cfg.vocab_size).view(2, -1)
@@ -761,7 +768,9 @@ def test_nothing_is_compiled_after_the_warm_up(
     monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     cfg = tiny(**synthetic, warmup_steps=1, diffusion_start_frac=0.5, bigram_vocab_size=50)
-    run, counted, plain = make_run(cfg), list[int](), tg.train_step
+    run = make_run(cfg)
+    counted = list[int]()
+    plain = tg.train_step
     run.compile = True
     torch._dynamo.utils.counters.clear()
     stats = torch._dynamo.utils.counters["stats"]

@@ -1,17 +1,19 @@
-"""Measure likelihood and speed against the length of the context, with and without position interpolation.
+"""Measure likelihood and speed against the length of the context, with and without position
+interpolation.
 
     DATA_PATH=data/stdlib python scripts/bench/context.py final_model.int8.ptz
     DATA_PATH=data/stdlib python scripts/bench/context.py final_model.int8.ptz --factors 1,2,4,8 --out context.json
 
-A factor f reads rows of f times the TRAIN_SEQ_LEN (T) tokens that a model was trained on: at their own positions, which
-it has never seen from T on, and with all positions divided by f (ROPE_SCALE; arXiv:2306.15595), without more training.
-Every factor scores the same text, cut into longer or shorter rows. "Beyond T" are the tokens with more than T tokens
-before them in a row of f T; beside them stand the very same tokens in rows of T. Both kinds of rows begin with nothing,
-so these tokens have (f + 1) T / 2 tokens before them on average in the one, and T / 2 in the other.
+A factor f reads rows of f times the TRAIN_SEQ_LEN (T) tokens that a model was trained on: at their
+own positions, which it has never seen from T on, and with all positions divided by f (ROPE_SCALE;
+arXiv:2306.15595), without more training. Every factor scores the same text, cut into longer or
+shorter rows. "Beyond T" are the tokens with more than T tokens before them in a row of f T; beside
+them stand the very same tokens in rows of T. Both kinds of rows begin with nothing, so these tokens
+have (f + 1) T / 2 tokens before them on average in the one, and T / 2 in the other.
 
-Speeds are tokens a second of a batch, medians of three after a warm-up; decoding is mode ar with its cache, the prompt
-not counted. Text comes from DATA_PATH and TOKENIZER_PATH, or from where the artifact was trained. The table is
-Markdown; the last line is one JSON object.
+Speeds are tokens a second of a batch, medians of three after a warm-up; decoding is mode ar with
+its cache, the prompt not counted. Text comes from DATA_PATH and TOKENIZER_PATH, or from where the
+artifact was trained. The table is Markdown; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -130,16 +132,18 @@ def rescaled(model: tg.GPT, factor: float) -> tg.GPT:
 
 
 def cut(text: Tensor, length: int) -> list[Tensor]:
-    """Cut text (N, L + 1), in order, into rows of `length` tokens and the one before: batches of (B, length + 1)."""
-    rows, at_once = (
-        text.unfold(1, length + 1, length).flatten(0, 1),
-        max(TOKENS_AT_ONCE // length, 1),
-    )
+    """Cut text (N, L + 1), in order, into rows of `length` tokens and the one before: batches of
+    (B, length + 1).
+    """
+    rows = text.unfold(1, length + 1, length).flatten(0, 1)
+    at_once = max(TOKENS_AT_ONCE // length, 1)
     return [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
 
 
 def token_nats(at: Loaded, model: tg.GPT, length: int) -> Tensor:
-    """Nats of each token of the text but the first, read in rows of `length`: (N, L) float64 on the CPU."""
+    """Nats of each token of the text but the first, read in rows of `length`: (N, L) float64 on the
+    CPU.
+    """
     with at.autocast():
         nats = torch.cat([tg.score(model, rows).double().cpu() for rows in cut(at.text, length)])
     return nats.view(at.bytes.shape)
@@ -161,9 +165,12 @@ def seconds(run: Callable[[], Tensor]) -> float:
 
 
 def speeds(at: Loaded, model: tg.GPT, length: int, count: int) -> dict[str, float]:
-    """Tokens a second of scoring a batch of rows, and of decoding their last `count` tokens with a cache: its time less
-    that of reading the prompt and decoding one."""
-    batch, ids, start = cut(at.text, length)[0], at.text[:DECODED_ROWS, :length], length - count
+    """Tokens a second of scoring a batch of rows, and of decoding their last `count` tokens with a
+    cache: its time less that of reading the prompt and decoding one.
+    """
+    batch = cut(at.text, length)[0]
+    ids = at.text[:DECODED_ROWS, :length]
+    start = length - count
     with at.autocast():
         scored = batch[:, 1:].numel() / seconds(lambda: tg.score(model, batch))
         first = seconds(lambda: tg.decode(model, ids[:, : start + 1], start, start + 1).ids)
@@ -172,8 +179,12 @@ def speeds(at: Loaded, model: tg.GPT, length: int, count: int) -> dict[str, floa
 
 
 def measure(at: Loaded, factors: Sequence[int], count: int) -> dict[str, Any]:
-    """Compute everything that is printed: rows of every factor, each with and without interpolation."""
-    T, place, results = at.model.cfg.train_seq_len, torch.arange(at.bytes.shape[1]), []
+    """Compute everything that is printed: rows of every factor, each with and without
+    interpolation.
+    """
+    T = at.model.cfg.train_seq_len
+    place = torch.arange(at.bytes.shape[1])
+    results = []
     base = token_nats(at, at.model, T)
     jobs = [(factor, scale) for factor in factors for scale in dict.fromkeys((1, factor))]
     for factor, scale in tqdm(jobs, desc="context", leave=False, disable=None):

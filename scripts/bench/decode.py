@@ -1,23 +1,27 @@
-"""Measure every decoding mode of an artifact: speed against cached AR of the same weights, and quality beside it.
+"""Measure every decoding mode of an artifact: speed against cached AR of the same weights, and
+quality beside it.
 
     DATA_PATH=data/stdlib python scripts/bench/decode.py final_model.int8.ptz --judge other_ar.ptz --python
     python scripts/bench/decode.py final_model.int8.ptz --modes speculative,refine --passes 1,8 --predecessor
 
-Prompts are excerpts of the validation data (DATA_PATH; else that of the artifact). Seconds hold the pass over the
-prompt in every row, AR's too, and only decoded tokens count; median of --repeats runs after a warm-up. The last line of
-the output is one JSON object.
+Prompts are excerpts of the validation data (DATA_PATH; else that of the artifact). Seconds hold the
+pass over the prompt in every row, AR's too, and only decoded tokens count; median of --repeats runs
+after a warm-up. The last line of the output is one JSON object.
 
 passes              of one window; `block` and `remask` take several windows
 tokens per forward  mean over examples of decoded tokens by passes, not counting the one over the prompt
 times cached ar     speed by that of AR with a cache: same weights, same batch, same run
 identical           share of examples in which every token equals AR's
-right, right infill share of tokens equal to the text, in a continuation and in a hole whose suffix the window reads
+right, right infill share of tokens equal to the text, in a continuation and in a hole whose suffix
+the window reads
 judge, own nats     a token of what was decoded, under a model trained apart and under this one. Repetition is likely to
-                    both, so the entropy of all decoded tokens and distinct-2 (mean over examples) stand beside them
+                    both, so the entropy of all decoded tokens and distinct-2 (mean over examples)
+                    stand beside them
 python              (--python) share of outputs, prompt included, that ast.parse accepts; prompts begin with a top-level
-                    `def` or `class`. A last line that is not complete is dropped, then each last line that only lacks
-                    what would come next (an open bracket or string, a block without a body). Something decoded besides
-                    blanks must be left; one line is enough, so see the entropy too. The true text is cut likewise
+                    `def` or `class`. A last line that is not complete is dropped, then each last
+                    line that only lacks what would come next (an open bracket or string, a block
+                    without a body). Something decoded besides blanks must be left; one line is
+                    enough, so see the entropy too. The true text is cut likewise
 """
 
 from __future__ import annotations
@@ -141,7 +145,8 @@ class Bench(NamedTuple):
     model: tg.GPT
     judge: tg.GPT | None
     tokenizer: Any  # SentencePiece; None unless outputs are to be parsed
-    rows: Tensor  # (N, prefix + target + suffix) int64: prompts, their true continuation, and what follows it
+    # (N, prefix + target + suffix) int64: prompts, their true continuation, and what follows it.
+    rows: Tensor
     prefix: int
     target: int
     repeats: int
@@ -163,7 +168,9 @@ def reads_suffix(how: tg.Decoding) -> bool:
 
 
 def plan_jobs(modes: Sequence[str], args: argparse.Namespace) -> list[Job]:
-    """List every mode x passes x batch, the first mode first in each batch; no window has more passes than tokens."""
+    """List every mode x passes x batch, the first mode first in each batch; no window has more
+    passes than tokens.
+    """
     jobs = []
     for batch in args.batch:
         for mode in modes:
@@ -178,10 +185,8 @@ def plan_jobs(modes: Sequence[str], args: argparse.Namespace) -> list[Job]:
 
 def decoder(at: Bench, how: tg.Decoding, suffix: bool = False) -> Decode:
     """Continue prompts, or with the suffix fill the hole before it."""
-    before, after = (
-        slice(at.prefix),
-        slice(at.prefix + at.target, None if suffix else at.prefix + at.target),
-    )
+    before = slice(at.prefix)
+    after = slice(at.prefix + at.target, None if suffix else at.prefix + at.target)
     return lambda rows, seed: tg.infill(
         at.model, rows[:, before], rows[:, after], at.target, how._replace(seed=seed)
     )
@@ -189,11 +194,11 @@ def decoder(at: Bench, how: tg.Decoding, suffix: bool = False) -> Decode:
 
 @torch.no_grad()
 def uncached(model: tg.GPT, prompt: Tensor, count: int, how: tg.Decoding) -> tg.Decoded:
-    """Continue prompts (B, P) by `count` tokens, the same as `generate` with AR, but read all again for each token."""
-    ids, keys = (
-        prompt,
-        tg.derive(torch.arange(len(prompt), device=prompt.device)[:, None], how.seed),
-    )
+    """Continue prompts (B, P) by `count` tokens, the same as `generate` with AR, but read all again
+    for each token.
+    """
+    ids = prompt
+    keys = tg.derive(torch.arange(len(prompt), device=prompt.device)[:, None], how.seed)
     for place in range(prompt.shape[1], prompt.shape[1] + count):
         token, _ = tg.pick(model.clean(ids)[0][:, -1:], how, tg.derive(keys, place))
         ids = torch.cat((ids, token), dim=1)
@@ -207,7 +212,9 @@ def decode_all(at: Bench, decode: Decode, batch: int) -> tg.Decoded:
 
 
 def timed(at: Bench, decode: Decode, batch: int) -> tuple[tg.Decoded, dict[str, Any]]:
-    """Decode all excerpts once, then again under the clock; return the output, (N, L), and the speed."""
+    """Decode all excerpts once, then again under the clock; return the output, (N, L), and the
+    speed.
+    """
     found, seconds = decode_all(at, decode, batch), list[float]()
     for _ in range(at.repeats):
         began = at.clock()
@@ -235,7 +242,9 @@ def right(at: Bench, ids: Tensor) -> float:
 
 
 def parses(text: str, prompt: str) -> bool:
-    """Is what can be judged of a Python text right, and does it reach beyond the prompt? The rule stands at the top."""
+    """Is what can be judged of a Python text right, and does it reach beyond the prompt? The rule
+    stands at the top.
+    """
     lines = text.split("\n")[:-1]
     with warnings.catch_warnings(), contextlib.suppress(*BAD_SOURCE):
         warnings.simplefilter("ignore")  # "\d" is bad style, not bad syntax
@@ -295,7 +304,9 @@ def measure(at: Bench, jobs: Sequence[Job], bar: Any) -> list[dict[str, Any]]:
 
 
 def predecessor(at: Bench, bar: Any) -> list[dict[str, Any]]:
-    """Measure as the predecessor did: all examples at once, greedy, a hole against a continuation, AR not cached."""
+    """Measure as the predecessor did: all examples at once, greedy, a hole against a continuation,
+    AR not cached.
+    """
     decoders: dict[str, Decode] = {
         "ar, no cache": lambda rows, _: uncached(at.model, rows[:, : at.prefix], at.target, tg.AR),
         "ar": decoder(at, tg.AR),
@@ -326,7 +337,9 @@ def predecessor(at: Bench, bar: Any) -> list[dict[str, Any]]:
 
 
 def function_starts(stream: Tensor, tokenizer: Any, length: int) -> list[int]:
-    """Find where a top-level `def` or `class` begins in a stream (n,), at least `length` apart and from the end."""
+    """Find where a top-level `def` or `class` begins in a stream (n,), at least `length` apart and
+    from the end.
+    """
     newlines = torch.tensor(
         [i for i in range(tokenizer.vocab_size()) if tokenizer.decode([i]) == "\n"]
     )
@@ -341,7 +354,9 @@ def function_starts(stream: Tensor, tokenizer: Any, length: int) -> list[int]:
 
 
 def excerpts(cfg: tg.Config, length: int, examples: int, tokenizer: Any) -> Tensor:
-    """Take evenly spaced excerpts, (examples, length), with a tokenizer of Python; UserError: they would overlap."""
+    """Take evenly spaced excerpts, (examples, length), with a tokenizer of Python; UserError: they
+    would overlap.
+    """
     loader = tg.TokenLoader(cfg, "val")
     starts, what = list(range(0, loader.total - length + 1, length)), "excerpts"
     if tokenizer is not None:
@@ -359,12 +374,12 @@ def excerpts(cfg: tg.Config, length: int, examples: int, tokenizer: Any) -> Tens
 
 
 def load(args: argparse.Namespace, device: torch.device) -> tuple[Bench, str]:
-    """Read artifacts and text, and say where it is from; UserError: missing, damaged, or does not fit the others."""
-    (model, sha256), judge, stop = (
-        tg.load_artifact(args.artifact, device),
-        None,
-        args.prefix + args.target,
-    )
+    """Read artifacts and text, and say where it is from; UserError: missing, damaged, or does not
+    fit the others.
+    """
+    (model, sha256) = tg.load_artifact(args.artifact, device)
+    judge = None
+    stop = args.prefix + args.target
     if args.compile:  # the warm-up of every timing compiles what is new
         policy.compiled(model)
     if args.judge is not None:
@@ -412,7 +427,9 @@ def cell(value: Any) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lay out what was measured, in the order of the first row, without columns that no row has a value for."""
+    """Lay out what was measured, in the order of the first row, without columns that no row has a
+    value for.
+    """
     keys = [
         key for key in rows[0] if key != "seconds" and any(row.get(key) is not None for row in rows)
     ]
@@ -422,7 +439,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Draw nats a token, a judge's or the model's own, against new tokens/s: a panel a batch, a line a mode."""
+    """Draw nats a token, a judge's or the model's own, against new tokens/s: a panel a batch, a
+    line a mode.
+    """
     from matplotlib.figure import Figure
 
     key = "own_nats" if result["judge"] is None else "judge_nats"
@@ -475,10 +494,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "Not the predecessor's protocol: it decoded 64 tokens after 128, of 32 examples at once."
         )
     jobs = plan_jobs(modes, args)
-    cuda, bar = (
-        at.rows.is_cuda,
-        tqdm(total=len(jobs) + 5 * args.predecessor, desc="decode", disable=None),
-    )
+    cuda = at.rows.is_cuda
+    bar = tqdm(total=len(jobs) + 5 * args.predecessor, desc="decode", disable=None)
     with (
         bar,
         torch.autocast(at.rows.device.type, torch.bfloat16, enabled=cuda),

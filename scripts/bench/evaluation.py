@@ -4,13 +4,14 @@
     python scripts/bench/evaluation.py --size NELBO_SAMPLES=4 --size NELBO_SAMPLES=16 --size TRAIN_SEQ_LEN=512
     PRESET=8xh100 python scripts/bench/evaluation.py --devices 8      on one device, projected to eight: FineWeb's split
 
-Settings come from the environment as for train_gpt.py; --size sets more, once for every case. Weights and text are
-random: speed depends on neither, and nothing needs to be prepared. What is timed is what a run does: the exact score,
-val_bpb_sliding (EVAL_STRIDE), the bounds (NELBO_WINDOWS, NELBO_SAMPLES), each on a split of --rows rows, and
-parallel_eval as a whole. Cases take turns; medians over rounds are shown. A device gets its share of VAL_BATCH_SIZE, as
-in a run on --devices. "whole" is the time for --tokens on --devices, shared evenly (NELBO_SEQUENCES counts); the exact
-score is taken twice in a run, before export and of the artifact; parallel_eval runs on one device only. The table is
-Markdown; the last line is one JSON object.
+Settings come from the environment as for train_gpt.py; --size sets more, once for every case.
+Weights and text are random: speed depends on neither, and nothing needs to be prepared. What is
+timed is what a run does: the exact score, val_bpb_sliding (EVAL_STRIDE), the bounds (NELBO_WINDOWS,
+NELBO_SAMPLES), each on a split of --rows rows, and parallel_eval as a whole. Cases take turns;
+medians over rounds are shown. A device gets its share of VAL_BATCH_SIZE, as in a run on --devices.
+"whole" is the time for --tokens on --devices, shared evenly (NELBO_SEQUENCES counts); the exact
+score is taken twice in a run, before export and of the artifact; parallel_eval runs on one device
+only. The table is Markdown; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ PARALLEL = "parallel_eval"
 
 
 class OneByte:
-    """In place of a byte counter: random text has no tokenizer, and counting is a look-up of the same cost."""
+    """In place of a byte counter: random text has no tokenizer, and counting is a look-up of the
+    same cost.
+    """
 
     def count(self, _prev: Tensor, target: Tensor) -> Tensor:
         """Say that every token is one byte, any shape."""
@@ -99,7 +102,9 @@ class Job:
 def jobs(
     case: str, cfg: tg.Config, run: tg.Run, rows: int | None, tokens: int, devices: int
 ) -> list[Job]:
-    """List the scores of a run with these settings, on `rows` rows of random text (None: two batches of a device)."""
+    """List the scores of a run with these settings, on `rows` rows of random text (None: two
+    batches of a device).
+    """
     cfg = dataclasses.replace(cfg, val_batch_size=max(cfg.val_batch_size // devices, 1))
     run, T = dataclasses.replace(run, cfg=cfg), cfg.train_seq_len
     folder = Path(cfg.data_path)
@@ -141,7 +146,9 @@ def time_job(job: Job, run: tg.Run) -> None:
 
 @contextlib.contextmanager
 def prepared(args: argparse.Namespace) -> Iterator[tuple[list[Job], tg.Run]]:
-    """Yield the jobs of all cases and the run they share; UserError: a setting is wrong, before anything is timed."""
+    """Yield the jobs of all cases and the run they share; UserError: a setting is wrong, before
+    anything is timed.
+    """
     with tempfile.TemporaryDirectory() as name:
         configs = []
         for i, size in enumerate(args.size or [""]):
@@ -166,8 +173,9 @@ def prepared(args: argparse.Namespace) -> Iterator[tuple[list[Job], tg.Run]]:
 
 
 def take_turns(todo: Sequence[Job], run: tg.Run, rounds: int) -> int:
-    """Time all jobs in turns, the first of which warms up, and return how many whole ones count; fewer after Ctrl-C.
-    UserError: it came before the first."""
+    """Time all jobs in turns, the first of which warms up, and return how many whole ones count;
+    fewer after Ctrl-C. UserError: it came before the first.
+    """
     try:
         with tqdm(total=(rounds + 1) * len(todo), disable=None) as bar:
             for _ in range(rounds + 1):

@@ -1,15 +1,17 @@
-"""Measure what an artifact's bytes are, and what fewer of them cost: levels x compressors, and scores after rounding.
+"""Measure what an artifact's bytes are, and what fewer of them cost: levels x compressors, and
+scores after rounding.
 
     DATA_PATH=data/stdlib python scripts/bench/export.py checkpoints/RUN_ID.pt
     DATA_PATH=data/stdlib python scripts/bench/export.py checkpoints/RUN_ID.pt --levels 31,15,7 --out export.json
 
-Reads a checkpoint, whose weights are not rounded (their average, if EMA_DECAY was set), and rounds them as an artifact.
-Three tables: every largest integer of matrices with the bytes by each compressor and what rounding adds to the exact
-bits per byte and to the bound (the same noise before and after, so that the difference is no noise); where the bytes of
-every scheme of train_gpt.SCHEMES go; and the error of every tensor. "entropy" is what an ideal coder of single integers
-would take, "bits" ceil(log2(2 n + 1)) of them side by side. zstd is left out where zstandard is not installed. Text
-comes from DATA_PATH and TOKENIZER_PATH, or from where the model was trained; NELBO_SEQUENCES and NELBO_SAMPLES are the
-environment's, too. The last line is one JSON object.
+Reads a checkpoint, whose weights are not rounded (their average, if EMA_DECAY was set), and rounds
+them as an artifact. Three tables: every largest integer of matrices with the bytes by each
+compressor and what rounding adds to the exact bits per byte and to the bound (the same noise before
+and after, so that the difference is no noise); where the bytes of every scheme of train_gpt.SCHEMES
+go; and the error of every tensor. "entropy" is what an ideal coder of single integers would take,
+"bits" ceil(log2(2 n + 1)) of them side by side. zstd is left out where zstandard is not installed.
+Text comes from DATA_PATH and TOKENIZER_PATH, or from where the model was trained; NELBO_SEQUENCES
+and NELBO_SAMPLES are the environment's, too. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -81,7 +83,9 @@ def compressors() -> dict[str, Callable[[bytes], bytes]]:
 
 
 def load(path: Path) -> tuple[tg.Config, dict[str, Tensor]]:
-    """Read settings and unrounded weights of a checkpoint; UserError: it is missing, damaged or not ours."""
+    """Read settings and unrounded weights of a checkpoint; UserError: it is missing, damaged or not
+    ours.
+    """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         cfg = tg.Config(**saved["config"])
@@ -219,7 +223,9 @@ def measure(
 
 
 def errors(weights: Mapping[str, Tensor], keep: int) -> list[dict[str, Any]]:
-    """Root mean square of the error of every scheme over that of the weights, and bits a weight, tensor by tensor."""
+    """Root mean square of the error of every scheme over that of the weights, and bits a weight,
+    tensor by tensor.
+    """
     found = []
     for name, w in weights.items():
         line: dict[str, Any] = {"tensor": name, "shape": list(w.shape)}

@@ -1,19 +1,22 @@
-"""Measure what a denoiser gains from the text after a hole and from more passes, and whether it finds wrong tokens.
+"""Measure what a denoiser gains from the text after a hole and from more passes, and whether it
+finds wrong tokens.
 
     DATA_PATH=data/stdlib python scripts/bench/infill.py final_model.int8.ptz
     DATA_PATH=data/stdlib python scripts/bench/infill.py a.ptz b.ptz --holes 8 --passes 1,4 --examples 1024 \\
         --out infill.json --plot infill.png
 
-Holes lie in evenly spaced excerpts of the validation data (DATA_PATH; else that of the artifact) and are filled
-greedily twice: in a window that ends with the hole, and in one that goes on with the text after it. Both read the same
-text before it, so their difference is paired. Standard errors are over excerpts, not over tokens.
+Holes lie in evenly spaced excerpts of the validation data (DATA_PATH; else that of the artifact)
+and are filled greedily twice: in a window that ends with the hole, and in one that goes on with the
+text after it. Both read the same text before it, so their difference is paired. Standard errors are
+over excerpts, not over tokens.
 
-Nats per token of what was filled in are those of the clean stream of the same weights: no independent judge. Entropy
-and distinct-2 stand beside them, since repetition is likely too.
+Nats per token of what was filled in are those of the clean stream of the same weights: no
+independent judge. Entropy and distinct-2 stand beside them, since repetition is likely too.
 
-Revision plants random tokens in true text, and looks whether they are the least likely ones: to the window that may
-doubt every token, and to the clean stream. As many tokens as were planted are then replaced: by the detector's own
-likeliest token (argmax), or masked and filled in again by one pass (refill).
+Revision plants random tokens in true text, and looks whether they are the least likely ones: to the
+window that may doubt every token, and to the clean stream. As many tokens as were planted are then
+replaced: by the detector's own likeliest token (argmax), or masked and filled in again by one pass
+(refill).
 
 The last line is one JSON object.
 """
@@ -144,7 +147,8 @@ def estimate(values: Tensor) -> dict[str, float]:
 
 
 def paired(ours: Tensor, theirs: Tensor) -> dict[str, float | None]:
-    """Mean difference of two values of the same examples, (N,) each, its standard error, and a two-sided p.
+    """Mean difference of two values of the same examples, (N,) each, its standard error, and a
+    two-sided p.
 
     p is of the normal distribution; None where all differences are equal.
     """
@@ -170,7 +174,9 @@ def unigram_entropy(ids: Tensor) -> float:
 
 
 def distinct_2(ids: Tensor) -> float | None:
-    """Share of different pairs among the neighbouring pairs of one example, (N, n), mean; None where n = 1."""
+    """Share of different pairs among the neighbouring pairs of one example, (N, n), mean; None
+    where n = 1.
+    """
     if ids.shape[1] < 2:
         return None
     rows = [list(itertools.pairwise(row)) for row in ids.tolist()]
@@ -190,9 +196,11 @@ def quarters(size: int) -> dict[str, slice]:
 
 
 def plant(x0: Tensor, keys: Tensor, count: int, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Replace `count` tokens a row of (N, n) by others, all equally likely, with randomness from keys (N,).
+    """Replace `count` tokens a row of (N, n) by others, all equally likely, with randomness from
+    keys (N,).
 
-    Fewer are planted at a part of the places of more, as the same tokens. Returns the text and where, bool.
+    Fewer are planted at a part of the places of more, as the same tokens. Returns the text and
+    where, bool.
     """
     from train_gpt import derive, uniform
 
@@ -207,10 +215,12 @@ def least_likely(log_p: Tensor, planted: Tensor) -> Tensor:
 
 
 def detection(log_p: Tensor, planted: Tensor) -> dict[str, Tensor]:
-    """Say how well low log-probability of the token shown, (N, n), tells planted ones; one value an example, (N,).
+    """Say how well low log-probability of the token shown, (N, n), tells planted ones; one value an
+    example, (N,).
 
-    least_likely_is_planted: of all tokens; found: share of the planted among as many least likely ones; auc: share of
-    pairs of a planted and a right token in which the planted one is less likely, ties as a half.
+    least_likely_is_planted: of all tokens; found: share of the planted among as many least likely
+    ones; auc: share of pairs of a planted and a right token in which the planted one is less
+    likely, ties as a half.
     """
     lowest = planted.gather(1, log_p.argmin(-1, keepdim=True))[:, 0]
     found = (least_likely(log_p, planted) & planted).sum(-1) / planted.sum(-1)
@@ -222,12 +232,12 @@ def detection(log_p: Tensor, planted: Tensor) -> dict[str, Tensor]:
 
 
 def repairs(final: Tensor, x0: Tensor, planted: Tensor) -> dict[str, Tensor]:
-    """Share of planted tokens that are now true, and of right ones that no longer are; (N, n) to (N,)."""
+    """Share of planted tokens that are now true, and of right ones that no longer are; (N, n) to
+    (N,).
+    """
     right = final == x0
-    repaired, spoilt = (
-        (right & planted).sum(-1) / planted.sum(-1),
-        (~right & ~planted).sum(-1) / (~planted).sum(-1),
-    )
+    repaired = (right & planted).sum(-1) / planted.sum(-1)
+    spoilt = (~right & ~planted).sum(-1) / (~planted).sum(-1)
     return {"repaired": repaired, "spoilt": spoilt}
 
 
@@ -251,7 +261,9 @@ class Batch(NamedTuple):
 
 
 def open_batch(model: GPT, rows: Tensor, index: Tensor, start: int, seed: int) -> Batch:
-    """Read the excerpts (B, L) up to a hole at `start`; index (B,): their numbers, from which randomness comes."""
+    """Read the excerpts (B, L) up to a hole at `start`; index (B,): their numbers, from which
+    randomness comes.
+    """
     from torch.nn.functional import pad
 
     from train_gpt import derive
@@ -262,7 +274,9 @@ def open_batch(model: GPT, rows: Tensor, index: Tensor, start: int, seed: int) -
 
 
 def read(batch: Batch, ids: Tensor, first: int) -> Tensor:
-    """Clean stream's logits (B, n, V) of what follows each token of ids (B, n), which stand from place `first` on."""
+    """Clean stream's logits (B, n, V) of what follows each token of ids (B, n), which stand from
+    place `first` on.
+    """
     import torch
 
     at = torch.arange(first, first + ids.shape[1], device=ids.device).expand(len(ids), -1)
@@ -270,14 +284,18 @@ def read(batch: Batch, ids: Tensor, first: int) -> Tensor:
 
 
 def follow(batch: Batch, ids: Tensor) -> Tensor:
-    """Clean stream's logits (B, n, V) of the tokens (B, n) that fill a hole, each given all before it."""
+    """Clean stream's logits (B, n, V) of the tokens (B, n) that fill a hole, each given all before
+    it.
+    """
     import torch
 
     return read(batch, torch.cat((batch.before, ids[:, :-1]), dim=1), batch.start - 1)
 
 
 def left_to_right(batch: Batch, count: int) -> Tensor:
-    """Decode `count` tokens from the clean stream, (B, count): `train_gpt.decode`, but what was read stays read."""
+    """Decode `count` tokens from the clean stream, (B, count): `train_gpt.decode`, but what was
+    read stays read.
+    """
     import torch
 
     found = [batch.before]
@@ -305,7 +323,8 @@ class FirstPass:
 def refill(
     batch: Batch, ids: Tensor, hole: Tensor, suffix: Tensor, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Fill the marked tokens of ids (B, S), which stand from `start` on before `suffix` (B, n), in `steps` passes.
+    """Fill the marked tokens of ids (B, S), which stand from `start` on before `suffix` (B, n), in
+    `steps` passes.
 
     Returns the tokens (B, S) and the logits of the first pass (B, S, V).
     """
@@ -327,7 +346,9 @@ def doubt(batch: Batch, ids: Tensor, wrong_share: float) -> Tensor:
 
     from train_gpt import Corruption, Window
 
-    (B, S), start, device = ids.shape, batch.start, ids.device
+    (B, S) = ids.shape
+    start = batch.start
+    device = ids.device
     everything = torch.ones(B, 1, S, dtype=torch.bool, device=device)
     noisy = Corruption(
         ids[:, None], ~everything, everything, torch.full((B, 1), wrong_share, device=device)
@@ -397,10 +418,8 @@ def fill_holes(batch: Batch, plan: Plan) -> dict[int, Hole]:
     }
     found = {}
     for hole in plan.holes:  # left to right, a shorter hole is the beginning of a longer one
-        fills, first = (
-            {key: Fill(ids[:, :hole], nats[:, :hole]) for key, (ids, nats) in shared.items()},
-            {},
-        )
+        fills = {key: Fill(ids[:, :hole], nats[:, :hole]) for key, (ids, nats) in shared.items()}
+        first = {}
         x0, everything = text[:, :hole], torch.ones_like(text[:, :hole], dtype=torch.bool)
         after = batch.rows[:, batch.start + hole :][:, : plan.suffix]
         for side, suffix in ((WITH, after), (WITHOUT, after[:, :0])):
@@ -550,7 +569,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
-    """Name artifacts by their folders, or by their files, or by both: the shortest that tells them apart."""
+    """Name artifacts by their folders, or by their files, or by both: the shortest that tells them
+    apart.
+    """
     for names in ([p.absolute().parent.name for p in paths], [p.name.split(".")[0] for p in paths]):
         if len(set(names)) == len(names) and all(names):
             return names
@@ -561,7 +582,8 @@ def load(paths: Sequence[Path], plan: Plan, device: torch.device) -> list[Loaded
     """Read artifacts that can all be measured on the same text.
 
     Raises:
-        UserError: one is missing or damaged, has no denoiser, reads too little, or has another tokenizer.
+        UserError: one is missing or damaged, has no denoiser, reads too little, or has another
+        tokenizer.
     """
     import train_gpt as tg
 
@@ -605,10 +627,8 @@ def excerpts(cfg: Config, plan: Plan, examples: int) -> tuple[Tensor, str]:
 
     data_path = os.environ.get("DATA_PATH", cfg.data_path)
     loader = tg.TokenLoader(dataclasses.replace(cfg, data_path=data_path), "val")
-    room, apart = (
-        loader.total - plan.length,
-        max(plan.holes[-1], plan.revise_window if plan.revise_examples else 0),
-    )
+    room = loader.total - plan.length
+    apart = max(plan.holes[-1], plan.revise_window if plan.revise_examples else 0)
     if room // examples < apart:
         fail(
             f"--examples={examples} holes of {apart} tokens (or windows with wrong tokens) overlap in the "
@@ -757,7 +777,9 @@ def infill_table(hole: Mapping[str, Any]) -> str:
 
 
 def first_pass_table(holes: Sequence[Mapping[str, Any]]) -> str:
-    """What one pass makes of the holes: log-probability of the truth, and where in the hole the suffix helps."""
+    """What one pass makes of the holes: log-probability of the truth, and where in the hole the
+    suffix helps.
+    """
     rows = []
     for hole in holes:
         found = {"log p of the text, nats per token": hole["first_pass_log_prob"]}
@@ -865,7 +887,8 @@ def draw_hole(top: Axes, bottom: Axes, results: Sequence[Mapping[str, Any]]) -> 
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Draw tokens right and likelihood against passes: a column a hole length, a colour an artifact.
+    """Draw tokens right and likelihood against passes: a column a hole length, a colour an
+    artifact.
 
     Raises:
         UserError: the file cannot be written.

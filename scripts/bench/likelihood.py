@@ -1,11 +1,13 @@
-"""Score an artifact by every likelihood it has: exact, left to right in the noisy mode, and as a bound by window size.
+"""Score an artifact by every likelihood it has: exact, left to right in the noisy mode, and as a
+bound by window size.
 
     python scripts/bench/likelihood.py                                     bounds at windows of 1, 4, 8, 16, 32 and T tokens
     python scripts/bench/likelihood.py --rows 256 --samples 16             more text, smaller Monte Carlo error
     python scripts/bench/likelihood.py --wrong --windows 16                how far below the bound wrong estimators print
 
-Text comes from DATA_PATH and TOKENIZER_PATH, or from where the artifact was trained; all other settings are its own.
-Rows are evenly spaced over the validation split. The last line is one JSON object.
+Text comes from DATA_PATH and TOKENIZER_PATH, or from where the artifact was trained; all other
+settings are its own. Rows are evenly spaced over the validation split. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -219,15 +221,15 @@ def causal(at: Loaded, tick: Tick) -> float:
 
 
 def bound_nats(at: Loaded, size: int, samples: int, offset: int, tick: Tick) -> Tensor:
-    """Sampled nats of each row, (K, N) float64, over windows of `size`; offset 0 draws what train_gpt.py draws."""
+    """Sampled nats of each row, (K, N) float64, over windows of `size`; offset 0 draws what
+    train_gpt.py draws.
+    """
     import torch
 
     import train_gpt as tg
 
-    mask, windows = (
-        tg.window_mask(at.cfg.train_seq_len, size, at.cfg.diffusion_causal, at.device),
-        [],
-    )
+    mask = tg.window_mask(at.cfg.train_seq_len, size, at.cfg.diffusion_causal, at.device)
+    windows = []
     for numbers, rows in at.batches():
         keys = tg.derive(
             numbers[:, None], at.cfg.eval_seed + offset, torch.arange(at.cfg.train_seq_len // size)
@@ -240,7 +242,9 @@ def bound_nats(at: Loaded, size: int, samples: int, offset: int, tick: Tick) -> 
 
 
 def bound(at: Loaded, size: int, samples: int, tick: Tick) -> Score:
-    """Bound over windows of `size` tokens; its error is taken from the spread over samples, as train_gpt.py does."""
+    """Bound over windows of `size` tokens; its error is taken from the spread over samples, as
+    train_gpt.py does.
+    """
     import train_gpt as tg
 
     samples = samples if size > 1 else 1  # exact
@@ -251,10 +255,11 @@ def bound(at: Loaded, size: int, samples: int, tick: Tick) -> Score:
 
 
 def convergence(at: Loaded, size: int, tick: Tick) -> list[Score]:
-    """The bound with each number of samples, each drawn twice afresh: the first, and the error the two show.
+    """The bound with each number of samples, each drawn twice afresh: the first, and the error the
+    two show.
 
-    A single sample states no error of its own; two independent draws measure it alike for every K. The mean does not
-    depend on K: more samples narrow the error, they do not tighten the bound.
+    A single sample states no error of its own; two independent draws measure it alike for every K.
+    The mean does not depend on K: more samples narrow the error, they do not tighten the bound.
     """
     import train_gpt as tg
 
@@ -269,7 +274,9 @@ def convergence(at: Loaded, size: int, tick: Tick) -> list[Score]:
 
 
 def wrong_scores(at: Loaded, size: int, samples: int, tick: Tick) -> dict[str, dict[str, Any]]:
-    """Score by the estimators of scripts/bench/estimators.py: bpb, and per cent under the right bound of the windows."""
+    """Score by the estimators of scripts/bench/estimators.py: bpb, and per cent under the right
+    bound of the windows.
+    """
     import torch
 
     import train_gpt as tg

@@ -6,12 +6,14 @@
     python scripts/bench/train.py --recipes direct --profile     which operators a step's time goes to
     python scripts/bench/train.py --program /old/train_gpt.py    this program against another version, in turns
 
-Settings come from the environment as for train_gpt.py (PRESET, COMPILE, ...); --size sets more, once for every row of
-the table. Text is random tokens: nothing needs to be prepared. A step with windows and one without are timed apart;
-"run" is their mean over a run, by DIFFUSION_START_FRAC. Ratios to `ar` (or, with --program, to this program) are taken
-within a round and their median is shown, since a machine's speed drifts. MFU: flops.py. On CUDA a step that waits for
-the device is an error; "graphs" are compilations after the warm-up, which should be none. Not timed: data preparation,
-start, scores (bench/evaluation.py). The table is Markdown; the last line is one JSON object.
+Settings come from the environment as for train_gpt.py (PRESET, COMPILE, ...); --size sets more,
+once for every row of the table. Text is random tokens: nothing needs to be prepared. A step with
+windows and one without are timed apart; "run" is their mean over a run, by DIFFUSION_START_FRAC.
+Ratios to `ar` (or, with --program, to this program) are taken within a round and their median is
+shown, since a machine's speed drifts. MFU: flops.py. On CUDA a step that waits for the device is an
+error; "graphs" are compilations after the warm-up, which should be none. Not timed: data
+preparation, start, scores (bench/evaluation.py). The table is Markdown; the last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -106,7 +108,9 @@ def graphs() -> int:
 
 
 def prime(program: Any, state: Any, objective: Any, run: Any, progress: float) -> None:
-    """Run every kind of pass of these steps once, whatever windows they will draw, as training does."""
+    """Run every kind of pass of these steps once, whatever windows they will draw, as training
+    does.
+    """
     cfg, sizes = state.cfg, [*objective.masks] if progress else [0]
     num_rows = cfg.train_batch_tokens // cfg.micro_batches // cfg.train_seq_len
     rows = state.loader.rows(0, num_rows, cfg.train_seq_len, run.device)
@@ -136,7 +140,9 @@ def time_steps(
 def profile(
     program: Any, state: Any, objective: Any, run: Any, progress: float, steps: int
 ) -> list[dict[str, Any]]:
-    """Share out the time of steps among operators, without what they call; the device's time where there is one."""
+    """Share out the time of steps among operators, without what they call; the device's time where
+    there is one.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if run.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -145,7 +151,8 @@ def profile(
             program.train_step(state, objective, program.Moment(state.step, progress, 1.0))
         run.clock()
     which = "self_device_time_total" if run.device.type == "cuda" else "self_cpu_time_total"
-    # Operators; kernels of a device have entries of their own, whose time those of operators hold, too.
+    # Operators; kernels of a device have entries of their own, whose time those of operators hold,
+    # too.
     events = [event for event in found.key_averages() if event.device_type.name == "CPU"]
     spent = {
         event.key: (getattr(event, which) / 1e3 / steps, event.count // steps) for event in events
@@ -287,7 +294,9 @@ def step_seconds(found: Mapping[str, Any]) -> float:
 def summarise(
     all_cases: Sequence[dict[str, Any]], rounds: Sequence[Sequence[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """Medians over rounds of every case, and the ratio of its step to that of its reference in the same round."""
+    """Medians over rounds of every case, and the ratio of its step to that of its reference in the
+    same round.
+    """
     rows = []
     for i, case in enumerate(all_cases):
         mine = [found[i] for found in rounds]

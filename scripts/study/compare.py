@@ -1,18 +1,21 @@
-"""Test every recipe's scores against a reference, and set the order of the recipes beside the published one.
+"""Test every recipe's scores against a reference, and set the order of the recipes beside the
+published one.
 
     python scripts/study/compare.py                              against `ar` and `direct`, in logs/ and logs/ladder/
     python scripts/study/compare.py --against td_control --logs logs/ladder
     python scripts/study/compare.py --noise 0.002                what a row with one seed may be off by, as a share
 
-Only runs on the same data and machine, of the same size and settings, are compared. Rows with two seeds or more in
-common with the reference are compared seed by seed (paired t-test), others with two seeds on either side by Welch's
-test; one seed gives a difference and no p-value. p-values are two-sided and not adjusted for the number of tests.
-Folders are read one by one. The last line is one JSON object.
+Only runs on the same data and machine, of the same size and settings, are compared. Rows with two
+seeds or more in common with the reference are compared seed by seed (paired t-test), others with
+two seeds on either side by Welch's test; one seed gives a difference and no p-value. p-values are
+two-sided and not adjusted for the number of tests. Folders are read one by one. The last line is
+one JSON object.
 
 tau, rho  Kendall's (tau-b, ties count as ties) and Spearman's correlation of our val_bpb with the published ones
 beyond    pairs of rows in the other order than published whose difference exceeds two standard errors: those of the
-          tests above or, where a row has one seed, those of --noise. Without it, noise is pooled over the rows that
-          have several seeds; for two rows with the same seeds it is that of their differences, which is less
+          tests above or, where a row has one seed, those of --noise. Without it, noise is pooled
+          over the rows that have several seeds; for two rows with the same seeds it is that of
+          their differences, which is less
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ BEYOND = 2  # standard errors
 NOISE_OF = ("over seeds", "in differences at one seed")
 VAL = "val_bpb"
 
-# The published orders of a ladder: a column each, its phases in order of preference where a row has several scores.
+# The published orders of a ladder: a column each, its phases in order of preference where a row has
+# several scores.
 SHORT = ("1", "2", "2, corruption", "3", "3b", "3d", "3e", "4")  # 180 s on one H100
 PHASES: dict[str, tuple[tuple[str, ...], ...]] = {
     "phase1": (("1",),),
@@ -101,11 +105,9 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differ
     a, b = list(ours.values()), list(theirs.values())
     if len(shared) > 1:
         pairs = [ours[seed] - theirs[seed] for seed in shared]
-        mean, error, freedom = (
-            statistics.mean(pairs),
-            statistics.stdev(pairs) / math.sqrt(len(pairs)),
-            len(pairs) - 1.0,
-        )
+        mean = statistics.mean(pairs)
+        error = statistics.stdev(pairs) / math.sqrt(len(pairs))
+        freedom = len(pairs) - 1.0
         n, test = f"{len(pairs)} pairs", "paired"
     elif min(len(a), len(b)) > 1:
         parts = [statistics.variance(values) / len(values) for values in (a, b)]
@@ -113,11 +115,9 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differ
         scaled = sum(
             part**2 / (len(values) - 1) for part, values in zip(parts, (a, b), strict=True)
         )
-        n, test, freedom = (
-            f"{len(a)}, {len(b)}",
-            "Welch",
-            sum(parts) ** 2 / scaled if scaled else 1.0,
-        )
+        n = f"{len(a)}, {len(b)}"
+        test = "Welch"
+        freedom = sum(parts) ** 2 / scaled if scaled else 1.0
     else:
         return Difference(
             statistics.mean(a) - statistics.mean(b), None, None, f"{len(a)}, {len(b)}", NONE
@@ -236,8 +236,12 @@ def published(name: str, phases: Sequence[str]) -> float | None:
 def ranked_rows(
     rows: Rows, names: Iterable[str], phases: Sequence[str]
 ) -> tuple[list[Ranked], list[str]]:
-    """Return the rows of a published order that have runs, each run once, and the names of the others."""
-    found, lacking, taken = list[Ranked](), list[str](), list[Group]()
+    """Return the rows of a published order that have runs, each run once, and the names of the
+    others.
+    """
+    found = list[Ranked]()
+    lacking = list[str]()
+    taken = list[Group]()
     for name in names:
         score, g = published(name, phases), ladder.find(rows, name)
         if score is None or any(g is other for other in taken):
@@ -324,10 +328,8 @@ def order_text(found: Mapping[str, Any]) -> str:
         if found["lacking"]
         else ""
     )
-    theirs, ours = (
-        [line["published"] for line in lines],
-        [statistics.mean(line["ours"]) for line in lines],
-    )
+    theirs = [line["published"] for line in lines]
+    ours = [statistics.mean(line["ours"]) for line in lines]
     body = [
         [
             f"`{line['row']}`",
@@ -423,7 +425,9 @@ def folders_of(args: argparse.Namespace) -> list[Path]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Compare what every folder holds; ReportError: it cannot be, or a reference that was asked for has no run."""
+    """Compare what every folder holds; ReportError: it cannot be, or a reference that was asked for
+    has no run.
+    """
     need("scipy", "compare.py")
     held = {folder: ladder.by_context(read_logs(folder)) for folder in folders_of(args)}
     tables = [rows for contexts, _ in held.values() for rows in contexts.values()]
@@ -435,10 +439,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             )
     found: dict[str, Any] = {}
     for folder, (contexts, notes) in held.items():
-        parts, data = (
-            [f"## {shown(folder)}", *([] if contexts else ["No finished run."])],
-            list[dict[str, Any]](),
-        )
+        parts = [f"## {shown(folder)}", *([] if contexts else ["No finished run."])]
+        data = list[dict[str, Any]]()
         for key, rows in contexts.items():
             texts, compared = compare(rows, args.against or REFERENCES, args.noise)
             parts += [f"### {ladder.context_name(key)}", *texts]

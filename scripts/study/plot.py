@@ -3,11 +3,11 @@
     python scripts/study/plot.py --plots out/plots
     python scripts/study/plot.py --plots out/plots --logs logs/ladder --rows late,direct
 
-Reads logs/ and logs/ladder/, each into pictures of its own: FOLDER_DATA_training.png, .._infill.png and
-.._likelihood.png, one of each for runs on the same data and machine, of the same size and settings. A colour and a
-marker are a recipe. Curves are single runs (dotted: it did not finish); points are means over seeds, bars their
-standard deviation where there are several. Of a run that did not finish nothing else is drawn. The last line is one
-JSON object.
+Reads logs/ and logs/ladder/, each into pictures of its own: FOLDER_DATA_training.png, .._infill.png
+and .._likelihood.png, one of each for runs on the same data and machine, of the same size and
+settings. A colour and a marker are a recipe. Curves are single runs (dotted: it did not finish);
+points are means over seeds, bars their standard deviation where there are several. Of a run that
+did not finish nothing else is drawn. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ def draw_infill(panel: Axes, rows: Rows, span: int, key: str, style: Mapping[str
 
 
 def draw_likelihood(panel: Axes, rows: Rows, window: int, style: Mapping[str, Any]) -> None:
-    """Draw exact val_bpb against the bound, a labelled point a recipe; one without a bound is a line.
+    """Draw exact val_bpb against the bound, a labelled point a recipe; one without a bound is a
+    line.
 
     Where there are many, points are labelled by numbers, which the legend explains.
     """
@@ -267,7 +268,9 @@ def kept(found: Mapping[str, Any], only: Sequence[str] | None) -> dict[str, Any]
 
 def draw_folder(folder: Path, args: argparse.Namespace) -> tuple[list[Path], set[str]]:
     """Draw what one folder holds; return the files, and the recipes it has."""
-    runs, files, seen = read_logs(folder), list[Path](), set[str]()
+    runs = read_logs(folder)
+    files = list[Path]()
+    seen = set[str]()
     finished, notes = ladder.by_context(runs)
     curves, used = curves_by_context(runs), Counter[str]()
     for note in notes:

@@ -1,4 +1,5 @@
-"""Make a record from nothing: data, seeds x recipes, tables and submission.json; the same command again goes on.
+"""Make a record from nothing: data, seeds x recipes, tables and submission.json; the same command
+again goes on.
 
     python scripts/study/record.py 8xh100                         FineWeb, `direct`, three seeds x 600 s on eight devices
     DATA_PATH=data/mine TOKENIZER_PATH=data/mine/tokenizer.model python scripts/study/record.py 1xgpu --seconds 150
@@ -6,11 +7,12 @@
     python scripts/study/record.py 8xh100 --plan                  only say what would be run
     python scripts/study/record.py 8xh100 --rehearse              four steps on CPU (two processes): does the whole path work?
 
-Steps: prepare_data.py (FineWeb, or for cpu the Python library, unless DATA_PATH names what is there), sweep.py twice
-(baselines as they are, then `direct` with the protocol's record settings, RECORD below; finished runs are skipped),
-bench/export.py (where the bytes go and what rounding costs both scores), report.py. OUT holds runs, logs/, export.json,
-README.md with the tables and submission.json. Settings of train_gpt.py come from the environment as always, over which
-record settings stand (in a rehearsal but for sizes). The last line is one JSON object.
+Steps: prepare_data.py (FineWeb, or for cpu the Python library, unless DATA_PATH names what is
+there), sweep.py twice (baselines as they are, then `direct` with the protocol's record settings,
+RECORD below; finished runs are skipped), bench/export.py (where the bytes go and what rounding
+costs both scores), report.py. OUT holds runs, logs/, export.json, README.md with the tables and
+submission.json. Settings of train_gpt.py come from the environment as always, over which record
+settings stand (in a rehearsal but for sizes). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -45,9 +47,10 @@ SIZES = (
     "MICRO_BATCHES",
 )  # a rehearsal takes the environment's
 
-# Settings beyond the baseline's, by protocol. Those of GPUs are what others measured in the challenge (ten layers and a
-# wide MLP, paid for by six bits; a table of token pairs, low rates, long warm-down, decay, average), not measured by
-# this project; `cpu` is what was measured here (LOG.md).
+# Settings beyond the baseline's, by protocol. Those of GPUs are what others measured in the
+# challenge (ten layers and a wide MLP, paid for by six bits; a table of token pairs, low rates,
+# long warm-down, decay, average), not measured by this project; `cpu` is what was measured here
+# (LOG.md).
 SIX_BITS = {"EXPORT_SCHEME": "int6+lzma", "VALUE_RESIDUAL": "1"}
 LOW_RATES = {"MATRIX_LR": "0.02", "TIED_EMBED_LR": "0.03", "MUON_WEIGHT_DECAY": "0.04"}
 LONG_RUN = {"WARMDOWN_ITERS": "3000", "MUON_MOMENTUM": "0.99", "MUON_MOMENTUM_WARMUP_START": "0.92"}
@@ -113,13 +116,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def steps_of(args: argparse.Namespace, env: Mapping[str, str]) -> list[Step]:
     """List what is run, in order."""
-    how, out, python = PROTOCOLS[args.protocol], args.out, sys.executable
+    how = PROTOCOLS[args.protocol]
+    out = args.out
+    python = sys.executable
     if args.rehearse:
         how = how._replace(nproc=min(how.nproc, 2), preset="cpu", source="stdlib")
-    settings, steps = (
-        {"PRESET": how.preset} | ({"DEVICE": "cpu"} if how.preset == "cpu" else {}),
-        list[Step](),
-    )
+    settings = {"PRESET": how.preset} | ({"DEVICE": "cpu"} if how.preset == "cpu" else {})
+    steps = list[Step]()
 
     def add(script: str, *arguments: str, **more: str) -> None:
         steps.append(Step([python, str(SCRIPTS / script), *arguments], settings | more))
@@ -161,7 +164,9 @@ def steps_of(args: argparse.Namespace, env: Mapping[str, str]) -> list[Step]:
 
 
 def checkpoint(args: argparse.Namespace, env: Mapping[str, str]) -> Path:
-    """Find the last checkpoint of a finished run of the first seed with record settings; UserError: there is none."""
+    """Find the last checkpoint of a finished run of the first seed with record settings; UserError:
+    there is none.
+    """
     time = {"ITERATIONS": "4", "MAX_WALLCLOCK_SECONDS": "0"}
     if not args.rehearse:
         time = {"MAX_WALLCLOCK_SECONDS": str(args.seconds or PROTOCOLS[args.protocol].seconds)}
@@ -184,7 +189,9 @@ def checkpoint(args: argparse.Namespace, env: Mapping[str, str]) -> Path:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UserError if this machine lacks the devices, or a compiler, before anything is downloaded."""
+    """Raise UserError if this machine lacks the devices, or a compiler, before anything is
+    downloaded.
+    """
     compilers = [os.environ.get("CXX", "g++"), "clang++"]
     if RECORD[args.protocol].get("COMPILE") == "1" and not any(map(shutil.which, compilers)):
         raise tg.UserError(

@@ -1,12 +1,13 @@
-"""Turn run logs into the results tables, submission.json, and a check that both still say what was measured.
+"""Turn run logs into the results tables, submission.json, and a check that both still say what was
+measured.
 
     python scripts/study/report.py            print the tables
     python scripts/study/report.py --write    also put them into README.md and submission.json
     python scripts/study/report.py --check    exit 1 if either disagrees with the logs
 
-Runs that differ only in their seed are one row. A run counts once it has written its `done` event. Runs of sweep.py's
-rows lie in a folder of their own, logs/ladder, and have a table of their own. See compare.py for tests of differences,
-plot.py for curves.
+Runs that differ only in their seed are one row. A run counts once it has written its `done` event.
+Runs of sweep.py's rows lie in a folder of their own, logs/ladder, and have a table of their own.
+See compare.py for tests of differences, plot.py for curves.
 """
 
 from __future__ import annotations
@@ -68,14 +69,13 @@ RESULTS, RECIPES = (
     Block(f"<!-- {name} -->", f"<!-- /{name} -->") for name in ("results", "recipes")
 )
 
-# What the challenge ranks: the `direct` recipe on FineWeb on eight devices, for at most so many seconds.
-RANKED_RECIPE, RANKED_DATA, RANKED_RANKS, RANKED_PRESET, RANKED_SECONDS = (
-    "direct",
-    "fineweb",
-    8,
-    "8xh100",
-    600.0,
-)
+# What the challenge ranks: the `direct` recipe on FineWeb on eight devices, for at most so many
+# seconds.
+RANKED_RECIPE = "direct"
+RANKED_DATA = "fineweb"
+RANKED_RANKS = 8
+RANKED_PRESET = "8xh100"
+RANKED_SECONDS = 600.0
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -111,7 +111,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def shared_changes(groups: Sequence[Group]) -> list[str]:
-    """List the settings given by hand that every row has in common: they are said once, below the table."""
+    """List the settings given by hand that every row has in common: they are said once, below the
+    table.
+    """
     return [
         change for change in groups[0].key.changes if all(change in g.key.changes for g in groups)
     ]
@@ -154,7 +156,9 @@ def score_table(groups: Sequence[Group]) -> str:
 
 
 def decode_table(groups: Sequence[Group]) -> str:
-    """One row a group, task and span; one column a number of passes: token accuracy and decoded tokens a second."""
+    """One row a group, task and span; one column a number of passes: token accuracy and decoded
+    tokens a second.
+    """
     shared = shared_changes(groups)
     ways = sorted(
         {
@@ -190,10 +194,8 @@ def decode_table(groups: Sequence[Group]) -> str:
 
 def decode_cell(g: Group, key: tuple[str, int, int, str]) -> str:
     rows = [run.decode.get(key, {}) for run in g.runs]
-    accuracy, speed = (
-        numbers(r.get("token_acc") for r in rows),
-        numbers(r.get("tok_per_sec") for r in rows),
-    )
+    accuracy = numbers(r.get("token_acc") for r in rows)
+    speed = numbers(r.get("tok_per_sec") for r in rows)
     return (
         f"{mean_cell(accuracy, 3)} ({statistics.mean(speed):,.0f}/s)"
         if accuracy and speed
@@ -292,7 +294,9 @@ def seed_results(g: Group) -> dict[str, dict[str, Any]]:
 
 
 def decode_means(g: Group) -> list[dict[str, Any]] | None:
-    """Average what parallel decoding scored over the seeds; None if it was not measured in every run."""
+    """Average what parallel decoding scored over the seeds; None if it was not measured in every
+    run.
+    """
     found = []
     for key in (key for key in g.runs[0].decode if all(key in run.decode for run in g.runs)):
         task, span, steps, mode = key
@@ -305,7 +309,8 @@ def decode_means(g: Group) -> list[dict[str, Any]] | None:
 
 
 def read_benchmarks(folder: Path) -> list[dict[str, Any]]:
-    """Read what bench/decode.py printed or wrote into *decode*.txt and *decode*.json: its JSON lines.
+    """Read what bench/decode.py printed or wrote into *decode*.txt and *decode*.json: its JSON
+    lines.
 
     Raises:
         ReportError: a line that begins as JSON is none, or lacks what bench/decode.py writes.
@@ -360,7 +365,9 @@ def is_ranked(key: Key) -> bool:
 def submission(
     groups: Sequence[Group], benchmarks: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
-    """Build submission.json: the challenge's fields from ranked runs, null without one; everything else apart."""
+    """Build submission.json: the challenge's fields from ranked runs, null without one; everything
+    else apart.
+    """
     candidates = [
         g for g in groups if is_ranked(g.key)
     ]  # the one with the most seeds, then the best score
@@ -421,7 +428,9 @@ def read_readme(path: Path) -> str:
 
 
 def split(text: str, block: Block, path: Path) -> tuple[str, str, str]:
-    """Cut README.md into before, between and after the lines of a block; ReportError: not there once each, in order."""
+    """Cut README.md into before, between and after the lines of a block; ReportError: not there
+    once each, in order.
+    """
     begin, end = block
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ReportError(
@@ -503,16 +512,16 @@ def recipes(args: argparse.Namespace) -> tuple[list[RunLog], dict[Block, str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, 1 if --check found a disagreement, 2 after an error the user can repair."""
+    """Run the command; return 0, 1 if --check found a disagreement, 2 after an error the user can
+    repair.
+    """
     args = parse_args(argv)
     try:
         runs = read_logs(args.logs)
         groups, notes = group_runs(runs)
         ladder, more = recipes(args)
-        blocks, entry = (
-            {RESULTS: results_block(groups, notes), **more},
-            submission(groups, read_benchmarks(args.logs)),
-        )
+        blocks = {RESULTS: results_block(groups, notes), **more}
+        entry = submission(groups, read_benchmarks(args.logs))
         print("\n\n".join(blocks.values()))
         if args.write:
             write(args, blocks, entry)

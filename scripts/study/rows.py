@@ -27,7 +27,9 @@ Rows = dict[str, Group]  # of one data set, machine and settings, in the order o
 
 
 def by_context(runs: Iterable[RunLog]) -> tuple[dict[Key, Rows], list[str]]:
-    """Gather finished runs by what rows must share to be compared (a key without recipe), and say what is left out."""
+    """Gather finished runs by what rows must share to be compared (a key without recipe), and say
+    what is left out.
+    """
     groups, notes = group_runs(runs)
     order = {name: place for place, name in enumerate(sweep.rows())}
     contexts: dict[Key, Rows] = {}
@@ -103,7 +105,9 @@ def whole(values: Sequence[float], of: Any = statistics.mean) -> str:
 
 
 def cost_table(rows: Rows) -> str:
-    """One line a row: steps, speed, memory, exact bits per byte, bounds, infill, size, and what was published."""
+    """One line a row: steps, speed, memory, exact bits per byte, bounds, infill, size, and what was
+    published.
+    """
     windows = windows_of(rows)
     head = [
         "row",

@@ -1,7 +1,7 @@
 """Run logs: events in, groups of comparable runs out, and how their numbers are written.
 
-Shared by the scripts that read logs. Runs that differ only in their seed are one group. A run counts once it has
-written its `done` event.
+Shared by the scripts that read logs. Runs that differ only in their seed are one group. A run
+counts once it has written its `done` event.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ class RunLog:
             if not isinstance(event[name], int):
                 raise ValueError(f"{name} of a {kind} event is {event[name]!r}, not a whole number")
         if kind == "header":
-            self.events, self.nelbo, self.decode = {}, {}, {}
+            self.events = {}
+            self.nelbo = {}
+            self.decode = {}
             self.before, self.curve = self.curve, []
         elif kind == "resume":
             self.curve = [point for point in self.before if point["step"] <= event["step"]]
@@ -205,11 +207,9 @@ def read_logs(folder: Path) -> list[RunLog]:
 
 def key_of(run: RunLog) -> Key:
     """Say which runs this one may be averaged with."""
-    values, source, machine = (
-        run.get("config", "values"),
-        run.get("config", "source"),
-        run.get("header", "machine"),
-    )
+    values = run.get("config", "values")
+    source = run.get("config", "source")
+    machine = run.get("header", "machine")
     recipe, data, preset = (run.setting(name) for name in ("recipe", "data_path", "preset"))
     changes = [
         f"{name.upper()}={values[name]}"

@@ -1,12 +1,14 @@
-"""Run recipes x seeds at one budget, one process a run, and lay the scores beside the published ones.
+"""Run recipes x seeds at one budget, one process a run, and lay the scores beside the published
+ones.
 
     python scripts/study/sweep.py defects --seeds 1337,42,2026 --seconds 600
     python scripts/study/sweep.py td_control td_late05 --steps 400 --set MICRO_BATCHES=2 --out out/late
     python scripts/study/sweep.py all --dry-run        every row: its settings, and what was chosen where none is published
 
-Names are rows or ladders of scripts/study/ladder.toml. DATA_PATH, PRESET and the like come from the environment, as for
-train_gpt.py. The same command again goes on: finished runs are skipped, and one that was cut off resumes. Rows with
-equal settings share a run. Results are OUT/sweep.jsonl and OUT/logs; the last line is one JSON object.
+Names are rows or ladders of scripts/study/ladder.toml. DATA_PATH, PRESET and the like come from the
+environment, as for train_gpt.py. The same command again goes on: finished runs are skipped, and one
+that was cut off resumes. Rows with equal settings share a run. Results are OUT/sweep.jsonl and
+OUT/logs; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -79,7 +81,9 @@ class Run(NamedTuple):
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; exits with 2 on a wrong one. UserError: the file of ladders is damaged."""
+    """Read the command line; exits with 2 on a wrong one. UserError: the file of ladders is
+    damaged.
+    """
     text = "\n".join(
         f"  {name:12}{' '.join(of) if name != 'all' else 'every row'}"
         for name, of in ladders().items()
@@ -126,10 +130,8 @@ def fail(*faults: str) -> None:
 
 def chosen_rows(names: Sequence[str]) -> list[str]:
     """Expand ladders into rows, each once, in order; UserError names what is near an unknown one."""
-    left_out, known = (
-        ladder.read(UserError)["left_out"],
-        {name: [name] for name in rows()} | ladders(),
-    )
+    left_out = ladder.read(UserError)["left_out"]
+    known = {name: [name] for name in rows()} | ladders()
     why = {
         name: f"is left out: {left_out[name]}" if name in left_out else "is no row or ladder"
         for name in names
@@ -140,12 +142,12 @@ def chosen_rows(names: Sequence[str]) -> list[str]:
 
 
 def overrides(args: argparse.Namespace) -> dict[str, str]:
-    """Collect the settings of the command line; UserError: not a setting, or one that a sweep sets itself."""
-    known, values, faults = (
-        [name.upper() for name in Config.__dataclass_fields__],
-        dict[str, str](),
-        [],
-    )
+    """Collect the settings of the command line; UserError: not a setting, or one that a sweep sets
+    itself.
+    """
+    known = [name.upper() for name in Config.__dataclass_fields__]
+    values = dict[str, str]()
+    faults = []
     if args.seconds is not None:
         values["MAX_WALLCLOCK_SECONDS"] = str(args.seconds)
     if args.steps is not None:
@@ -166,7 +168,9 @@ def overrides(args: argparse.Namespace) -> dict[str, str]:
 def configure(
     name: str, seed: str, given: Mapping[str, str], nproc: int
 ) -> tuple[Config, dict[str, str], list[str]]:
-    """Return settings and environment of one run, and warnings; UserError: a fault, or a given setting is the row's."""
+    """Return settings and environment of one run, and warnings; UserError: a fault, or a given
+    setting is the row's.
+    """
     taken = sorted(given.keys() & {setting.upper() for setting in tg.all_recipes()[name]})
     fail(
         *(
@@ -182,8 +186,12 @@ def configure(
 
 
 def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:
-    """Lay out all runs, seed by seed so that an unfinished sweep compares whole ladders; UserError lists all faults."""
-    names, runs, folders = chosen_rows(args.names), list[Run](), dict[str, Path]()
+    """Lay out all runs, seed by seed so that an unfinished sweep compares whole ladders; UserError
+    lists all faults.
+    """
+    names = chosen_rows(args.names)
+    runs = list[Run]()
+    folders = dict[str, Path]()
     faults, notes = (
         dict[str, dict[str, None]](),
         dict[str, dict[str, None]](),
@@ -236,7 +244,8 @@ def read(run: Run) -> report.RunLog:
 
 
 def state_of(run: Run, version: str | None) -> str:
-    """Say from its log what became of a run: done, cut off (with a checkpoint), new, or of another version.
+    """Say from its log what became of a run: done, cut off (with a checkpoint), new, or of another
+    version.
 
     Raises:
         UserError: it was made from other data.
@@ -265,7 +274,9 @@ def state_of(run: Run, version: str | None) -> str:
 
 
 def execute(run: Run, resume: bool, nproc: int, bar: Any) -> str:
-    """Train one run to its end; return what it gave as its error, empty if it ended well. Ctrl-C ends it, too."""
+    """Train one run to its end; return what it gave as its error, empty if it ended well. Ctrl-C
+    ends it, too.
+    """
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
         if nproc > 1
@@ -328,11 +339,9 @@ class Store:
     """OUT/sweep.jsonl, one line a run, those of earlier sweeps included; UserError: damaged."""
 
     def __init__(self, out: Path) -> None:
-        self.out, self.path, self.lines = (
-            out,
-            out / "sweep.jsonl",
-            dict[tuple[str, str], dict[str, Any]](),
-        )
+        self.out = out
+        self.path = out / "sweep.jsonl"
+        self.lines = dict[tuple[str, str], dict[str, Any]]()
         try:
             for text in (
                 self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ()
@@ -358,7 +367,9 @@ class Store:
 
 @contextlib.contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Hold the folder, and take SIGTERM and a closed terminal as Ctrl-C; UserError: another sweep holds it."""
+    """Hold the folder, and take SIGTERM and a closed terminal as Ctrl-C; UserError: another sweep
+    holds it.
+    """
     out.mkdir(parents=True, exist_ok=True)
     names = [
         n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN
@@ -377,17 +388,17 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def sweep(runs: Sequence[Run], args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Run what is not finished, one after the other; yield what was done and the line of each, or its error."""
+    """Run what is not finished, one after the other; yield what was done and the line of each, or
+    its error.
+    """
     version = (
         None
         if args.any_version
         else hashlib.sha256(PROGRAM.read_text(encoding="utf-8").encode()).hexdigest()
     )
-    states, store, errors = (
-        {run.folder: state_of(run, version) for run in runs},
-        Store(args.out),
-        dict[Path, str](),
-    )
+    states = {run.folder: state_of(run, version) for run in runs}
+    store = Store(args.out)
+    errors = dict[Path, str]()
     print(
         "; ".join(f"{n} {state}" for state, n in Counter(states.values()).items()), file=sys.stderr
     )
@@ -426,7 +437,9 @@ def published_cell(name: str) -> str:
 
 
 def score_table(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """One line a row: exact bits per byte and bounds, mean and deviation over seeds, beside what is published."""
+    """One line a row: exact bits per byte and bounds, mean and deviation over seeds, beside what is
+    published.
+    """
     windows = sorted(
         {int(window) for lines in scores.values() for line in lines for window in line["bounds"]}
     )
@@ -483,10 +496,8 @@ def run_command(args: argparse.Namespace) -> int:
                 found.append(did)
         except KeyboardInterrupt:
             interrupted = True
-    scores, failed = (
-        dict[str, list[dict[str, Any]]](),
-        [line for _, line in found if "error" in line],
-    )
+    scores = dict[str, list[dict[str, Any]]]()
+    failed = [line for _, line in found if "error" in line]
     for _, line in found:
         if "error" not in line:
             scores.setdefault(line["row"], []).append(line)
@@ -523,7 +534,9 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, 1 if a run failed, 2 after an error the user can repair, 130 after Ctrl-C."""
+    """Run the command; return 0, 1 if a run failed, 2 after an error the user can repair, 130 after
+    Ctrl-C.
+    """
     try:
         return run_command(parse_args(argv))
     except (UserError, report.ReportError, OSError) as error:

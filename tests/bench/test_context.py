@@ -22,10 +22,8 @@ T = 16
 def artifact(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("DATA_PATH", raising=False)
     monkeypatch.delenv("TOKENIZER_PATH", raising=False)
-    weights, sha256 = (
-        randomise(tg.GPT(cfg := tiny(**data))).state_dict(),
-        tg.ByteCounter(tiny(**data)).sha256,
-    )
+    weights = randomise(tg.GPT(cfg := tiny(**data))).state_dict()
+    sha256 = tg.ByteCounter(tiny(**data)).sha256
     tg.save_artifact(tmp_path / "tiny.ptz", weights, cfg, sha256, Recorder())
     return tmp_path / "tiny.ptz"
 

@@ -17,7 +17,10 @@ from scripts import policy
 from scripts.bench import decode as bench
 from tests.conftest import ROOT, VOCAB, Recorder, random_rows, randomise, tiny, write_shard
 
-V, PREFIX, TARGET, SUFFIX = 64, 6, 8, 3
+V = 64
+PREFIX = 6
+TARGET = 8
+SUFFIX = 3
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +102,9 @@ def test_what_is_decoded_is_not_seen(suffix: bool) -> None:
 def test_speed_is_the_median_over_all_batches_after_a_warm_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ticks, seeds, at = iter([0.0, 1.0, 10.0, 14.0, 20.0, 22.0]), list[int](), bench_of(repeats=3)
+    ticks = iter([0.0, 1.0, 10.0, 14.0, 20.0, 22.0])
+    seeds = list[int]()
+    at = bench_of(repeats=3)
     monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
 
     def decode(rows: torch.Tensor, seed: int) -> tg.Decoded:
@@ -129,10 +134,8 @@ def test_a_wrong_token_makes_a_row_differ_and_rows_count_alike(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     at = bench_of(rows=4)
-    outputs, forwards = (
-        [at.rows[:, : PREFIX + TARGET].clone() for _ in range(4)],
-        torch.tensor([[2], [8], [8], [8]]),
-    )
+    outputs = [at.rows[:, : PREFIX + TARGET].clone() for _ in range(4)]
+    forwards = torch.tensor([[2], [8], [8], [8]])
     for changed in outputs[2:]:  # a warm-up and a repeat of each mode
         changed[0, -1] = (changed[0, -1] + 1) % V
     monkeypatch.setattr(
@@ -265,7 +268,9 @@ def test_all_modes_from_end_to_end(
 def test_a_compiled_pass_says_the_same(
     data: dict[str, Any], tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
-    artifact, compiled, whole = save(tmp_path, data), list[Any](), torch.compile
+    artifact = save(tmp_path, data)
+    compiled = list[Any]()
+    whole = torch.compile
 
     def eager(function: Any, **how: Any) -> Any:  # as the default backend, but without a compiler
         compiled.append((function.__name__, how))

@@ -1,5 +1,6 @@
-"""Wrong likelihood estimators: each does what it says, errs in the direction claimed, and shows or hides from a uniform
-predictor as claimed; likelihood.py prints them beside the right one."""
+"""Wrong likelihood estimators: each does what it says, errs in the direction claimed, and shows or
+hides from a uniform predictor as claimed; likelihood.py prints them beside the right one.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +49,9 @@ def test_the_right_one_is_what_training_reports(size: int, data: dict[str, Any])
 
 
 def level_weight(m: int, low: float, high: float, power: int = 1) -> float:
-    """Mean over t in (low, high] of the chance that exactly these m of S tokens are hidden, over t^power."""
+    """Mean over t in (low, high] of the chance that exactly these m of S tokens are hidden, over
+    t^power.
+    """
     t = low + (high - low) * (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     return (t ** (m - power) * (1 - t) ** (S3 - m)).mean().item()
 
@@ -91,7 +94,9 @@ class CountOne:
 
 
 def mean_by_enumeration(name: str, model: tg.GPT, row: Tensor) -> float:
-    """Nats of a row in the mean over all that the estimator may draw: every set of hidden tokens, with its weight."""
+    """Nats of a row in the mean over all that the estimator may draw: every set of hidden tokens,
+    with its weight.
+    """
     total = 0.0
     for window in range(T3 // S3):
         nats = masked_set_nll(model, row, window)[0]  # (2^S, S)
@@ -117,7 +122,8 @@ def mean_by_enumeration(name: str, model: tg.GPT, row: Tensor) -> float:
 
 @pytest.mark.parametrize("name", SET_WEIGHT)
 def test_the_mean_of_an_estimator_is_the_sum_over_what_it_may_hide(name: str) -> None:
-    # Weights for which the estimators are far enough apart; with others some differences drown in the error.
+    # Weights for which the estimators are far enough apart; with others some differences drown in
+    # the error.
     model, copies = randomise(small_model(look_ahead=0, bigram_vocab_size=0), seed=3, std=2.0), 6000
     row = torch.tensor([[2, 0, 1, 2, 0, 0, 1]])
     keys = tg.derive(torch.arange(copies)[:, None], 3, torch.arange(T3 // S3))
@@ -161,10 +167,8 @@ UNIFORM: dict[str, Callable[[Sizes], float]] = {
 
 def sizes_of(text: we.Text) -> Sizes:
     sp, targets = text.counter.tokenizer, text.rows[:, 1:].flatten().tolist()
-    spaces, byte_pieces = (
-        sum(sp.id_to_piece(i)[0] == "▁" for i in targets),
-        sum(sp.is_byte(i) for i in targets),
-    )
+    spaces = sum(sp.id_to_piece(i)[0] == "▁" for i in targets)
+    byte_pieces = sum(sp.is_byte(i) for i in targets)
     num_bytes = int(text.bytes.sum().item())
     return Sizes(len(targets), num_bytes, spaces, byte_pieces, targets.count(BOS), text.size)
 
@@ -198,14 +202,18 @@ STAY, LETTERS = 0.75, 16
 
 
 class Trained(NamedTuple):
-    """A model of the sticky text, a piece of that text, and what that piece costs at the least, in bits per byte."""
+    """A model of the sticky text, a piece of that text, and what that piece costs at the least, in
+    bits per byte.
+    """
 
     text: we.Text
     entropy: float
 
 
 def sticky(letters: Tensor, batch: int, seed: int) -> Tensor:
-    """Rows of 17 tokens: each repeats the one before with probability STAY, or is any of the letters."""
+    """Rows of 17 tokens: each repeats the one before with probability STAY, or is any of the
+    letters.
+    """
     generator = torch.Generator().manual_seed(seed)
     fresh = letters[torch.randint(len(letters), (batch, 17), generator=generator)]
     new = torch.rand(batch, 17, generator=generator) > STAY
@@ -214,7 +222,9 @@ def sticky(letters: Tensor, batch: int, seed: int) -> Tensor:
 
 
 def sticky_nats(rows: Tensor) -> float:
-    """Negative log-probability of all tokens but the first of each row, given what is before, under their source."""
+    """Negative log-probability of all tokens but the first of each row, given what is before, under
+    their source.
+    """
     same = STAY + (1 - STAY) / LETTERS
     num_same, num = (rows[:, 1:] == rows[:, :-1]).sum().item(), rows[:, 1:].numel()
     return -num_same * math.log(same) - (num - num_same) * math.log((1 - STAY) / LETTERS)
@@ -315,7 +325,9 @@ def test_late_keys_are_those_of_the_window_itself() -> None:
 
 @pytest.fixture
 def artifact(data: dict[str, Any], tmp_path: Path) -> tuple[Path, tg.GPT]:
-    """An artifact that names data which is not there, as one from another machine does, and its reloaded model."""
+    """An artifact that names data which is not there, as one from another machine does, and its
+    reloaded model.
+    """
     model, _, _, counter = evaluation(**data)
     elsewhere = dataclasses.replace(
         model.cfg, data_path="/nowhere", tokenizer_path="/nowhere.model"
@@ -353,7 +365,9 @@ def test_the_command_prints_what_training_would(
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     cfg = dataclasses.replace(model.cfg, **data)
-    run, loader, counter = make_run(cfg), tg.TokenLoader(cfg, "val"), tg.ByteCounter(cfg)
+    run = make_run(cfg)
+    loader = tg.TokenLoader(cfg, "val")
+    counter = tg.ByteCounter(cfg)
     for row, size in zip(result["bounds"], (1, 4, 16), strict=True):
         found = tg.evaluate_bpb(model, run, loader, counter, size)
         assert row == pytest.approx(

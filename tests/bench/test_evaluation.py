@@ -1,4 +1,6 @@
-"""scripts/bench/evaluation.py: what is timed is what a run scores, and the whole is what it would take."""
+"""scripts/bench/evaluation.py: what is timed is what a run scores, and the whole is what it would
+take.
+"""
 
 from __future__ import annotations
 

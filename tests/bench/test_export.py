@@ -1,4 +1,6 @@
-"""scripts/bench/export.py: what is counted are the artifact's own bytes, and what rounding costs is measured on it."""
+"""scripts/bench/export.py: what is counted are the artifact's own bytes, and what rounding costs is
+measured on it.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def test_scores_and_bytes_are_those_of_the_artifact(
     monkeypatch.setattr(tg, "KEEP_FLOAT_NUMEL", 100)
     found = facts(call(checkpoint, "--levels", "127,31,3", capsys=capsys))
     cfg, weights = bench.load(checkpoint)
-    run, val, counter = make_run(cfg), tg.TokenLoader(cfg, "val"), tg.ByteCounter(cfg)
+    run = make_run(cfg)
+    val = tg.TokenLoader(cfg, "val")
+    counter = tg.ByteCounter(cfg)
     model = tg.GPT(cfg)
     model.load_state_dict(weights)
     exact, bound = (tg.evaluate_bpb(model, run, val, counter, size)["bpb"] for size in (0, 8))

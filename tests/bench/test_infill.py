@@ -1,4 +1,6 @@
-"""scripts/bench/infill.py: what is counted, against models of which everything is known, and by hand."""
+"""scripts/bench/infill.py: what is counted, against models of which everything is known, and by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -46,15 +48,20 @@ def sure(tokens: Tensor, how_sure: Tensor | float = 20.0) -> Tensor:
 class Stub:
     """A model of counting text: its windows do what they are told.
 
-    Its clean stream knows the text from the first token it is given, or, if `misled`, each token from the one before.
+    Its clean stream knows the text from the first token it is given, or, if `misled`, each token
+    from the one before.
     """
 
     def __init__(
         self, window: Callable[[Tensor, Tensor], Tensor], mode: str = "mask", misled: bool = False
     ) -> None:
-        """Make windows from a function of the token before (B, 1) and the window (B, S), to logits (B, S, V)."""
+        """Make windows from a function of the token before (B, 1) and the window (B, S), to logits
+        (B, S, V).
+        """
         self.cfg, self.guess = tiny(**SHAPE, diffusion_corruption_mode=mode), window
-        self.mask_emb, self.tok_emb, self.misled = torch.zeros(1), torch.zeros(1), misled
+        self.mask_emb = torch.zeros(1)
+        self.tok_emb = torch.zeros(1)
+        self.misled = misled
 
     def parameters(self) -> list[Tensor]:
         return [self.tok_emb]

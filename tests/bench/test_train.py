@@ -1,4 +1,6 @@
-"""scripts/bench/train.py: rows are medians over turns, ratios are taken within a turn, and nothing compiles late."""
+"""scripts/bench/train.py: rows are medians over turns, ratios are taken within a turn, and nothing
+compiles late.
+"""
 
 from __future__ import annotations
 

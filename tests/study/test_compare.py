@@ -1,4 +1,6 @@
-"""compare.py: tests of differences are scipy's, and our order is set beside the published one row by row."""
+"""compare.py: tests of differences are scipy's, and our order is set beside the published one row
+by row.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class Command:
     """The command over one folder of logs."""
 
     def __init__(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.folder, self.capsys, self.text = root / "logs", capsys, ""
+        self.folder = root / "logs"
+        self.capsys = capsys
+        self.text = ""
 
     def __call__(self, *argv: str) -> list[dict[str, Any]]:
         """Run it, keep what it printed, and return the contexts of its JSON line."""

@@ -1,4 +1,6 @@
-"""scripts/study/record.py: the plan is what a user would type; tests/smoke.sh rehearses it on two processes."""
+"""scripts/study/record.py: the plan is what a user would type; tests/smoke.sh rehearses it on two
+processes.
+"""
 
 from __future__ import annotations
 

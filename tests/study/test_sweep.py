@@ -1,4 +1,6 @@
-"""sweep.py: rows are what their names say, and no finished run is made twice, lost, or passed off as another."""
+"""sweep.py: rows are what their names say, and no finished run is made twice, lost, or passed off
+as another.
+"""
 
 from __future__ import annotations
 
@@ -256,7 +258,9 @@ class Bench:
     """A folder with the stand-in, its orders, and the command."""
 
     def __init__(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.root, self.capsys, self.out = root, capsys, root / "out"
+        self.root = root
+        self.capsys = capsys
+        self.out = root / "out"
         self.program, self.calls_path = root / "train_gpt.py", root / "calls"
         self.program.write_text(STAND_IN, encoding="utf-8")
         self.order()
