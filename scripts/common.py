@@ -36,6 +36,12 @@ def fail(*faults: str) -> NoReturn:
     raise UserError("\n".join(faults))
 
 
+def check_faults(faults: Iterable[str]) -> None:
+    """Raise UserError with all faults, if there are any."""
+    if found := list(faults):
+        fail(*found)
+
+
 def warn(message: str) -> None:
     """Print a warning on standard error."""
     print(f"warning: {message}", file=sys.stderr)
@@ -58,8 +64,22 @@ def closest(name: str, known: Iterable[str]) -> str:
 # ==============================================================================
 
 
+def in_range(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], Any]:
+    """Return the reader of an option that is a number of this kind within limits."""
+
+    def read(text: str) -> float:
+        value = kind(text)  # argparse reports a ValueError as an invalid value of `read.__name__`
+        if not low <= value <= high:
+            rule = f"{low:g} or more" if high == MAX_INT else f"between {low:g} and {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} must be {rule}")
+        return value
+
+    read.__name__ = {int: "whole number", float: "number"}.get(kind, "value")  # type: ignore[call-overload]
+    return read
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser that keeps the layout of its description and reports a fault in one line."""
+    """An argument parser that keeps the layout of its description; a fault is one line."""
 
     def __init__(self, description: str | None, **options: Any) -> None:
         shape = argparse.RawDescriptionHelpFormatter
@@ -69,30 +89,29 @@ class Parser(argparse.ArgumentParser):
         """Exit with status 2, as every other error of the user."""
         self.exit(2, f"error: {message} (--help lists all options)\n")
 
-    def add_device(self) -> None:
-        """Add --device."""
+    def whole(
+        self, flag: str, default: int | None, text: str, low: int = 1, high: int = MAX_INT
+    ) -> None:
+        """Add an option that is a whole number from `low` to `high`."""
+        self._number(int, flag, default, text, low, high)
+
+    def real(self, flag: str, default: float | None, text: str, low: float, high: float) -> None:
+        """Add an option that is a real number from `low` to `high`."""
+        self._number(float, flag, default, text, low, high)
+
+    def _number(self, kind: Any, flag: str, default: Any, text: str, *limits: float) -> None:
+        shown = text if default is None else f"{text} (default %(default)s)"
+        self.add_argument(flag, type=in_range(kind, *limits), default=default, help=shown)
+
+    def device(self) -> None:
+        """Add --device, for `pick_device`."""
         self.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
-    def add_outputs(self, plot: str = "") -> None:
-        """Add --out and, with a help text for it, --plot; `check_outputs` checks them."""
-        self.add_argument(
-            "--out", type=Path, metavar="FILE.json", help="also write the result there"
-        )
+    def outputs(self, plot: str = "") -> None:
+        """Add --out and, with a help text for it, --plot, for `check_outputs`."""
+        self.add_argument("--out", type=Path, metavar="FILE.json", help="also write the result")
         if plot:
             self.add_argument("--plot", type=Path, metavar="FILE.png", help=plot)
-
-    def check_numbers(self, args: argparse.Namespace, **limits: tuple[float, float]) -> None:
-        """Exit with status 2 if an option is outside its limits; None (not given) is allowed."""
-        for name, (low, high) in limits.items():
-            value = getattr(args, name)
-            if value is not None and not low <= value <= high:
-                rule = f"{low} or more" if high >= MAX_INT else f"between {low:g} and {high:g}"
-                self.error(f"--{name.replace('_', '-')}={value} must be {rule}")
-
-
-def at_least(low: int) -> tuple[int, int]:
-    """Limits of an option that is a whole number from `low` on."""
-    return low, MAX_INT
 
 
 def counts(text: str) -> list[int]:
@@ -224,7 +243,8 @@ def to_json(result: Mapping[str, Any]) -> str:
         return json.dumps(result, allow_nan=False)
     except ValueError:
         fail(
-            "a result is not a finite number, so the weights of a model are damaged; export it again"
+            "a result is not a finite number, so the weights of a model are damaged; export it "
+            "again"
         )
 
 
@@ -234,6 +254,13 @@ def write_result(path: Path | None, result: Mapping[str, Any]) -> None:
         import train_gpt as tg
 
         tg.atomic_write(path, f"{to_json(result)}\n".encode(), "result")
+
+
+def error_line(printed: str) -> str:
+    """Find what a failed process says of itself: its first error, else its last line."""
+    lines = [line for line in printed.splitlines() if line.strip()]
+    named = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (named[:1] or lines[-1:] or ["nothing printed"])[0]
 
 
 def report_errors(text: object) -> None:

@@ -104,7 +104,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-# 1  ADAPTER -- low-rank updates of a frozen model, their file, and the way back =======================================
+# ==============================================================================
+# 1  ADAPTER -- low-rank updates of a frozen model, their file, and the way back
+# ==============================================================================
 
 
 class LowRank(nn.Module):
@@ -228,14 +230,17 @@ def load_adapter(path: Path, model: tg.GPT, artifact: Path) -> dict[str, Any]:
     if about["artifact_sha256"] != found:
         theirs = f"{about['artifact_sha256'][:12]}, that of {artifact} is {found[:12]}"
         fail(
-            f"adapter {path} belongs to another artifact: its SHA-256 is {theirs}; name that artifact, or {again}"
+            f"adapter {path} belongs to another artifact: its SHA-256 is {theirs}; name that "
+            f"artifact, or {again}"
         )
     for name, module in own.items():
         module.weight.add_(updates[name].to(module.weight.device))
     return about
 
 
-# 2  FINE-TUNING -- the training loop of train_gpt.py over a frozen model ==============================================
+# ==============================================================================
+# 2  FINE-TUNING -- the training loop of train_gpt.py over a frozen model
+# ==============================================================================
 
 
 def configure(model: tg.GPT, env: Mapping[str, str]) -> tuple[tg.Config, dict[str, str], list[str]]:
@@ -249,7 +254,8 @@ def configure(model: tg.GPT, env: Mapping[str, str]) -> tuple[tg.Config, dict[st
     """
     if "DATA_PATH" not in env:
         fail(
-            f"DATA_PATH is not set, so there is no new text; name a folder of shards, made by: {tg.PREPARE}"
+            "DATA_PATH is not set, so there is no new text; name a folder of shards, made by: "
+            f"{tg.PREPARE}"
         )
     default = tg.Config()
     made = ("init_from", "diffusion_anneal_frac")
@@ -263,7 +269,8 @@ def configure(model: tg.GPT, env: Mapping[str, str]) -> tuple[tg.Config, dict[st
             same = False
         if not same:
             faults.append(
-                f"{name.upper()}={env[name.upper()]!r} is the artifact's, {fixed[name]!r}; leave it out"
+                f"{name.upper()}={env[name.upper()]!r} is the artifact's, {fixed[name]!r}; leave "
+                "it out"
             )
     if faults:
         fail("\n".join(faults))
@@ -282,7 +289,8 @@ def configure(model: tg.GPT, env: Mapping[str, str]) -> tuple[tg.Config, dict[st
     if cfg.diffusion and not model.cfg.diffusion:
         why = "and this artifact has no denoiser (DIFFUSION_LOSS_WEIGHT=0)"
         fail(
-            f"RECIPE={cfg.recipe!r} trains windows, {why}; use RECIPE=ar, or give it one: INIT_FROM of train_gpt.py"
+            f"RECIPE={cfg.recipe!r} trains windows, {why}; use RECIPE=ar, or give it one: "
+            "INIT_FROM of train_gpt.py"
         )
     return cfg, source | dict.fromkeys(MODEL, "artifact"), warnings
 
@@ -293,7 +301,8 @@ def bound_window(args: argparse.Namespace, cfg: tg.Config) -> int:
     size = args.window if args.window is not None else 16 if T % 16 == 0 else T
     if size < 1 or T % size:
         fail(
-            f"--window={size} must divide the {T} tokens of a row (TRAIN_SEQ_LEN); choose another, or leave it out"
+            f"--window={size} must divide the {T} tokens of a row (TRAIN_SEQ_LEN); choose another, "
+            "or leave it out"
         )
     return int(size)
 
@@ -375,7 +384,8 @@ def show(result: dict[str, Any]) -> None:
     if before["bound"] is not None:
         errors = f"s.e. {before['bound_se']:.4f}, {after['bound_se']:.4f}"
         print(
-            f"bound, window {result['window']:<7} {before['bound']:.4f} -> {after['bound']:.4f}  ({errors})"
+            f"bound, window {result['window']:<7} {before['bound']:.4f} -> {after['bound']:.4f}  "
+            f"({errors})"
         )
     print(
         f"adapter {result['adapter']} of {result['adapter_bytes']:,} bytes, rank {result['rank']}"

@@ -45,7 +45,8 @@ def read(error: type[Exception]) -> dict[str, dict[str, Any]]:
     ]:
         if not isinstance(table, dict):
             raise error(
-                f"{FILE} is damaged ({name} must be a table, not {table!r}); repair it, or move it away"
+                f"{FILE} is damaged ({name} must be a table, not {table!r}); repair it, or move it "
+                "away"
             )
     return tables
 
@@ -82,7 +83,10 @@ def resolve(
             if base not in known or base in chain:
                 rule = f"is no recipe or row; {closest(str(base), known)}"
                 if base in chain:
-                    rule = f"makes a circle, {' -> '.join([*chain, base])}; base one on a built-in recipe"
+                    rule = (
+                        f"makes a circle, {' -> '.join([*chain, base])}; base one on a built-in "
+                        "recipe"
+                    )
                 faults.append(f"row {name!r}: base {base!r} of {chain[-1]!r} {rule}")
                 break
             chain.append(base)
@@ -91,11 +95,13 @@ def resolve(
                 faults.append(f"row {name!r}: {key} is not a setting; {closest(key, defaults)}")
             elif type(value) is not type(defaults[key]) or value == math.inf:
                 faults.append(
-                    f"row {name!r}: {key}={value!r} must be written like its default, {defaults[key]!r}"
+                    f"row {name!r}: {key}={value!r} must be written like its default, "
+                    f"{defaults[key]!r}"
                 )
             elif name in built_in:
                 faults.append(
-                    f"row {name!r}: {key}={value!r} would do nothing: the recipe is built in; rename the row"
+                    f"row {name!r}: {key}={value!r} would do nothing: the recipe is built in; "
+                    "rename the row"
                 )
         if not faults and name not in built_in:
             recipes[name] = {k: v for at in reversed(chain) for k, v in own[at].items()}

@@ -263,7 +263,8 @@ def select(table: Sequence[Measured], seconds: Target = None, nats: Target = Non
     fits = [row for row in table if getattr(row, most_of) <= most]
     if not fits:
         raise UserError(
-            f"no mode keeps to {most_of}={most}; the closest is {min(table, key=attrgetter(most_of))}"
+            f"no mode keeps to {most_of}={most}; the closest is "
+            f"{min(table, key=attrgetter(most_of))}"
         )
     return min(fits, key=attrgetter(least_of, most_of))
 

@@ -190,7 +190,8 @@ class Corpus:
                 except UnicodeEncodeError as error:
                     char = hex(ord(document.text[error.start]))
                     fail(
-                        f"{document.place}: text holds half a surrogate pair ({char}), which is no character; remove it"
+                        f"{document.place}: text holds half a surrogate pair ({char}), which is no "
+                        "character; remove it"
                     )
                 if len(data) > MAX_DOCUMENT:
                     fail(
@@ -270,7 +271,8 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
         )
         if not matches:
             fail(
-                f"GLOB {pattern!r} matches no file in {Path.cwd()}; check the spelling, and quote it in the shell"
+                f"GLOB {pattern!r} matches no file in {Path.cwd()}; check the spelling, and quote "
+                "it in the shell"
             )
         paths |= dict.fromkeys(matches)
     return list(paths)
@@ -294,7 +296,8 @@ def read_jsonl(path: Path) -> Iterator[Document]:
                     )
     except (OSError, EOFError, lzma.LZMAError) as error:
         fail(
-            f"{path} cannot be read after line {number} ({reason(error)}); copy or compress it again"
+            f"{path} cannot be read after line {number} ({reason(error)}); copy or compress it "
+            "again"
         )
 
 
@@ -324,7 +327,8 @@ def read_files(paths: Sequence[Path]) -> Iterator[Document]:
             yield Document(read_bytes(path).decode("utf-8"), str(path))
         except UnicodeDecodeError as error:
             fail(
-                f"{path} is not UTF-8 text (byte {error.start}); convert it, or leave it out of GLOB"
+                f"{path} is not UTF-8 text (byte {error.start}); convert it, or leave it out of "
+                "GLOB"
             )
 
 
@@ -447,11 +451,13 @@ def load_tokenizer(data: bytes, name: str) -> spm.SentencePieceProcessor:
         size, bos = tokenizer.vocab_size(), tokenizer.bos_id()
     except (RuntimeError, OSError) as error:
         fail(
-            f"{name} is not a SentencePiece model ({reason(error)}); name another, or train one without --tokenizer"
+            f"{name} is not a SentencePiece model ({reason(error)}); name another, or train one "
+            "without --tokenizer"
         )
     if size > MAX_VOCAB:
         fail(
-            f"{name} has {size:,} pieces, uint16 shards hold at most {MAX_VOCAB:,}; use a smaller vocabulary"
+            f"{name} has {size:,} pieces, uint16 shards hold at most {MAX_VOCAB:,}; use a smaller "
+            "vocabulary"
         )
     if bos < 0:
         fail(f"{name} has no BOS piece, which opens every document; train it with bos_id=1")
@@ -787,7 +793,8 @@ def fetch(out: Path, remote: str, again: bool = False) -> Path:
         from huggingface_hub import hf_hub_download
     except ImportError:
         fail(
-            "--source fineweb needs the package huggingface_hub: pip install -r requirements-dev.txt"
+            "--source fineweb needs the package huggingface_hub: pip install -r "
+            "requirements-dev.txt"
         )
     path = Path(HUB_ROOT) / remote
     try:
@@ -869,7 +876,8 @@ def fetch_shard(out: Path, name: str) -> None:
     if fault := shard_fault(out / name):
         (out / name).unlink()
         fail(
-            f"{HUB_REPO} or the way from it damaged a file twice: {fault}; run the same command again later"
+            f"{HUB_REPO} or the way from it damaged a file twice: {fault}; run the same command "
+            "again later"
         )
 
 
@@ -922,7 +930,8 @@ def make_fineweb(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
         most, num_val, tokenizer = published_shards(out)
         if args.train_shards > most:
             fail(
-                f"--train-shards={args.train_shards} is more than the {most} that {HUB_REPO} publishes; lower it"
+                f"--train-shards={args.train_shards} is more than the {most} that {HUB_REPO} "
+                "publishes; lower it"
             )
         names = [f"fineweb_val_{i:06d}.bin" for i in range(num_val)] + sorted(wanted)
         os.replace(fetch(out, tokenizer), out / TOKENIZER)
@@ -938,7 +947,8 @@ def make_fineweb(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
         shutil.rmtree(out / DOWNLOADS, ignore_errors=True)
     except OSError as error:
         fail(
-            f"--out={out} could not be written ({reason(error)}); finished shards are kept: free space and run again"
+            f"--out={out} could not be written ({reason(error)}); finished shards are kept: free "
+            "space and run again"
         )
     return manifest, False
 

@@ -228,7 +228,9 @@ def faults(args: argparse.Namespace) -> Iterator[tuple[object, str]]:
     )
 
 
-# 1  MODEL AND TEXT ====================================================================================================
+# ==============================================================================
+# 1  MODEL AND TEXT
+# ==============================================================================
 
 
 class Loaded(NamedTuple):
@@ -269,7 +271,8 @@ def load(
     path = tokenizer or Path(cfg.tokenizer_path)
     if not path.is_file():
         fail(
-            f"tokenizer {path} is not there; name the one {artifact} was trained with: --tokenizer MODEL"
+            f"tokenizer {path} is not there; name the one {artifact} was trained with: --tokenizer "
+            "MODEL"
         )
     counter = tg.ByteCounter(dataclasses.replace(cfg, tokenizer_path=str(path)))
     if counter.sha256 != expected:
@@ -295,7 +298,8 @@ def encode(tokenizer: spm.SentencePieceProcessor, text: str, continues: bool = F
         warn(f"the tokenizer has no token for {strange!r}; the model reads an unknown token there")
     elif tokenizer.decode(ids).strip() != text.strip():
         warn(
-            "the tokenizer folds white space or characters of the text; the result shows what the model reads"
+            "the tokenizer folds white space or characters of the text; the result shows what the "
+            "model reads"
         )
     space = tokenizer.piece_to_id(SPACE_MARK)
     kept = tokenizer.id_to_piece(ids[:1] or [0])[0].startswith(SPACE_MARK)
@@ -316,11 +320,14 @@ def read_prompt(args: argparse.Namespace) -> str:
         return "" if sys.stdin.isatty() else sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:
         fail(
-            f"the prompt in {args.prompt_file or 'standard input'} cannot be read ({error}); name a UTF-8 text file"
+            f"the prompt in {args.prompt_file or 'standard input'} cannot be read ({error}); name "
+            "a UTF-8 text file"
         )
 
 
-# 2  SCREEN -- passes on a terminal ====================================================================================
+# ==============================================================================
+# 2  SCREEN -- passes on a terminal
+# ==============================================================================
 
 
 def lay_out(parts: Iterable[tuple[str, str]], columns: int) -> list[str]:
@@ -394,7 +401,9 @@ class Screen:
         time.sleep(self.delay)
 
 
-# 3  DECODING -- with what stands around the result ====================================================================
+# ==============================================================================
+# 3  DECODING -- with what stands around the result
+# ==============================================================================
 
 
 class Job(NamedTuple):
@@ -474,7 +483,8 @@ def settle(
         how = found.how
         more["auto"] = {"seconds": found.seconds, "nats": found.nats}
         print(
-            f"--- auto: {mode}, {found.seconds:.3g} s, {found.nats:.3f} nats a token, of {len(found.table)} tried"
+            f"--- auto: {mode}, {found.seconds:.3g} s, {found.nats:.3f} nats a token, of "
+            f"{len(found.table)} tried"
         )
     else:
         how = MODES[mode]._replace(**given)
@@ -585,11 +595,16 @@ def show_completion(facts: dict[str, Any], before: str, hole: str, after: str) -
         False: ", kept by the guard",
         True: ", replaced by the guard: left to right",
     }
-    cost = f"{facts['forwards']} forward passes, {facts['seconds']:.2f} s{guarded[facts.get('fell_back')]}"
+    cost = (
+        f"{facts['forwards']} forward passes, {facts['seconds']:.2f} "
+        f"s{guarded[facts.get('fell_back')]}"
+    )
     show(f"after ({facts['mode']}, {cost})", facts["text"])
 
 
-# 4  DEMO -- a function nobody trained on, with a hole and without its end =============================================
+# ==============================================================================
+# 4  DEMO -- a function nobody trained on, with a hole and without its end
+# ==============================================================================
 
 
 def functions(text: str) -> Iterator[str]:
@@ -671,7 +686,8 @@ def demo(at: Loaded, args: argparse.Namespace) -> tuple[dict[str, Any], list[Com
     ]
     if not at.cfg.diffusion:
         print(
-            "=== infill: left out, this model was trained without a denoiser (DIFFUSION_LOSS_WEIGHT=0)"
+            "=== infill: left out, this model was trained without a denoiser "
+            "(DIFFUSION_LOSS_WEIGHT=0)"
         )
     for title, job in jobs if at.cfg.diffusion else jobs[1:]:
         print(f"=== {title} a function of the validation data")
@@ -702,7 +718,8 @@ def sample(at: Loaded, args: argparse.Namespace) -> tuple[dict[str, Any], list[C
     if args.edit:
         if not prompt:
             fail(
-                "--edit has nothing to revise: the text is empty; give some with --prompt, or on standard input"
+                "--edit has nothing to revise: the text is empty; give some with --prompt, or on "
+                "standard input"
             )
         job, hole = Job("Revision", [], len(prompt), suffix, prompt), ""
     done = complete(at, job, args)

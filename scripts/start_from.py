@@ -43,7 +43,8 @@ def adopt(state: Any, sha256: str, load: Callable[..., Any], error: type[Excepti
     pairs += [("SHA-256 of TOKENIZER_PATH", other[:12], sha256[:12])]
     if differ := [f"{name} is {a} there and {b} here" for name, a, b in pairs if a != b]:
         raise error(
-            f"INIT_FROM={cfg.init_from!r} does not fit: {'; '.join(differ)}; set here what holds there"
+            f"INIT_FROM={cfg.init_from!r} does not fit: {'; '.join(differ)}; set here what holds "
+            "there"
         )
     fresh = state.model.load_state_dict(model.state_dict(), strict=False).missing_keys
     state.ema = [p.detach().clone() for p in state.model.parameters()] if state.ema else []

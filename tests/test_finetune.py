@@ -316,8 +316,8 @@ def test_a_rank_that_is_none_is_named(
     status, out, err = call("--rank", str(rank))
     assert (status, out) == (2, "")
     assert (
-        f"error: --rank={rank} (or LORA_RANK) must be in [1, 8], the smallest dimension of this model's"
-        in err
+        f"error: --rank={rank} (or LORA_RANK) must be in [1, 8], the smallest dimension of this "
+        "model's" in err
     )
     assert not list(tmp_path.iterdir())
 

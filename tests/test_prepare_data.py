@@ -36,7 +36,10 @@ HARD_TEXTS = [
 def sentence(i: int) -> str:
     words = ["value", "return", "index", "total", "while", "number", "string", "result"]
     chosen = [words[(i * k + k) % len(words)] for k in range(1, 9)]
-    return f"def name_{i}(x):\n    {' '.join(chosen)} = {i * 37}\n        # {' '.join(reversed(chosen))}\n"
+    return (
+        f"def name_{i}(x):\n    {' '.join(chosen)} = {i * 37}\n        # "
+        f"{' '.join(reversed(chosen))}\n"
+    )
 
 
 @pytest.fixture

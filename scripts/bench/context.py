@@ -108,7 +108,8 @@ def load(args: argparse.Namespace) -> Loaded:
     counter, loader = tg.ByteCounter(cfg), tg.TokenLoader(cfg, "val")
     if counter.sha256 != expected:
         fail(
-            f"TOKENIZER_PATH={cfg.tokenizer_path!r} is not the tokenizer {args.artifact} was trained with"
+            f"TOKENIZER_PATH={cfg.tokenizer_path!r} is not the tokenizer {args.artifact} was "
+            "trained with"
         )
     if args.decode_tokens >= cfg.train_seq_len:
         fail(

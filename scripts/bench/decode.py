@@ -120,13 +120,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         fail(f"--temperature={args.temperature} must be 0 or a positive number")
     if odd := [size for size in args.batch if args.examples % size]:
         fail(
-            f"--examples={args.examples} must be a multiple of --batch={odd[0]}, so that all batches are alike"
+            f"--examples={args.examples} must be a multiple of --batch={odd[0]}, so that all "
+            "batches are alike"
         )
     for name in args.modes.split(","):
         if name not in policy.MODES:
             near = ", ".join(difflib.get_close_matches(name, policy.MODES, cutoff=0.4)) or "none"
             fail(
-                f"--modes: no mode is called {name!r}; closest: {near}; all: {', '.join(policy.MODES)}"
+                f"--modes: no mode is called {name!r}; closest: {near}; all: "
+                f"{', '.join(policy.MODES)}"
             )
     args.modes = list(dict.fromkeys(["ar", *args.modes.split(",")]))
     return args
@@ -365,9 +367,13 @@ def excerpts(cfg: tg.Config, length: int, examples: int, tokenizer: Any) -> Tens
         )
         what = "excerpts that begin with a top-level def or class"
     if len(starts) < examples:
-        held = f"{len(starts)} {what} of --prefix + --target + --suffix = {length} tokens; ask for less, or prepare more"
+        held = (
+            f"{len(starts)} {what} of --prefix + --target + --suffix = {length} tokens; ask for "
+            "less, or prepare more"
+        )
         fail(
-            f"--examples={examples}: the {loader.total:,} validation tokens of {cfg.data_path} hold only {held}"
+            f"--examples={examples}: the {loader.total:,} validation tokens of {cfg.data_path} "
+            f"hold only {held}"
         )
     chosen = [starts[i * len(starts) // examples] for i in range(examples)]
     return torch.cat([loader.rows(start, 1, length - 1) for start in chosen])
@@ -386,11 +392,13 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[Bench, str]:
         judge, other = tg.load_artifact(args.judge, device)
         if other != sha256:
             fail(
-                f"--judge={args.judge} has another tokenizer than {args.artifact}; name a judge with the same"
+                f"--judge={args.judge} has another tokenizer than {args.artifact}; name a judge "
+                "with the same"
             )
         if args.judge.read_bytes() == args.artifact.read_bytes():
             fail(
-                f"--judge={args.judge} is the model to be judged; name one that was trained apart, or none"
+                f"--judge={args.judge} is the model to be judged; name one that was trained apart, "
+                "or none"
             )
     for path, reader, need in (
         (args.artifact, model, stop + args.suffix),
@@ -408,7 +416,8 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[Bench, str]:
         counter = tg.ByteCounter(cfg)
         if counter.sha256 != sha256:
             fail(
-                f"TOKENIZER_PATH={cfg.tokenizer_path!r} is not the tokenizer {args.artifact} was trained with"
+                f"TOKENIZER_PATH={cfg.tokenizer_path!r} is not the tokenizer {args.artifact} was "
+                "trained with"
             )
         tokenizer = counter.tokenizer if args.python else None
     rows = excerpts(cfg, stop + args.suffix, args.examples, tokenizer).to(device)
@@ -491,7 +500,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     if args.predecessor and (args.examples, args.prefix, args.target) != (32, 128, 64):
         notes.append(
-            "Not the predecessor's protocol: it decoded 64 tokens after 128, of 32 examples at once."
+            "Not the predecessor's protocol: it decoded 64 tokens after 128, of 32 examples at "
+            "once."
         )
     jobs = plan_jobs(modes, args)
     cuda = at.rows.is_cuda

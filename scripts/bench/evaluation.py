@@ -222,7 +222,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     print(markdown(list(rows[0]), [[cell(v) for v in row.values()] for row in rows], 2) + "\n")
     for case, seconds in totals.items():
         print(
-            f"{case}: all scores of {args.tokens:,} tokens on {args.devices} x {device}: {seconds:,.0f} s\n"
+            f"{case}: all scores of {args.tokens:,} tokens on {args.devices} x {device}: "
+            f"{seconds:,.0f} s\n"
         )
     found = {"device": device, "devices": args.devices, "tokens": args.tokens, "rounds": rounds}
     found |= {"whole_seconds": totals, "rows": rows}

@@ -60,7 +60,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--window", type=int, default=16, help="window of the bound (default %(default)s)"
     )
-    kept = "tensors of up to this many numbers stay fp16 (default %(default)s, as in artifacts; small models need less)"
+    kept = (
+        "tensors of up to this many numbers stay fp16 (default %(default)s, as in artifacts; small "
+        "models need less)"
+    )
     parser.add_argument("--keep", type=int, default=tg.KEEP_FLOAT_NUMEL, help=kept)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the result there")
@@ -95,7 +98,8 @@ def load(path: Path) -> tuple[tg.Config, dict[str, Tensor]]:
             weights = dict(zip(dict(model.named_parameters()), saved["ema"], strict=True))
     except Exception as error:  # torch raises many kinds on foreign files
         fail(
-            f"checkpoint {path} is missing, damaged or not ours ({error}); name checkpoints/RUN_ID.pt of a run"
+            f"checkpoint {path} is missing, damaged or not ours ({error}); name "
+            "checkpoints/RUN_ID.pt of a run"
         )
     names = ("data_path", "tokenizer_path", "nelbo_sequences", "nelbo_samples")
     fixed = {
@@ -107,7 +111,9 @@ def load(path: Path) -> tuple[tg.Config, dict[str, Tensor]]:
     return tg.Config.from_env(fixed | {"PRESET": cfg.preset} | given)[0], weights
 
 
-# 1  ROUNDING -- as train_gpt.pack, tensor by tensor ===================================================================
+# ==============================================================================
+# 1  ROUNDING -- as train_gpt.pack, tensor by tensor
+# ==============================================================================
 
 
 def rounded(
@@ -159,7 +165,9 @@ def sizes(stored: Mapping[str, tuple[Tensor, Tensor | None]]) -> dict[str, float
     return found
 
 
-# 2  SCORES ============================================================================================================
+# ==============================================================================
+# 2  SCORES
+# ==============================================================================
 
 
 def scores(
@@ -241,7 +249,9 @@ def errors(weights: Mapping[str, Tensor], keep: int) -> list[dict[str, Any]]:
     return found
 
 
-# 3  TABLES ============================================================================================================
+# ==============================================================================
+# 3  TABLES
+# ==============================================================================
 
 
 def cell(value: Any) -> str:
@@ -268,11 +278,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     cfg, weights = load(args.checkpoint)
     if cfg.diffusion and (args.window < 1 or cfg.train_seq_len % args.window):
         fail(
-            f"--window={args.window} must divide the {cfg.train_seq_len} tokens of a row; choose another"
+            f"--window={args.window} must divide the {cfg.train_seq_len} tokens of a row; choose "
+            "another"
         )
     found = measure(args, cfg, weights)
     print(
-        f"Unrounded: val_bpb {cell(found['floats']['val_bpb'])}, bound {cell(found['floats']['bound'])}\n"
+        f"Unrounded: val_bpb {cell(found['floats']['val_bpb'])}, bound "
+        f"{cell(found['floats']['bound'])}\n"
     )
     print(table(found["roundings"], 0) + "\n")
     print(table(found["schemes"], 1) + "\n")

@@ -128,7 +128,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--revise-examples=1 has no standard error; use 0 or at least 2")
     if args.passes[0] > args.holes[0]:
         parser.error(
-            f"--passes: a hole of {args.holes[0]} takes at most one pass a token; list a smaller number"
+            f"--passes: a hole of {args.holes[0]} takes at most one pass a token; list a smaller "
+            "number"
         )
     if len(set(args.artifacts)) < len(args.artifacts):
         parser.error("an artifact is named twice")
@@ -592,7 +593,8 @@ def load(paths: Sequence[Path], plan: Plan, device: torch.device) -> list[Loaded
         model, tokenizer = tg.load_artifact(path, device)
         if model.mask_emb is None:
             fail(
-                f"{path} has no trained denoiser (DIFFUSION_LOSS_WEIGHT=0), so it fills no holes; leave it out"
+                f"{path} has no trained denoiser (DIFFUSION_LOSS_WEIGHT=0), so it fills no holes; "
+                "leave it out"
             )
         if plan.length > model.cfg.train_seq_len:
             fail(
@@ -604,13 +606,15 @@ def load(paths: Sequence[Path], plan: Plan, device: torch.device) -> list[Loaded
         found.append(Loaded(label, path, model))
     if len(tokenizers) > 1:
         fail(
-            f"{' and '.join(map(str, tokenizers.values()))} have different tokenizers; measure them one by one"
+            f"{' and '.join(map(str, tokenizers.values()))} have different tokenizers; measure "
+            "them one by one"
         )
     named, (expected, path) = os.environ.get("TOKENIZER_PATH"), next(iter(tokenizers.items()))
     cfg = found[0].model.cfg
     if named and tg.ByteCounter(dataclasses.replace(cfg, tokenizer_path=named)).sha256 != expected:
         fail(
-            f"TOKENIZER_PATH={named!r} is not the tokenizer {path} was trained with; DATA_PATH must fit that one"
+            f"TOKENIZER_PATH={named!r} is not the tokenizer {path} was trained with; DATA_PATH "
+            "must fit that one"
         )
     return found
 
@@ -648,7 +652,8 @@ def check_outputs(args: argparse.Namespace) -> None:
     for name, path in (("out", args.out), ("plot", args.plot)):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             fail(
-                f"--{name}={path} must be a file in a folder that exists; make the folder, or name another"
+                f"--{name}={path} must be a file in a folder that exists; make the folder, or name "
+                "another"
             )
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         fail("--plot needs matplotlib: pip install matplotlib, or leave --plot out")
@@ -834,7 +839,8 @@ def tell(result: Mapping[str, Any]) -> str:
     """All tables of one artifact, with what a reader must know of it."""
     largest = result["largest_trained_window"]
     parts = [
-        f"## {result['label']}: {result['parameters']:,} parameters, corruption {result['corruption_mode']}"
+        f"## {result['label']}: {result['parameters']:,} parameters, corruption "
+        f"{result['corruption_mode']}"
     ]
     for hole in result["infill"]:
         size = hole["window_with_suffix"]
@@ -950,7 +956,8 @@ def to_json(result: Mapping[str, Any]) -> str:
         return json.dumps(result, allow_nan=False)
     except ValueError:
         fail(
-            "an artifact's predictions are not finite numbers, so its weights are spoilt; export it again"
+            "an artifact's predictions are not finite numbers, so its weights are spoilt; export "
+            "it again"
         )
 
 

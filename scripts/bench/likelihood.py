@@ -148,7 +148,8 @@ def load(args: argparse.Namespace) -> Loaded:
         load_adapter(args.adapter, model, args.artifact)
     if not model.cfg.diffusion:
         fail(
-            f"{args.artifact} has no denoiser (DIFFUSION_LOSS_WEIGHT=0), so no bound; its log holds its val_bpb"
+            f"{args.artifact} has no denoiser (DIFFUSION_LOSS_WEIGHT=0), so no bound; its log "
+            "holds its val_bpb"
         )
     paths = {
         name: os.environ.get(name.upper(), getattr(model.cfg, name))
@@ -170,7 +171,8 @@ def load(args: argparse.Namespace) -> Loaded:
     at = Loaded(model, cfg, counter, numbers, rows, device)
     if at.bytes == 0 or at.some(CONVERGENCE_EVERY).bytes == 0:
         fail(
-            f"DATA_PATH={cfg.data_path!r}: some of the {count} rows hold no byte of text; name other data"
+            f"DATA_PATH={cfg.data_path!r}: some of the {count} rows hold no byte of text; name "
+            "other data"
         )
     return at
 
@@ -187,7 +189,8 @@ def window_sizes(text: str, cfg: Config, option: str) -> list[int]:
         sizes = []
     if not sizes or any(size < 1 or cfg.train_seq_len % size for size in sizes):
         fail(
-            f"{option}={text!r} must be sizes, or T, that divide the {cfg.train_seq_len} tokens of a row: 1,16,T"
+            f"{option}={text!r} must be sizes, or T, that divide the {cfg.train_seq_len} tokens of "
+            "a row: 1,16,T"
         )
     return list(dict.fromkeys(sizes))
 
@@ -321,7 +324,8 @@ def wrong_estimators() -> Any:
         return importlib.import_module("wrong_estimators")
     except ModuleNotFoundError as error:
         fail(
-            f"--wrong needs {folder}/wrong_estimators.py ({error}); run it from a checkout of the repository"
+            f"--wrong needs {folder}/wrong_estimators.py ({error}); run it from a checkout of the "
+            "repository"
         )
 
 
@@ -348,14 +352,18 @@ def numbers(row: dict[str, Any]) -> list[str]:
 
 def show_scores(at: Loaded, result: dict[str, Any]) -> None:
     print(
-        f"{len(at.rows)} rows of {at.cfg.train_seq_len} tokens, {result['bytes_per_token']:.4f} bytes a token"
+        f"{len(at.rows)} rows of {at.cfg.train_seq_len} tokens, {result['bytes_per_token']:.4f} "
+        "bytes a token"
     )
     print(f"exact, causal                           {result['causal_bpb']:.4f} bpb")
     print(f"exact, left to right in the noisy mode  {result['left_to_right_bpb']:.4f} bpb")
     rows = [[str(r["window"]), *numbers(r), str(r["samples"])] for r in result["bounds"]]
     show(f"upper bound by window size, {result['rows']} rows", ("window", "bpb", "s.e.", "K"), rows)
     rows = [[str(r["samples"]), *numbers(r)] for r in result["convergence"]]
-    title = f"upper bound at window {result['window']} by number of samples, {result['convergence_rows']} rows"
+    title = (
+        f"upper bound at window {result['window']} by number of samples, "
+        f"{result['convergence_rows']} rows"
+    )
     show(title, ("K", "bpb", "s.e."), rows)
     if result["wrong"] is not None:
         lines = []

@@ -1,9 +1,8 @@
-"""Test every recipe's scores against a reference, and set the order of the recipes beside the
-published one.
+"""Test every recipe's scores against a reference, and compare their order with the published.
 
-    python scripts/study/compare.py                              against `ar` and `direct`, in logs/ and logs/ladder/
+    python scripts/study/compare.py            against `ar` and `direct`, in logs/ and logs/ladder/
     python scripts/study/compare.py --against td_control --logs logs/ladder
-    python scripts/study/compare.py --noise 0.002                what a row with one seed may be off by, as a share
+    python scripts/study/compare.py --noise 0.002     relative noise of a row with one seed
 
 Only runs on the same data and machine, of the same size and settings, are compared. Rows with two
 seeds or more in common with the reference are compared seed by seed (paired t-test), others with
@@ -11,18 +10,18 @@ two seeds on either side by Welch's test; one seed gives a difference and no p-v
 two-sided and not adjusted for the number of tests. Folders are read one by one. The last line is
 one JSON object.
 
-tau, rho  Kendall's (tau-b, ties count as ties) and Spearman's correlation of our val_bpb with the published ones
-beyond    pairs of rows in the other order than published whose difference exceeds two standard errors: those of the
-          tests above or, where a row has one seed, those of --noise. Without it, noise is pooled
-          over the rows that have several seeds; for two rows with the same seeds it is that of
-          their differences, which is less
+tau, rho  Kendall's (tau-b, ties count as ties) and Spearman's correlation of our val_bpb with the
+          published ones
+beyond    pairs of rows in the other order than published whose difference exceeds two standard
+          errors: those of the tests above or, where a row has one seed, those of --noise. Without
+          it, noise is pooled over the rows that have several seeds; for two rows with the same
+          seeds it is that of their differences, which is less
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -32,12 +31,11 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-from scripts.study import rows as ladder
-from scripts.study import sweep
-from scripts.study.rows import Rows
-from scripts.study.runlog import NONE, Group, Key, ReportError, markdown, mean_cell, need, read_logs
+from scripts.common import NONE, ROOT, Parser, fail, in_range, markdown, need, run_command
+from scripts.study import report, sweep
+from scripts.study.report import Rows
+from scripts.study.runlog import Group, Key, mean_cell, read_logs
 
-ROOT = Path(__file__).resolve().parents[2]
 REFERENCES = ("ar", "direct")
 BEYOND = 2  # standard errors
 NOISE_OF = ("over seeds", "in differences at one seed")
@@ -61,21 +59,13 @@ PHASES: dict[str, tuple[tuple[str, ...], ...]] = {
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--logs", type=Path, action="append", help="folder of logs; may be given again"
-    )
-    parser.add_argument(
-        "--against", action="append", metavar="ROW", help="reference; may be given again"
-    )
-    noise = "standard deviation of one run's val_bpb, as a share of it (default: pooled over rows with several seeds)"
-    parser.add_argument("--noise", type=float, help=noise)
-    args = parser.parse_args(argv)
-    if args.noise is not None and not 0 <= args.noise < 1:
-        parser.error(f"--noise={args.noise} must be a share, from 0 to below 1; 0.002 is 0.2 %")
-    return args
+    parser = Parser(__doc__)
+    add, share = parser.add_argument, in_range(float, 0, math.nextafter(1, 0))
+    add("--logs", type=Path, action="append", help="folder of logs; may be given again")
+    add("--against", action="append", metavar="ROW", help="reference; may be given again")
+    noise = "standard deviation of one run's val_bpb, as a share of it, below 1"
+    add("--noise", type=share, help=f"{noise} (default: pooled over rows with several seeds)")
+    return parser.parse_args(argv)
 
 
 # ==============================================================================
@@ -93,36 +83,24 @@ class Difference(NamedTuple):
     test: str
 
 
-def two_sided(t: float, freedom: float) -> float:
+def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
+    """Compare scores by seed: paired if two seeds are shared, else Welch's test, else no test."""
     from scipy import stats
 
-    return float(2 * stats.t.sf(abs(t), freedom))
-
-
-def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
-    """Compare scores by seed: paired where two seeds are shared, else Welch's test, else no test."""
     shared = sorted(ours.keys() & theirs.keys())
     a, b = list(ours.values()), list(theirs.values())
+    n = f"{len(a)}, {len(b)}"
     if len(shared) > 1:
         pairs = [ours[seed] - theirs[seed] for seed in shared]
-        mean = statistics.mean(pairs)
-        error = statistics.stdev(pairs) / math.sqrt(len(pairs))
-        freedom = len(pairs) - 1.0
-        n, test = f"{len(pairs)} pairs", "paired"
-    elif min(len(a), len(b)) > 1:
-        parts = [statistics.variance(values) / len(values) for values in (a, b)]
-        mean, error = statistics.mean(a) - statistics.mean(b), math.sqrt(sum(parts))
-        scaled = sum(
-            part**2 / (len(values) - 1) for part, values in zip(parts, (a, b), strict=True)
-        )
-        n = f"{len(a)}, {len(b)}"
-        test = "Welch"
-        freedom = sum(parts) ** 2 / scaled if scaled else 1.0
-    else:
-        return Difference(
-            statistics.mean(a) - statistics.mean(b), None, None, f"{len(a)}, {len(b)}", NONE
-        )
-    return Difference(mean, error, two_sided(mean / error, freedom) if error else None, n, test)
+        mean, error = statistics.mean(pairs), float(stats.sem(pairs))
+        p = float(stats.ttest_1samp(pairs, 0.0).pvalue) if error else None
+        return Difference(mean, error, p, f"{len(pairs)} pairs", "paired")
+    mean = statistics.mean(a) - statistics.mean(b)
+    if min(len(a), len(b)) < 2:
+        return Difference(mean, None, None, n, NONE)
+    error = math.hypot(stats.sem(a), stats.sem(b))
+    p = float(stats.ttest_ind(a, b, equal_var=False).pvalue) if error else None
+    return Difference(mean, error, p, n, "Welch")
 
 
 def scores(g: Group, measure: str) -> dict[int, float]:
@@ -131,18 +109,18 @@ def scores(g: Group, measure: str) -> dict[int, float]:
         return dict(zip(g.seeds, g.values("final", VAL), strict=True))
     found = {}
     for seed, run in zip(g.seeds, g.runs, strict=True):
-        for value in ladder.bounds(Group(g.key, [run]), int(measure)):
+        for value in report.bounds(Group(g.key, [run]), int(measure)):
             found[seed] = value
     return found
 
 
 def differences(rows: Rows, name: str) -> Iterator[dict[str, Any]]:
     """Compare every other row with a reference by val_bpb and each bound that both have."""
-    reference = ladder.find(rows, name)
+    reference = report.find_row(rows, name)
     if reference is None:
         return
     for row, g in rows.items():
-        for measure in (VAL, *map(str, ladder.windows_of(rows))) if g is not reference else ():
+        for measure in (VAL, *map(str, report.windows_of(rows))) if g is not reference else ():
             ours, theirs = scores(g, measure), scores(reference, measure)
             if ours and theirs:
                 label = measure if measure == VAL else f"bound, window {measure}"
@@ -186,14 +164,14 @@ def difference_table(found: Iterable[Mapping[str, Any]], name: str) -> str:
 
 
 class Noise(NamedTuple):
-    """Standard deviation of one run's val_bpb, as a share of it; None if no row has several seeds."""
+    """Standard deviation of one run's val_bpb, as a share of it; None without several seeds."""
 
     seeds: float | None  # over seeds
     paired: float | None  # in a difference of two rows at one seed
 
 
 def pooled(samples: Iterable[Sequence[float]]) -> float | None:
-    """Pool the standard deviation of samples of two values or more, each about a mean of its own."""
+    """Pool the standard deviation of samples of two values or more, each about its own mean."""
     parts = [
         (len(values) - 1, statistics.variance(values)) for values in samples if len(values) > 1
     ]
@@ -243,7 +221,7 @@ def ranked_rows(
     lacking = list[str]()
     taken = list[Group]()
     for name in names:
-        score, g = published(name, phases), ladder.find(rows, name)
+        score, g = published(name, phases), report.find_row(rows, name)
         if score is None or any(g is other for other in taken):
             continue
         if g is None:
@@ -343,7 +321,10 @@ def order_text(found: Mapping[str, Any]) -> str:
     ]
     table = markdown(["row", "published", "rank", "ours", "rank", "n"], body, 1)
     tau, rho = (NONE if found[kind] is None else f"{found[kind]:+.3f}" for kind in ("tau", "rho"))
-    said = f"tau {tau}, rho {rho}, {len(lines)} rows; {len(found['swapped'])} of {found['pairs']} pairs the other way."
+    said = (
+        f"tau {tau}, rho {rho}, {len(lines)} rows; {len(found['swapped'])} of {found['pairs']} "
+        "pairs the other way."
+    )
     for beyond, label in (
         (True, "Beyond noise"),
         (None, "With one seed and no --noise, not to be judged"),
@@ -395,7 +376,7 @@ def compare(
         found = list(differences(rows, name))
         if found:
             parts.append(difference_table(found, name))
-        elif ladder.find(rows, name) is None:
+        elif report.find_row(rows, name) is None:
             parts.append(f"No finished run of `{name}` to compare with.")
         tests += found
     noise = pooled_noise(rows) if given is None else Noise(given, given)
@@ -419,23 +400,21 @@ def compare(
     return parts, {"noise": noise._asdict(), "differences": tests, "orders": orders}
 
 
-def folders_of(args: argparse.Namespace) -> list[Path]:
-    given = [ROOT / "logs", ROOT / "logs" / "ladder"] if args.logs is None else args.logs
-    return [folder for folder in given if args.logs is not None or folder.is_dir()]
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Compare what every folder holds; ReportError: it cannot be, or a reference that was asked for
+    """Compare what every folder holds; UserError: it cannot be, or a reference that was asked for
     has no run.
     """
     need("scipy", "compare.py")
-    held = {folder: ladder.by_context(read_logs(folder)) for folder in folders_of(args)}
+    held = {
+        folder: report.by_context(read_logs(folder)) for folder in args.logs or report.log_folders()
+    }
     tables = [rows for contexts, _ in held.values() for rows in contexts.values()]
     for name in args.against or ():
-        if not any(ladder.find(rows, name) for rows in tables):
+        if not any(report.find_row(rows, name) for rows in tables):
             have = ", ".join(dict.fromkeys(row for rows in tables for row in rows)) or "none"
-            raise ReportError(
-                f"--against={name}: no finished run of that row; there are: {have}; name one of them"
+            fail(
+                f"--against={name}: no finished run of that row; there are: {have}; name one of "
+                "them"
             )
     found: dict[str, Any] = {}
     for folder, (contexts, notes) in held.items():
@@ -443,7 +422,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         data = list[dict[str, Any]]()
         for key, rows in contexts.items():
             texts, compared = compare(rows, args.against or REFERENCES, args.noise)
-            parts += [f"### {ladder.context_name(key)}", *texts]
+            parts += [f"### {report.context_name(key)}", *texts]
             data.append({**context_data(key), **compared})
         if notes:
             parts.append(
@@ -469,15 +448,9 @@ def context_data(key: Key) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after an error the user can repair."""
+    """Run the command; return its exit status."""
     args = parse_args(argv)
-    try:
-        found = run(args)
-    except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps({"folders": found}, ensure_ascii=False))
-    return 0
+    return run_command(lambda: {"folders": run(args)})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ did not finish nothing else is drawn. The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -28,47 +27,32 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-from scripts.study import rows as ladder
-from scripts.study.rows import Rows
+from scripts.common import Parser, fail, names, need, run_command
+from scripts.study import report
+from scripts.study.report import Rows
 from scripts.study.runlog import (
     REFINE,
     Group,
     Key,
-    ReportError,
     RunLog,
     key_of,
-    need,
     numbers,
     read_logs,
     spread,
 )
 from scripts.study.sweep import ladders
 
-ROOT = Path(__file__).resolve().parents[2]
 NEAR_T = 16  # the window beside T at which bounds are drawn
 FEW = 10  # recipes that can be named within a panel
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--plots",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder to draw into; made if need be",
-    )
-    parser.add_argument(
-        "--logs", type=Path, action="append", help="folder of logs; may be given again"
-    )
-    parser.add_argument(
-        "--rows",
-        type=lambda text: text.split(","),
-        help="only these recipes or ladders, with commas",
-    )
+    parser = Parser(__doc__)
+    add, plots = parser.add_argument, "folder to draw into; made if needed"
+    add("--plots", type=Path, required=True, metavar="DIR", help=plots)
+    add("--logs", type=Path, action="append", help="folder of logs; may be given again")
+    add("--rows", type=names, help="only these recipes or ladders, with commas")
     return parser.parse_args(argv)
 
 
@@ -125,7 +109,7 @@ def draw_infill(panel: Axes, rows: Rows, span: int, key: str, style: Mapping[str
                 if (k[0], k[1], k[3]) == ("infill", span, REFINE)
             }
         )
-        found = [(n, point(values)) for n in steps if (values := ladder.infill(g, n, key, span))]
+        found = [(n, point(values)) for n in steps if (values := report.infill(g, n, key, span))]
         if found:
             means, bars = [mean for _, (mean, _) in found], [bar for _, (_, bar) in found]
             at = [n for n, _ in found]
@@ -154,7 +138,7 @@ def draw_likelihood(panel: Axes, rows: Rows, window: int, style: Mapping[str, An
     """
     crowded = len(rows) > FEW
     for number, (name, g) in enumerate(rows.items(), start=1):
-        exact, bound = g.values("final", "val_bpb"), ladder.bounds(g, window)
+        exact, bound = g.values("final", "val_bpb"), report.bounds(g, window)
         label = f"{number} {name}" if crowded else name
         if not bound:
             panel.axhline(
@@ -239,7 +223,7 @@ def infill(about: str, rows: Rows, style: Mapping[str, Any]) -> Figure | None:
 
 def likelihood(about: str, rows: Rows, style: Mapping[str, Any]) -> Figure | None:
     """Draw val_bpb against the bounds at 16 and at T; None if no run has one."""
-    windows = [window for window in ladder.windows_of(rows) if window > 1]
+    windows = [window for window in report.windows_of(rows) if window > 1]
     chosen = sorted({window for window in (NEAR_T, *windows[-1:]) if window in windows})
     if not chosen:
         return None
@@ -271,7 +255,7 @@ def draw_folder(folder: Path, args: argparse.Namespace) -> tuple[list[Path], set
     runs = read_logs(folder)
     files = list[Path]()
     seen = set[str]()
-    finished, notes = ladder.by_context(runs)
+    finished, notes = report.by_context(runs)
     curves, used = curves_by_context(runs), Counter[str]()
     for note in notes:
         print(f"note: {folder}: {note}", file=sys.stderr)
@@ -282,7 +266,7 @@ def draw_folder(folder: Path, args: argparse.Namespace) -> tuple[list[Path], set
         seen.update(names)
         if not names:
             continue
-        style, about = styles(names), f"{ladder.context_name(key).replace('`', '')}"
+        style, about = styles(names), f"{report.context_name(key).replace('`', '')}"
         start = re.sub(r"[^\w.-]+", "_", f"{folder.resolve().name}_{key.data}")
         used[start] += 1
         start += f"_{used[start]}" if used[start] > 1 else ""
@@ -304,33 +288,28 @@ def save(figure: Figure, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, format="png")
     except OSError as error:
-        raise ReportError(
-            f"--plots: {path} was not written ({error.strerror}); name another folder"
-        ) from error
+        fail(f"--plots: {path} was not written ({error.strerror}); name another folder")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Draw every folder; UserError: it cannot be drawn, or a row of --rows has no run."""
+    need("matplotlib", "plot.py")
+    files, seen = list[Path](), set[str]()
+    for folder in args.logs or report.log_folders():
+        drawn, recipes = draw_folder(folder, args)
+        files += drawn
+        seen |= recipes
+    known = ladders()
+    lacking = [name for name in args.rows or () if seen.isdisjoint(known.get(name, (name,)))]
+    if lacking:
+        fail(f"--rows={','.join(lacking)}: no run of it in the logs; leave it out")
+    return {"plots": [str(path) for path in files]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after an error the user can repair."""
+    """Run the command; return its exit status."""
     args = parse_args(argv)
-    folders = args.logs or [
-        folder for folder in (ROOT / "logs", ROOT / "logs" / "ladder") if folder.is_dir()
-    ]
-    files, seen = list[Path](), set[str]()
-    try:
-        need("matplotlib", "plot.py")
-        for folder in folders:
-            drawn, names = draw_folder(folder, args)
-            files, seen = files + drawn, seen | names
-        lacking = [
-            name for name in args.rows or () if seen.isdisjoint(ladders().get(name, (name,)))
-        ]
-        if lacking:
-            raise ReportError(f"--rows={','.join(lacking)}: no run of it in the logs; leave it out")
-    except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps({"plots": [str(path) for path in files]}))
-    return 0
+    return run_command(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""Make a record from nothing: data, seeds x recipes, tables and submission.json; the same command
-again goes on.
+"""Make a record from nothing: data, seeds x recipes, tables and submission.json.
 
-    python scripts/study/record.py 8xh100                         FineWeb, `direct`, three seeds x 600 s on eight devices
-    DATA_PATH=data/mine TOKENIZER_PATH=data/mine/tokenizer.model python scripts/study/record.py 1xgpu --seconds 150
-    python scripts/study/record.py cpu                            two recipes x three seeds x 300 s on a small corpus: an hour
-    python scripts/study/record.py 8xh100 --plan                  only say what would be run
-    python scripts/study/record.py 8xh100 --rehearse              four steps on CPU (two processes): does the whole path work?
+    python scripts/study/record.py 8xh100              FineWeb, `direct`, 3 seeds x 600 s, 8 GPUs
+    DATA_PATH=data/mine TOKENIZER_PATH=data/mine/tokenizer.model \\
+        python scripts/study/record.py 1xgpu --seconds 150
+    python scripts/study/record.py cpu                 2 recipes x 3 seeds x 300 s: 1 h
+    python scripts/study/record.py 8xh100 --plan       only say what would be run
+    python scripts/study/record.py 8xh100 --rehearse   4 steps on two CPU processes: a dry run
 
-Steps: prepare_data.py (FineWeb, or for cpu the Python library, unless DATA_PATH names what is
-there), sweep.py twice (baselines as they are, then `direct` with the protocol's record settings,
-RECORD below; finished runs are skipped), bench/export.py (where the bytes go and what rounding
-costs both scores), report.py. OUT holds runs, logs/, export.json, README.md with the tables and
-submission.json. Settings of train_gpt.py come from the environment as always, over which record
-settings stand (in a rehearsal but for sizes). The last line is one JSON object.
+Rerun the command to resume. Steps: prepare_data.py (FineWeb, or for cpu the Python library, unless
+DATA_PATH names what is there), sweep.py twice (baselines as they are, then `direct` with the
+protocol's record settings, RECORD below; finished runs are skipped), bench/export.py (where the
+bytes go and what rounding costs both scores), report.py. OUT holds runs, logs/, export.json,
+README.md with the tables and submission.json. Settings of train_gpt.py come from the environment as
+always, over which record settings stand (in a rehearsal but for sizes). The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import train_gpt as tg
+from scripts.common import Parser, fail, run_command
 from scripts.study import report
+from scripts.study.runlog import read_log
+from scripts.study.sweep import digest_of
 
-SCRIPTS = Path(__file__).resolve().parent
+SCRIPTS = Path(__file__).resolve().parents[1]
 SEEDS = "1337,42,2026"
-
-
+RESUME = "what is done is kept: rerun the command to resume"
 CHECKPOINT = "CHECKPOINT"  # in a command: that of a run with record settings
 SIZES = (
     "NUM_LAYERS",
@@ -95,165 +98,135 @@ class Step(NamedTuple):
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("protocol", choices=PROTOCOLS)
-    parser.add_argument("--seeds", default=SEEDS, help="list, with commas (default %(default)s)")
-    parser.add_argument("--seconds", type=float, help="of each run (default: the protocol's)")
-    parser.add_argument(
-        "--baselines", help="recipes without record settings (default: the protocol's; '': none)"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="folder of the record (default out/record_PROTOCOL)"
-    )
-    parser.add_argument("--plan", action="store_true", help="print the commands and run nothing")
-    parser.add_argument("--rehearse", action="store_true", help="four steps on two CPU processes")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    baselines = "recipes without record settings (default: the protocol's; '': none)"
+    add("protocol", choices=PROTOCOLS)
+    add("--seeds", default=SEEDS, help="list, with commas (default %(default)s)")
+    add("--seconds", type=float, help="of each run (default: the protocol's)")
+    add("--baselines", help=baselines)
+    add("--out", type=Path, help="folder of the record (default out/record_PROTOCOL)")
+    add("--plan", action="store_true", help="print the commands and run nothing")
+    add("--rehearse", action="store_true", help="four steps on two CPU processes")
     args = parser.parse_args(argv)
     args.out = args.out or Path("out", f"record_{args.protocol}{'_rehearsal' * args.rehearse}")
     return args
 
 
+def record_settings(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, str]:
+    """Return the protocol's record settings, in a rehearsal without sizes that `env` sets."""
+    kept = {name for name in SIZES if args.rehearse and name in env}
+    return {name: value for name, value in RECORD[args.protocol].items() if name not in kept}
+
+
 def steps_of(args: argparse.Namespace, env: Mapping[str, str]) -> list[Step]:
     """List what is run, in order."""
-    how = PROTOCOLS[args.protocol]
-    out = args.out
-    python = sys.executable
+    protocol, out = PROTOCOLS[args.protocol], args.out
     if args.rehearse:
-        how = how._replace(nproc=min(how.nproc, 2), preset="cpu", source="stdlib")
-    settings = {"PRESET": how.preset} | ({"DEVICE": "cpu"} if how.preset == "cpu" else {})
-    steps = list[Step]()
+        protocol = protocol._replace(nproc=min(protocol.nproc, 2), preset="cpu", source="stdlib")
+    settings, steps = {"PRESET": protocol.preset}, list[Step]()
+    if protocol.preset == "cpu":
+        settings["DEVICE"] = "cpu"
 
     def add(script: str, *arguments: str, **more: str) -> None:
-        steps.append(Step([python, str(SCRIPTS / script), *arguments], settings | more))
+        command = [sys.executable, str(SCRIPTS / script), *arguments]
+        steps.append(Step(command, settings | more))
 
     if "DATA_PATH" not in env:
-        source = how.source.split()
+        source = protocol.source.split()
         data = Path("data", source[0])
         settings |= {"DATA_PATH": str(data), "TOKENIZER_PATH": str(data / "tokenizer.model")}
         add("prepare_data.py", "--source", *source, "--out", str(data))
-    budget = ["--steps", "4"] if args.rehearse else ["--seconds", str(args.seconds or how.seconds)]
-    runs = ["--seeds", args.seeds, *budget, "--nproc", str(how.nproc), "--out", str(out)]
-    if baselines := how.baselines if args.baselines is None else args.baselines:
-        add("sweep.py", *baselines.split(","), *runs)
-    settings |= {
-        k: v
-        for k, v in RECORD[args.protocol].items()
-        if not (args.rehearse and k in SIZES and k in env)
-    }
-    add("sweep.py", "direct", *runs)
-    levels = tg.SCHEMES[settings.get("EXPORT_SCHEME", "int8+zlib")][0][
-        :4
-    ]  # the artifact takes one of the first
+    budget = ["--seconds", str(args.seconds or protocol.seconds)]
+    budget = ["--steps", "4"] if args.rehearse else budget
+    runs = ["--seeds", args.seeds, *budget, "--nproc", str(protocol.nproc), "--out", str(out)]
+    if baselines := protocol.baselines if args.baselines is None else args.baselines:
+        add("study/sweep.py", *baselines.split(","), *runs)
+    settings |= record_settings(args, env)
+    add("study/sweep.py", "direct", *runs)
+    # The artifact takes one of the first levels.
+    levels = tg.SCHEMES[settings.get("EXPORT_SCHEME", "int8+zlib")][0][:4]
     export = ["--levels", ",".join(map(str, levels)), "--out", str(out / "export.json")]
-    device = ["--device", settings.get("DEVICE", "auto")]
-    add(
-        "bench/export.py",
-        CHECKPOINT,
-        *export,
-        *device,
-        NELBO_SEQUENCES=env.get("NELBO_SEQUENCES", "4096"),
-    )
+    device, rows = settings.get("DEVICE", "auto"), env.get("NELBO_SEQUENCES", "4096")
+    add("bench/export.py", CHECKPOINT, *export, "--device", device, NELBO_SEQUENCES=rows)
     files = {"--logs": "logs", "--readme": "README.md", "--submission": "submission.json"}
-    add(
-        "report.py",
-        *(part for option, name in files.items() for part in (option, str(out / name))),
-        "--write",
-    )
+    paths = [part for option, name in files.items() for part in (option, str(out / name))]
+    add("study/report.py", *paths, "--write")
     return steps
 
 
 def checkpoint(args: argparse.Namespace, env: Mapping[str, str]) -> Path:
-    """Find the last checkpoint of a finished run of the first seed with record settings; UserError:
-    there is none.
+    """Find the last checkpoint of a finished run of the first seed with record settings.
+
+    Raises:
+        UserError: there is none.
     """
     time = {"ITERATIONS": "4", "MAX_WALLCLOCK_SECONDS": "0"}
     if not args.rehearse:
         time = {"MAX_WALLCLOCK_SECONDS": str(args.seconds or PROTOCOLS[args.protocol].seconds)}
-    run = {
-        "RECIPE": "direct",
-        "SEED": args.seeds.split(",")[0],
-        "RUN_ID": "",
-        "OUT_DIR": str(args.out),
-    }
-    digest = (
-        tg.Config.from_env({**env, **time, **run})[0].path("", "").name[-8:]
-    )  # as sweep.py names folders
-    for path in Path(args.out).glob(f"*_{digest}/checkpoints/*_{digest}.pt"):
+    run = {"RECIPE": "direct", "SEED": args.seeds.split(",")[0]}
+    run |= {"RUN_ID": "", "OUT_DIR": str(args.out)}
+    digest = digest_of(tg.Config.from_env({**env, **time, **run})[0])
+
+    def finished(path: Path) -> bool:
         log = args.out / "logs" / f"{path.stem}.jsonl"
-        if log.exists() and not report.read_log(log).why_left_out:
-            return path
-    raise tg.UserError(
-        f"OUT={args.out} holds no checkpoint of a finished record run; name another --out"
-    )
+        return log.exists() and not read_log(log).why_left_out
+
+    paths = filter(finished, Path(args.out).glob(f"*_{digest}/checkpoints/*_{digest}.pt"))
+    if (path := next(paths, None)) is None:
+        fail(f"OUT={args.out} holds no checkpoint of a finished record run; name another --out")
+    return path
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UserError if this machine lacks the devices, or a compiler, before anything is
-    downloaded.
-    """
+    """Raise UserError, before a download, if this machine lacks the devices or a compiler."""
     compilers = [os.environ.get("CXX", "g++"), "clang++"]
     if RECORD[args.protocol].get("COMPILE") == "1" and not any(map(shutil.which, compilers)):
-        raise tg.UserError(
-            f"PROTOCOL={args.protocol}: COMPILE=1 needs a C++ compiler ({' or '.join(compilers)}); install one"
-        )
+        rule = f"COMPILE=1 needs a C++ compiler ({' or '.join(compilers)}); install one"
+        fail(f"PROTOCOL={args.protocol}: {rule}")
     wanted, found = PROTOCOLS[args.protocol].nproc, torch.cuda.device_count()
     if PROTOCOLS[args.protocol].preset != "cpu" and not args.rehearse and found < wanted:
         rule = f"needs {wanted} CUDA device{'s' if wanted > 1 else ''}, {found} found"
-        raise tg.UserError(
-            f"PROTOCOL={args.protocol} {rule}; run it there, or try the path with --rehearse"
-        )
+        fail(f"PROTOCOL={args.protocol} {rule}; run it there, or try the path with --rehearse")
+
+
+def run_step(step: Step, args: argparse.Namespace, env: Mapping[str, str]) -> None:
+    """Run one step, or with --plan only print it; UserError: it failed."""
+    changes = [f"{name}={value}" for name, value in step.settings.items()]
+    if args.plan:
+        print(shlex.join(changes + step.command), file=sys.stderr)
+        return
+    all_env = {**env, **step.settings}
+    parts = step.command
+    command = [str(checkpoint(args, all_env)) if part == CHECKPOINT else part for part in parts]
+    print(shlex.join(changes + command), file=sys.stderr, flush=True)
+    done = subprocess.run(command, env=all_env, stdout=2, check=False)
+    if done.returncode:
+        name = Path(command[1]).name
+        fail(f"{name} ended with status {done.returncode}, see above; {RESUME}")
 
 
 def run(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]:
     """Run every step; UserError: one failed, or the machine lacks devices."""
-    steps = steps_of(args, env)
+    steps, entry = steps_of(args, env), dict[str, Any]()
     if not args.plan:
         check(args)
     for step in steps:
-        changes = [f"{name}={value}" for name, value in step.settings.items()]
-        if args.plan:
-            print(shlex.join(changes + step.command), file=sys.stderr)
-            continue
-        if (
-            step is steps[-1] and not (readme := args.out / "README.md").exists()
-        ):  # the report goes between two lines
-            between = "\n\n".join(report.RESULTS)
+        readme = args.out / "README.md"
+        if step is steps[-1] and not args.plan and not readme.exists():
+            between = "\n\n".join(report.RESULTS)  # the report goes between these two lines
             readme.write_text(f"# Record: {args.protocol}\n\n{between}\n", encoding="utf-8")
-        all_env = {**env, **step.settings}
-        command = [
-            str(checkpoint(args, all_env)) if part == CHECKPOINT else part for part in step.command
-        ]
-        print(shlex.join(changes + command), file=sys.stderr, flush=True)
-        done = subprocess.run(command, env=all_env, stdout=2, check=False)
-        if done.returncode:
-            again = "what is done is kept: the same command goes on"
-            raise tg.UserError(
-                f"{Path(command[1]).name} ended with status {done.returncode}, see above; {again}"
-            )
-    entry = (
-        {} if args.plan else json.loads((args.out / "submission.json").read_text(encoding="utf-8"))
-    )
-    return {
-        "protocol": args.protocol,
-        "out": str(args.out),
-        "planned": args.plan,
-        "val_bpb": entry.get("val_bpb"),
-    }
+        run_step(step, args, env)
+    if not args.plan:
+        entry = json.loads((args.out / "submission.json").read_text(encoding="utf-8"))
+    about = {"protocol": args.protocol, "out": str(args.out), "planned": args.plan}
+    return about | {"val_bpb": entry.get("val_bpb")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after an error the user can repair."""
+    """Run the command; return its exit status."""
     args = parse_args(argv)
-    try:
-        print(json.dumps(run(args, os.environ)))
-    except (tg.UserError, report.ReportError, OSError) as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; what is done is kept: the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(lambda: run(args, os.environ), resume=RESUME)
 
 
 if __name__ == "__main__":

@@ -17,45 +17,34 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
+import train_gpt as tg
+from scripts.common import NONE, ROOT, Parser, fail, markdown, run_command
+from scripts.study import sweep
 from scripts.study.runlog import (
     LEFT_TO_RIGHT,
-    NONE,
     REFINE,
     Group,
     Key,
-    ReportError,
     RunLog,
     group_runs,
     is_number,
-    markdown,
     mean_cell,
     missing_seeds,
     numbers,
     read_lines,
-    read_log,
     read_logs,
     spread,
 )
 
-__all__ = [
-    "NONE",
-    "ReportError",
-    "RunLog",
-    "main",
-    "markdown",
-    "mean_cell",
-    "numbers",
-    "read_log",
-    "spread",
-]
+INFILL_SPAN, INFILL_PASSES = 8, (1, 8)
 
-ROOT = Path(__file__).resolve().parents[2]
+Rows = dict[str, Group]  # of one data set, machine and settings, in the order of the ladder, by row
 
 
 class Block(NamedTuple):
@@ -80,29 +69,23 @@ RANKED_SECONDS = 600.0
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--logs", type=Path, default=ROOT / "logs", help="folder of *.jsonl run logs"
-    )
-    parser.add_argument(
-        "--readme", type=Path, default=ROOT / "README.md", help=f"file with {' and '.join(RESULTS)}"
-    )
-    parser.add_argument(
-        "--ladder", type=Path, help="folder of logs of sweep.py's rows (default: ladder in --logs)"
-    )
-    parser.add_argument("--submission", type=Path, default=ROOT / "submission.json")
-    action = parser.add_mutually_exclusive_group()
-    action.add_argument(
-        "--check", action="store_true", help="exit 1 if README.md or submission.json disagree"
-    )
-    action.add_argument(
-        "--write", action="store_true", help="bring README.md and submission.json up to date"
-    )
+    parser = Parser(__doc__)
+    add, action = parser.add_argument, parser.add_mutually_exclusive_group()
+    lines = " and ".join(RESULTS)
+    add("--logs", type=Path, default=ROOT / "logs", help="folder of *.jsonl run logs")
+    add("--readme", type=Path, default=ROOT / "README.md", help=f"file with {lines}")
+    add("--ladder", type=Path, help="folder of logs of the ladder (default: ladder in --logs)")
+    add("--submission", type=Path, default=ROOT / "submission.json")
+    action.add_argument("--check", action="store_true", help="exit 1 if a file disagrees with logs")
+    action.add_argument("--write", action="store_true", help="update README.md and submission.json")
     args = parser.parse_args(argv)
     args.ladder = args.ladder or args.logs / "ladder"
     return args
+
+
+def log_folders() -> list[Path]:
+    """List the folders of logs that this repository holds."""
+    return [folder for folder in (ROOT / "logs", ROOT / "logs" / "ladder") if folder.is_dir()]
 
 
 # ==============================================================================
@@ -229,8 +212,9 @@ def results_block(groups: Sequence[Group], notes: Sequence[str]) -> str:
     else:
         parts = [
             score_table(groups),
-            "val_bpb is exact, over the whole validation split. A bound is the diffusion upper bound in bits per byte "
-            "over the rows that NELBO_SEQUENCES names; at window 1 it is their exact value. Mean ± standard deviation "
+            "val_bpb is exact, over the whole validation split. A bound is the diffusion upper "
+            "bound in bits per byte over the rows that NELBO_SEQUENCES names; at window 1 it is "
+            "their exact value. Mean ± standard deviation "
             f"over n seeds; bytes and peak MiB are the largest.{bound_note(groups)}",
         ]
         if shared := shared_changes(groups):
@@ -238,7 +222,8 @@ def results_block(groups: Sequence[Group], notes: Sequence[str]) -> str:
         if any(run.decode for g in groups for run in g.runs):
             parts += [
                 decode_table(groups),
-                "Share of tokens equal to the text, and decoded tokens a second, by number of refinement passes over "
+                "Share of tokens equal to the text, and decoded tokens a second, by number of "
+                "refinement passes over "
                 "the span; left to right reads no text after the span.",
             ]
     left_out = [*notes, *version_notes(groups)]
@@ -251,7 +236,141 @@ def results_block(groups: Sequence[Group], notes: Sequence[str]) -> str:
 
 
 # ==============================================================================
-# 2  SUBMISSION -- what submission.json says
+# 2  LADDER -- the runs of a ladder by row, and what every row costs and gives
+# ==============================================================================
+
+
+def by_context(runs: Iterable[RunLog]) -> tuple[dict[Key, Rows], list[str]]:
+    """Gather finished runs by what rows must share to be compared (a key without recipe), and say
+    what is left out.
+    """
+    groups, notes = group_runs(runs)
+    order = {name: place for place, name in enumerate(sweep.rows())}
+    contexts: dict[Key, Rows] = {}
+    for g in sorted(groups, key=lambda g: (order.get(g.key.recipe, len(order)), g.key.recipe)):
+        contexts.setdefault(g.key._replace(recipe=""), {})[g.key.recipe] = g
+    return {key: contexts[key] for key in sorted(contexts)}, [
+        *notes,
+        *missing_seeds(groups),
+        *version_note(groups),
+    ]
+
+
+def version_note(groups: Sequence[Group]) -> list[str]:
+    versions = {run.get("header", "sha256") for g in groups for run in g.runs}
+    return (
+        [f"the runs were made by {len(versions)} versions of train_gpt.py"]
+        if len(versions) > 1
+        else []
+    )
+
+
+def equal_rows(name: str) -> list[str]:
+    """List the rows with the settings of this one, itself included; a sweep runs them once."""
+    recipes = tg.all_recipes()
+    return [row for row in sweep.rows() if name in recipes and recipes[row] == recipes[name]]
+
+
+def find_row(rows: Rows, name: str) -> Group | None:
+    """Return a row's runs, or those of a row with equal settings."""
+    return next((rows[other] for other in (name, *equal_rows(name)) if other in rows), None)
+
+
+def shared_note(rows: Rows) -> str:
+    """Name the rows that have no runs of their own, since another has the same settings."""
+    others = {
+        name: [f"`{other}`" for other in equal_rows(name) if other not in rows] for name in rows
+    }
+    said = [f"`{name}` is also {', '.join(names)}" for name, names in others.items() if names]
+    return f"\n\nOf equal settings, so the same runs: {'; '.join(said)}." if said else ""
+
+
+def context_name(key: Key) -> str:
+    """Say what all rows of a table share."""
+    ranks = f", {key.ranks} ranks" if key.ranks > 1 else ""
+    return ", ".join(
+        [key.data, f"{key.machine}{ranks}", *(f"`{change}`" for change in key.changes)]
+    )
+
+
+def of_runs(g: Group, event: str, name: str) -> list[float]:
+    return numbers(run.events.get(event, {}).get(name) for run in g.runs)
+
+
+def bounds(g: Group, window: int) -> list[float]:
+    return numbers(run.nelbo.get(window, {}).get("nelbo_bpb") for run in g.runs)
+
+
+def windows_of(rows: Mapping[str, Group]) -> list[int]:
+    return sorted({window for g in rows.values() for run in g.runs for window in run.nelbo})
+
+
+def infill(g: Group, passes: int, name: str, span: int = INFILL_SPAN) -> list[float]:
+    return numbers(run.decode.get(("infill", span, passes, REFINE), {}).get(name) for run in g.runs)
+
+
+def whole(values: Sequence[float], of: Any = statistics.mean) -> str:
+    return f"{of(values):,.0f}" if values else NONE
+
+
+def cost_table(rows: Rows) -> str:
+    """One line a row: steps, speed, memory, exact bits per byte, bounds, infill, size, and what was
+    published.
+    """
+    windows = windows_of(rows)
+    head = [
+        "row",
+        "n",
+        "steps",
+        "train tok/s",
+        "peak MiB",
+        "val_bpb",
+        *(f"bound, window {w}" for w in windows),
+    ]
+    head += [f"infill {INFILL_SPAN}, {n} pass{'es' if n > 1 else ''}" for n in INFILL_PASSES]
+    body = []
+    for name, g in rows.items():
+        body.append(
+            [
+                f"`{name}`",
+                str(len(g.runs)),
+                whole(of_runs(g, "done", "steps")),
+                whole(of_runs(g, "train", "tok_per_sec")),
+                whole(of_runs(g, "done", "peak_memory_mib"), max),
+                mean_cell(g.values("final", "val_bpb")),
+                *(mean_cell(bounds(g, w)) for w in windows),
+                *(mean_cell(infill(g, n, "token_acc"), 3) for n in INFILL_PASSES),
+                whole(of_runs(g, "size", "total_bytes"), max),
+                sweep.published_cell(name) if name in sweep.rows() else NONE,
+            ]
+        )
+    return markdown([*head, "bytes", "published (phase)"], body, 1)
+
+
+def recipes_block(runs: Iterable[RunLog]) -> str:
+    """The text that README.md carries between its markers for recipes."""
+    contexts, notes = by_context(runs)
+    tables = [
+        f"{context_name(key)}:\n\n{cost_table(rows)}{shared_note(rows)}"
+        for key, rows in contexts.items()
+    ]
+    parts = tables or ["No finished run."]
+    if contexts:
+        parts.append(
+            "Means over n seeds, ± standard deviation; bytes and peak MiB are the largest. Infill: "
+            f"share of tokens of {INFILL_SPAN}-token holes equal to the text. Published: val_bpb "
+            "on FineWeb, one H100 for 180 s unless "
+            "said."
+        )
+    if notes:
+        parts.append(
+            "Not averaged, or to be read with care:\n\n" + "\n".join(f"- {note}" for note in notes)
+        )
+    return "\n\n".join(parts)
+
+
+# ==============================================================================
+# 3  SUBMISSION -- what submission.json says
 # ==============================================================================
 
 
@@ -313,7 +432,7 @@ def read_benchmarks(folder: Path) -> list[dict[str, Any]]:
     lines.
 
     Raises:
-        ReportError: a line that begins as JSON is none, or lacks what bench/decode.py writes.
+        UserError: a line that begins as JSON is none, or lacks what bench/decode.py writes.
     """
     found = []
     for path in sorted([*folder.glob("*decode*.txt"), *folder.glob("*decode*.json")]):
@@ -323,10 +442,11 @@ def read_benchmarks(folder: Path) -> list[dict[str, Any]]:
             try:
                 found.append(benchmark(json.loads(line), path.name))
             except (ValueError, TypeError, KeyError) as error:
-                raise ReportError(
-                    f"log {path}, line {number}: not a result of bench/decode.py ({type(error).__name__}: {error}); "
+                fail(
+                    f"log {path}, line {number}: not a result of bench/decode.py "
+                    f"({type(error).__name__}: {error}); "
                     "copy it again or move it away"
-                ) from error
+                )
     return found
 
 
@@ -397,7 +517,10 @@ def submission(
         "name": "Text diffusion, exactly autoregressive",
         "author": "The text-diffusion-golf authors",
         "github_id": None,
-        "blurb": "One set of weights that scores text exactly, left to right, and fills it in by diffusion.",
+        "blurb": (
+            "One set of weights that scores text exactly, left to right, and fills it in by "
+            "diffusion."
+        ),
         "recipe": RANKED_RECIPE,
         "val_bpb": mean("val_bpb"),
         "val_loss": mean("val_loss"),
@@ -414,7 +537,7 @@ def submission(
 
 
 # ==============================================================================
-# 3  FILES -- compare or replace
+# 4  FILES -- compare or replace
 # ==============================================================================
 
 
@@ -422,20 +545,16 @@ def read_readme(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ReportError(
-            f"{path} cannot be read ({error.strerror}); name it with --readme"
-        ) from error
+        fail(f"{path} cannot be read ({error.strerror}); name it with --readme")
 
 
 def split(text: str, block: Block, path: Path) -> tuple[str, str, str]:
-    """Cut README.md into before, between and after the lines of a block; ReportError: not there
+    """Cut README.md into before, between and after the lines of a block; UserError: not there
     once each, in order.
     """
     begin, end = block
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ReportError(
-            f"{path} needs the lines {begin} and {end}, once each and in this order; add them"
-        )
+        fail(f"{path} needs the lines {begin} and {end}, once each and in this order; add them")
     before, rest = text.split(begin)
     between, after = rest.split(end)
     return before, between, after
@@ -445,7 +564,7 @@ def block_differences(args: argparse.Namespace, block: Block, text: str) -> list
     """List how one block of README.md disagrees with the logs."""
     try:
         _, held, _ = split(read_readme(args.readme), block, args.readme)
-    except ReportError as error:
+    except tg.UserError as error:
         return [str(error)]
     ours, theirs = text.split("\n"), held.strip().split("\n")
     found = [f"{args.readme}: logs give {line!r}" for line in ours if line not in theirs]
@@ -486,9 +605,7 @@ def replace_file(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise ReportError(
-            f"{path} was not written ({error.strerror}); the old one is intact: free space"
-        ) from error
+        fail(f"{path} was not written ({error.strerror}); the old one is intact: free space")
 
 
 def write(args: argparse.Namespace, blocks: dict[Block, str], entry: dict[str, Any]) -> None:
@@ -501,50 +618,42 @@ def write(args: argparse.Namespace, blocks: dict[Block, str], entry: dict[str, A
 
 
 def recipes(args: argparse.Namespace) -> tuple[list[RunLog], dict[Block, str]]:
-    """Read the logs of sweep.py's rows; without one, README.md needs no place for their table."""
+    """Read the logs of the ladder; without one, README.md needs no place for their table."""
     runs = read_logs(args.ladder) if args.ladder.exists() else []
     readme = read_readme(args.readme) if args.readme.exists() else ""
     if not runs and not any(line in readme for line in RECIPES):
         return [], {}
-    from scripts.study.rows import recipes_block
-
     return runs, {RECIPES: recipes_block(runs)}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, 1 if --check found a disagreement, 2 after an error the user can
-    repair.
-    """
-    args = parse_args(argv)
-    try:
-        runs = read_logs(args.logs)
-        groups, notes = group_runs(runs)
-        ladder, more = recipes(args)
-        blocks = {RESULTS: results_block(groups, notes), **more}
-        entry = submission(groups, read_benchmarks(args.logs))
-        print("\n\n".join(blocks.values()))
-        if args.write:
-            write(args, blocks, entry)
-        found = differences(args, blocks, entry) if args.check else []
-    except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Print the tables, and write or check the files; UserError: logs or files are damaged."""
+    runs = read_logs(args.logs)
+    groups, notes = group_runs(runs)
+    ladder, more = recipes(args)
+    blocks = {RESULTS: results_block(groups, notes), **more}
+    entry = submission(groups, read_benchmarks(args.logs))
+    print("\n\n".join(blocks.values()))
+    if args.write:
+        write(args, blocks, entry)
+    found = differences(args, blocks, entry) if args.check else []
     missing = missing_seeds(groups)
     for line in missing:
         print(f"note: {line}", file=sys.stderr)
     for line in found:
         print(f"differs: {line}", file=sys.stderr)
     if found:
-        print("run python scripts/study/report.py --write, and read what changed", file=sys.stderr)
-    counts = {
-        "logs": len(runs),
-        "averaged": sum(len(g.runs) for g in groups),
-        "groups": len(groups),
-    }
-    counts |= {"ladder_logs": len(ladder)}
-    lists = {"left_out": list(notes), "missing_seeds": missing, "differences": found}
-    print(json.dumps({**counts, **lists}, ensure_ascii=False))
-    return 1 if found else 0
+        advice = "run python scripts/study/report.py --write, and read what changed"
+        print(advice, file=sys.stderr)
+    counts = {"logs": len(runs), "averaged": sum(len(g.runs) for g in groups)}
+    counts |= {"groups": len(groups), "ladder_logs": len(ladder)}
+    return {**counts, "left_out": list(notes), "missing_seeds": missing, "differences": found}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status, 1 if --check found a disagreement."""
+    args = parse_args(argv)
+    return run_command(lambda: run(args), lambda result: int(bool(result["differences"])))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ counts once it has written its `done` event.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import statistics
@@ -15,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-NONE = "-"  # a cell nothing was measured for
+from scripts.common import NONE, fail
+
 SWEEP_RESULTS = "sweep.jsonl"  # what sweep.py writes beside its runs' logs: no log
 REFINE, LEFT_TO_RIGHT = "refine", "ar_cached"  # decoding modes, as logged
 
@@ -34,19 +34,17 @@ COUNTS = {
     "val": ("step",),
 }
 
-# Settings that change no number of the table but speed, or that a column shows already: they make no row of their own.
+# Settings that change no number of the table but speed, or that a column shows already: they make
+# no row of their own.
 # fmt: off
 NEUTRAL = frozenset((
-    "seed", "run_id", "out_dir", "resume", "checkpoint_seconds", "device", "recipe", "preset", "data_path",
-    "tokenizer_path", "warmup_steps", "train_log_every", "val_loss_every", "val_batch_size", "nelbo_windows",
-    "nelbo_samples", "nelbo_sequences", "parallel_eval_examples", "parallel_eval_span_len", "parallel_eval_steps",
-    "eval_seed", "eval_stride",
+    "seed", "run_id", "out_dir", "resume", "checkpoint_seconds", "device", "recipe", "preset",
+    "data_path", "tokenizer_path", "warmup_steps", "train_log_every", "val_loss_every",
+    "val_batch_size", "nelbo_windows", "nelbo_samples", "nelbo_sequences",
+    "parallel_eval_examples", "parallel_eval_span_len", "parallel_eval_steps", "eval_seed",
+    "eval_stride",
 ))
 # fmt: on
-
-
-class ReportError(Exception):
-    """A fault in logs or files that the user can repair; printed without a traceback."""
 
 
 def is_number(value: Any) -> bool:
@@ -101,31 +99,33 @@ class RunLog:
         """Return a value that a finished run must have.
 
         Raises:
-            ReportError: the log lacks it.
+            UserError: the log lacks it.
         """
         try:
             return self.events[event][key]
         except KeyError:
-            raise ReportError(
-                f"log {self.name}: no {key} in a {event} event; another version wrote it: run it again or move it away"
-            ) from None
+            fail(
+                f"log {self.name}: no {key} in a {event} event; another version wrote it: "
+                "run it again or move it away"
+            )
 
     def setting(self, name: str) -> Any:
-        """Return a setting that every run must have; ReportError: the log lacks it."""
+        """Return a setting that every run must have; UserError: the log lacks it."""
         values = self.get("config", "values")
         if not isinstance(values, dict) or name not in values:
-            raise ReportError(
-                f"log {self.name}: no {name} among the values of its config event; another version wrote it: run it "
-                "again or move it away"
+            fail(
+                f"log {self.name}: no {name} among the values of its config event; "
+                "another version wrote it: run it again or move it away"
             )
         return values[name]
 
     def number(self, event: str, key: str) -> float:
-        """Return a number that a finished run must have; ReportError: the log lacks it."""
+        """Return a number that a finished run must have; UserError: the log lacks it."""
         value = self.get(event, key)
         if not is_number(value):
-            raise ReportError(
-                f"log {self.name}: {key} of its {event} event is {value!r}, not a number; run it again or move it away"
+            fail(
+                f"log {self.name}: {key} of its {event} event is {value!r}, not a number; run it "
+                "again or move it away"
             )
         return float(value)
 
@@ -170,16 +170,14 @@ def read_lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ReportError(
-            f"log {path} cannot be read ({error}); copy it again or move it away"
-        ) from error
+        fail(f"log {path} cannot be read ({error}); copy it again or move it away")
 
 
 def read_log(path: Path) -> RunLog:
     """Read one log; a last line that was cut off is passed over, any other fault is named.
 
     Raises:
-        ReportError: unreadable, or a line is not an event.
+        UserError: unreadable, or a line is not an event.
     """
     run, lines = RunLog(path.stem), read_lines(path)
     for number, line in enumerate(lines, start=1):
@@ -190,18 +188,16 @@ def read_log(path: Path) -> RunLog:
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):  # no newline: the run was stopped while writing it
                 continue
-            raise ReportError(
-                f"log {path}, line {number}: not an event ({type(error).__name__}: {error}); copy it again or move it "
-                "away"
-            ) from error
+            fail(
+                f"log {path}, line {number}: not an event ({type(error).__name__}: {error}); "
+                "copy it again or move it away"
+            )
     return run
 
 
 def read_logs(folder: Path) -> list[RunLog]:
     if not folder.is_dir():
-        raise ReportError(
-            f"--logs={folder} is not a folder; train first, or name the folder of the logs"
-        )
+        fail(f"--logs={folder} is not a folder; train first, or name the folder of the logs")
     return [read_log(path) for path in sorted(folder.glob("*.jsonl")) if path.name != SWEEP_RESULTS]
 
 
@@ -250,7 +246,7 @@ def group_runs(runs: Iterable[RunLog]) -> tuple[list[Group], list[str]]:
 
 
 def missing_seeds(groups: Sequence[Group]) -> list[str]:
-    """Say which groups lack a seed that another recipe has on the same data, machine and settings."""
+    """Say which groups lack a seed that another recipe has on equal data, machine and settings."""
     seeds: dict[Key, set[int]] = {}
     for g in groups:
         seeds.setdefault(g.key._replace(recipe=""), set()).update(g.seeds)
@@ -265,7 +261,8 @@ def missing_seeds(groups: Sequence[Group]) -> list[str]:
         named = f"seed{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}"
         verb = "has" if len(names) == 1 else "have"
         found.append(
-            f"{where}: {', '.join(names)} {verb} no finished run of {named}, which other recipes there have"
+            f"{where}: {', '.join(names)} {verb} no finished run of {named}, which other recipes "
+            "there have"
         )
     return found
 
@@ -288,17 +285,3 @@ def numbers(values: Iterable[Any]) -> list[float]:
     """Keep the values only if every run has one."""
     listed = list(values)
     return [float(value) for value in listed] if all(is_number(value) for value in listed) else []
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], num_texts: int) -> str:
-    """Lay out a table; the columns after the first `num_texts` are numbers, to the right."""
-    rule = ["---" if i < num_texts else "---:" for i in range(len(head))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
-
-
-def need(module: str, why: str) -> None:
-    """Require a package that only some commands use; ReportError: it is not installed."""
-    if importlib.util.find_spec(module) is None:
-        raise ReportError(
-            f"{why} needs {module}: pip install {module} (a version is in requirements-dev.txt)"
-        )

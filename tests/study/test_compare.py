@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from scipy import stats
-from test_report import events
 
 from scripts.study import compare, sweep
+from tests.study.test_report import events
 
 # Ours in the published order of phase 1, but for td_prog15 and td_span15.
 PHASE1 = {
@@ -261,7 +261,7 @@ def test_faults_are_named(command: Command, monkeypatch: pytest.MonkeyPatch) -> 
     assert command("--against", "td_control")  # the row of `ar` by another name
     with pytest.raises(SystemExit):
         compare.main(["--noise", "2"])
-    assert "--noise=2.0 must be a share, from 0 to below 1" in command.capsys.readouterr().err
+    assert "argument --noise: 2 must be between 0 and 1" in command.capsys.readouterr().err
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "compare.py needs scipy: pip install scipy" in command.error()
 

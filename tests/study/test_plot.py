@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
-from test_report import events
 
-from scripts.study import plot, runlog
-from scripts.study import rows as ladder
+from scripts.study import plot, report, runlog
+from tests.study.test_report import events
 
 STYLE = {"direct": {"color": "b", "marker": "o"}, "ar": {"color": "r", "marker": "o"}}
 
@@ -54,8 +53,8 @@ def logs(tmp_path: Path) -> Path:
     return folder
 
 
-def rows_in(logs: Path) -> ladder.Rows:
-    ((_, rows),) = ladder.by_context(runlog.read_logs(logs))[0].items()
+def rows_in(logs: Path) -> report.Rows:
+    ((_, rows),) = report.by_context(runlog.read_logs(logs))[0].items()
     return rows
 
 

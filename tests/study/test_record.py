@@ -92,7 +92,7 @@ def test_the_checkpoint_is_that_of_a_finished_run_of_this_protocol(tmp_path: Pat
     logged = sorted((tmp_path / "logs").glob("*.jsonl"))
     assert len(logged) == 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(record.report, "read_log", lambda path: SimpleNamespace(why_left_out=""))
+        patch.setattr(record, "read_log", lambda path: SimpleNamespace(why_left_out=""))
         assert record.checkpoint(args, env) == made["mine"]
 
 
@@ -128,8 +128,8 @@ def test_a_machine_without_the_devices_is_named(
     status, out, err = outcome(record.main, ["8xh100"], capsys)
     assert (status, out) == (2, "")
     assert (
-        "PROTOCOL=8xh100 needs 8 CUDA devices, 2 found; run it there, or try the path with --rehearse"
-        in err
+        "PROTOCOL=8xh100 needs 8 CUDA devices, 2 found; run it there, or try the path with "
+        "--rehearse" in err
     )
     assert not list(tmp_path.iterdir())
 

@@ -464,7 +464,10 @@ def test_recipes_have_a_table_of_their_own_and_are_never_averaged_with_the_resul
     main, ladder = readme.split("<!-- recipes -->")
     assert "| 1 | 2.0000 |" in main
     assert "3.0" not in main
-    head = "| row | n | steps | train tok/s | peak MiB | val_bpb | bound, window 1 | bound, window 16 | infill 8, 1 pass |"
+    head = (
+        "| row | n | steps | train tok/s | peak MiB | val_bpb | bound, window 1 | bound, window 16 "
+        "| infill 8, 1 pass |"
+    )
     assert head in ladder
     direct, span15 = project.rows(ladder)
     bounds = ["3.0000", "3.5000"]

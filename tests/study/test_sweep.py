@@ -586,7 +586,8 @@ def test_an_interrupted_sweep_ends_its_run_and_says_how_to_go_on(
         (["ar", "--steps", "0"], "ITERATIONS=0 must be in [1, inf]"),
         (["ar", "--nproc", "3"], "--nproc=3 must divide MICRO_BATCHES=4"),
         (["direct", "bd3_4", "--set", "DIFFUSION_WINDOWS=8"],
-         "DIFFUSION_WINDOWS='8' is the row's to set; leave it out of --set and the environment (rows: bd3_4)"),
+         "DIFFUSION_WINDOWS='8' is the row's to set; leave it out of --set and the environment "
+         "(rows: bd3_4)"),
         (["direct", "ar", "--set", "DIFFUSION_LOSS_WEIGHT=8"], "DIFFUSION_LOSS_WEIGHT='8' is the row's to set"),
         (["ar", "--set", "DATA_PATH=nowhere"], "DATA_PATH='nowhere' holds no *_train_*.bin"),
     ],
@@ -662,8 +663,8 @@ def test_a_dry_run_shows_all_and_does_nothing(bench: Bench) -> None:
     end, out = bench.run("all", "--seeds", "1,2", "--dry-run")
     assert (end["rows"], end["runs"]) == (len(sweep.rows()), 2 * len(sweep.rows()))
     assert (
-        "| `defect_causal` | `direct` | `DIFFUSION_CAUSAL=1` | attention inside a window is causal | 1 2 | - |"
-        in out
+        "| `defect_causal` | `direct` | `DIFFUSION_CAUSAL=1` | attention inside a window is causal "
+        "| 1 2 | - |" in out
     )
     assert bench.calls() == []
     assert not bench.out.exists()
