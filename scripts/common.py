@@ -224,17 +224,21 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], num_texts: int 
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
 
 
-def cell(value: Any) -> str:
-    """Write a table cell: text as it is, a count, a number with about four digits, or a mean ±
-    error.
-    """
+def cell(value: Any, digits: int = 3) -> str:
+    """Write a table cell: a number with some decimals, a mean ± its error, or text as it is."""
     if isinstance(value, Mapping):
-        return f"{value['mean']:.3f} ± {value['se']:.3f}"
+        return f"{value['mean']:.{digits}f} ± {value['se']:.{digits}f}"
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}f}"
     if isinstance(value, int):
         return f"{value:,}"
     return NONE if value is None else str(value)
+
+
+def table(rows: Sequence[Mapping[str, Any]], num_texts: int = 0, digits: int = 3) -> str:
+    """Lay out dicts of equal keys, a line each, with their keys as the head."""
+    cells = [[cell(value, digits) for value in row.values()] for row in rows]
+    return markdown(list(rows[0]), cells, num_texts)
 
 
 def to_json(result: Mapping[str, Any]) -> str:
@@ -243,17 +247,17 @@ def to_json(result: Mapping[str, Any]) -> str:
         return json.dumps(result, allow_nan=False)
     except ValueError:
         fail(
-            "a result is not a finite number, so the weights of a model are damaged; export it "
-            "again"
+            "results are not finite numbers, so the weights of a model are damaged; export it again"
         )
 
 
 def write_result(path: Path | None, result: Mapping[str, Any]) -> None:
-    """Write a result to --out, if given; UserError: it cannot be written."""
+    """Write a result to --out, if given; UserError: it cannot be, or a number is not finite."""
+    line = to_json(result)
     if path is not None:
         import train_gpt as tg
 
-        tg.atomic_write(path, f"{to_json(result)}\n".encode(), "result")
+        tg.atomic_write(path, f"{line}\n".encode(), "result")
 
 
 def error_line(printed: str) -> str:

@@ -2,7 +2,8 @@
 interpolation.
 
     DATA_PATH=data/stdlib python scripts/bench/context.py final_model.int8.ptz
-    DATA_PATH=data/stdlib python scripts/bench/context.py final_model.int8.ptz --factors 1,2,4,8 --out context.json
+    DATA_PATH=data/stdlib python scripts/bench/context.py final_model.int8.ptz --factors 1,2,4,8 \\
+        --out context.json
 
 A factor f reads rows of f times the TRAIN_SEQ_LEN (T) tokens that a model was trained on: at their
 own positions, which it has never seen from T on, and with all positions divided by f (ROPE_SCALE;
@@ -19,10 +20,8 @@ artifact was trained. The table is Markdown; the last line is one JSON object.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import math
-import os
 import statistics
 import sys
 import time
@@ -37,8 +36,20 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import train_gpt as tg
-from scripts.bench import infill as shared
-from scripts.bench.infill import fail
+from scripts.common import (
+    Parser,
+    autocast,
+    check_outputs,
+    counts,
+    fail,
+    load_artifact,
+    markdown,
+    open_tokenizer,
+    pick_device,
+    run_command,
+    text_config,
+    write_result,
+)
 
 TOKENS_AT_ONCE = 4096  # a batch; larger ones are slower on a CPU, whose cache they leave
 DECODED_ROWS = 4  # decoded together, whatever their length
@@ -46,34 +57,17 @@ TIMED = 3  # runs whose median counts, after one that does not
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; UserError: it is wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = fail  # type: ignore[method-assign]  # report a wrong command line as any other mistake
-    parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
-    parser.add_argument(
-        "--factors", type=shared.counts, default="1,2,4", help="rows over T (default %(default)s)"
-    )
-    parser.add_argument(
-        "--rows",
-        type=int,
-        default=32,
-        help="rows of the longest common length (default %(default)s)",
-    )
-    parser.add_argument(
-        "--decode-tokens",
-        type=int,
-        default=64,
-        help="tokens to decode, below T (default %(default)s)",
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the result there")
-    args = parser.parse_args(argv)
-    for name, low in (("rows", 1), ("decode_tokens", 2)):  # the first token's time is taken off
-        if getattr(args, name) < low:
-            fail(f"--{name.replace('_', '-')}={getattr(args, name)} must be {low} or more")
-    return args
+    """Read the command line; exits with 2 on a wrong one."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("artifact", type=Path, metavar="ARTIFACT")
+    add("--factors", type=counts, default="1,2,4", help="rows over T (default %(default)s)")
+    parser.whole("--rows", 32, "rows of the longest common length")
+    # The first token's time is subtracted.
+    parser.whole("--decode-tokens", 64, "tokens to decode, below T", low=2)
+    parser.device()
+    parser.outputs()
+    return parser.parse_args(argv)
 
 
 class Loaded(NamedTuple):
@@ -83,14 +77,6 @@ class Loaded(NamedTuple):
     text: Tensor  # (N, L + 1) int64 on the device; L is a multiple of every context length
     bytes: Tensor  # (N, L) of each token but the first, as the challenge counts them, on the CPU
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Compute as training's evaluation does: bf16 on CUDA, fp32 on a CPU."""
-        return (
-            torch.autocast("cuda", torch.bfloat16)
-            if self.text.is_cuda
-            else contextlib.nullcontext()
-        )
-
 
 def load(args: argparse.Namespace) -> Loaded:
     """Read artifact, tokenizer and evenly spaced pieces of validation text.
@@ -98,23 +84,13 @@ def load(args: argparse.Namespace) -> Loaded:
     Raises:
         UserError: one is missing, damaged, too short or does not fit; no CUDA device.
     """
-    device = shared.pick_device(args.device)
-    model, expected = tg.load_artifact(args.artifact, device)
-    paths = {
-        name: os.environ.get(name.upper(), getattr(model.cfg, name))
-        for name in ("data_path", "tokenizer_path")
-    }
-    cfg = dataclasses.replace(model.cfg, **paths)
-    counter, loader = tg.ByteCounter(cfg), tg.TokenLoader(cfg, "val")
-    if counter.sha256 != expected:
-        fail(
-            f"TOKENIZER_PATH={cfg.tokenizer_path!r} is not the tokenizer {args.artifact} was "
-            "trained with"
-        )
+    device = pick_device(args.device)
+    artifact = load_artifact(args.artifact, device)
+    cfg = text_config(artifact.model.cfg)
+    counter, loader = open_tokenizer(artifact, cfg.tokenizer_path), tg.TokenLoader(cfg, "val")
     if args.decode_tokens >= cfg.train_seq_len:
-        fail(
-            f"--decode-tokens={args.decode_tokens} must be below TRAIN_SEQ_LEN={cfg.train_seq_len}"
-        )
+        rule = f"must be below TRAIN_SEQ_LEN={cfg.train_seq_len}"
+        fail(f"--decode-tokens={args.decode_tokens} {rule}")
     length = math.lcm(*args.factors) * cfg.train_seq_len
     if loader.total <= length:
         held = f"DATA_PATH={cfg.data_path!r} holds {loader.total:,} validation tokens"
@@ -122,7 +98,7 @@ def load(args: argparse.Namespace) -> Loaded:
     total = (loader.total - 1) // length
     count = min(args.rows, total)
     text = torch.cat([loader.rows(i * total // count * length, 1, length) for i in range(count)])
-    return Loaded(model, text.to(device), counter.count(text[:, :-1], text[:, 1:]))
+    return Loaded(artifact.model, text.to(device), counter.count(text[:, :-1], text[:, 1:]))
 
 
 def rescaled(model: tg.GPT, factor: float) -> tg.GPT:
@@ -145,7 +121,7 @@ def token_nats(at: Loaded, model: tg.GPT, length: int) -> Tensor:
     """Nats of each token of the text but the first, read in rows of `length`: (N, L) float64 on the
     CPU.
     """
-    with at.autocast():
+    with autocast(at.text.device):
         nats = torch.cat([tg.score(model, rows).double().cpu() for rows in cut(at.text, length)])
     return nats.view(at.bytes.shape)
 
@@ -172,7 +148,7 @@ def speeds(at: Loaded, model: tg.GPT, length: int, count: int) -> dict[str, floa
     batch = cut(at.text, length)[0]
     ids = at.text[:DECODED_ROWS, :length]
     start = length - count
-    with at.autocast():
+    with autocast(at.text.device):
         scored = batch[:, 1:].numel() / seconds(lambda: tg.score(model, batch))
         first = seconds(lambda: tg.decode(model, ids[:, : start + 1], start, start + 1).ids)
         others = seconds(lambda: tg.decode(model, ids, start, length).ids) - first
@@ -231,26 +207,23 @@ def table(result: dict[str, Any]) -> str:
             *("-" if x is None else f"{x:.4f}" for x in scores),
         ]
         rows.append([*cells, f"{row['scored_tok_s']:,.0f}", f"{row['decoded_tok_s']:,.0f}"])
-    return (
-        f"{result['tokens']:,} tokens of {result['bytes']:,} bytes\n\n{shared.markdown(head, rows)}"
-    )
+    return f"{result['tokens']:,} tokens of {result['bytes']:,} bytes\n\n{markdown(head, rows)}"
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print; UserError: it cannot be measured, or the result not be written."""
+    check_outputs(args)
+    found = measure(load(args), args.factors, args.decode_tokens)
+    result = {"artifact": str(args.artifact)} | found
+    write_result(args.out, result)
+    print(table(result) + "\n")
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after an error the user can repair."""
-    try:
-        args = parse_args(argv)
-        result = {"artifact": str(args.artifact)} | measure(
-            load(args), args.factors, args.decode_tokens
-        )
-        line = shared.to_json(result)
-        print(table(result), line, sep="\n\n", flush=True)
-        if args.out is not None:
-            tg.atomic_write(args.out, f"{line}\n".encode(), "result")
-    except tg.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the command; return its exit status."""
+    args = parse_args(argv)
+    return run_command(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -1,27 +1,27 @@
-"""Measure every decoding mode of an artifact: speed against cached AR of the same weights, and
-quality beside it.
+"""Measure every decoding mode of an artifact: speedup over cached AR of the same weights, and quality.
 
-    DATA_PATH=data/stdlib python scripts/bench/decode.py final_model.int8.ptz --judge other_ar.ptz --python
-    python scripts/bench/decode.py final_model.int8.ptz --modes speculative,refine --passes 1,8 --predecessor
+    DATA_PATH=data/stdlib python scripts/bench/decode.py final_model.int8.ptz --judge other_ar.ptz
+    python scripts/bench/decode.py final_model.int8.ptz --modes speculative,refine --passes 1,8
 
-Prompts are excerpts of the validation data (DATA_PATH; else that of the artifact). Seconds hold the
-pass over the prompt in every row, AR's too, and only decoded tokens count; median of --repeats runs
-after a warm-up. The last line of the output is one JSON object.
+Prompts are excerpts of the validation data (DATA_PATH; else that of the artifact). Seconds include
+the pass over the prompt in every row, AR's too, and only decoded tokens count; median of --repeats
+runs after a warm-up. The last line of the output is one JSON object.
 
 passes              of one window; `block` and `remask` take several windows
-tokens per forward  mean over examples of decoded tokens by passes, not counting the one over the prompt
-times cached ar     speed by that of AR with a cache: same weights, same batch, same run
+tokens per forward  mean over examples of decoded tokens by passes, without the one over the prompt
+speedup             over AR with a cache: same weights, same batch, same run
 identical           share of examples in which every token equals AR's
-right, right infill share of tokens equal to the text, in a continuation and in a hole whose suffix
-the window reads
-judge, own nats     a token of what was decoded, under a model trained apart and under this one. Repetition is likely to
-                    both, so the entropy of all decoded tokens and distinct-2 (mean over examples)
-                    stand beside them
-python              (--python) share of outputs, prompt included, that ast.parse accepts; prompts begin with a top-level
-                    `def` or `class`. A last line that is not complete is dropped, then each last
-                    line that only lacks what would come next (an open bracket or string, a block
-                    without a body). Something decoded besides blanks must be left; one line is
-                    enough, so see the entropy too. The true text is cut likewise
+accuracy            share of tokens equal to the text, in a continuation; infill accuracy: in a
+                    masked span whose suffix the window reads
+judge, own nats     per token of what was decoded, under a model trained apart and under this one.
+                    Repetition has few nats under both, so the entropy of all decoded tokens and
+                    distinct-2 (mean over examples) stand beside them
+python              (--python) share of outputs, prompt included, that ast.parse accepts; prompts
+                    begin with a top-level `def` or `class`. A last line that is not complete is
+                    dropped, then each last line that only lacks what would come next (an open
+                    bracket or string, a block without a body). Something decoded besides blanks
+                    must be left; one line is enough, so see the entropy too. The true text is cut
+                    likewise
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ import argparse
 import ast
 import codeop
 import contextlib
-import dataclasses
-import difflib
 import math
 import os
 import statistics
@@ -50,8 +48,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import train_gpt as tg
 from scripts import policy
-from scripts.bench import infill as shared
-from scripts.bench.infill import fail
+from scripts.bench.infill import distinct_2, estimate, unigram_entropy
+from scripts.common import (
+    Artifact,
+    Parser,
+    autocast,
+    cell,
+    check_outputs,
+    closest,
+    counts,
+    fail,
+    load_artifact,
+    markdown,
+    names,
+    open_tokenizer,
+    pick_device,
+    run_command,
+    text_config,
+    write_result,
+)
 
 SCORED_AT_ONCE, SCAN_TOKENS = 32, 1 << 22  # rows; validation tokens searched for functions
 BAD_SOURCE = (
@@ -67,70 +82,36 @@ Decode = Callable[[Tensor, int], tg.Decoded]  # of excerpts (B, L) and a seed
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; UserError: an option is wrong in itself or does not go with another."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = fail  # type: ignore[method-assign]  # report a wrong command line as any other mistake
-    parser.add_argument("artifact", type=Path)
-    parser.add_argument(
-        "--judge", type=Path, metavar="ARTIFACT", help="another model of the same tokenizer"
-    )
-    parser.add_argument(
-        "--modes", default=",".join(policy.MODES), help="default all; ar is always measured"
-    )
-    parser.add_argument(
-        "--passes", type=shared.counts, default="1,2,4,8,12,20,30", help="default %(default)s"
-    )
-    parser.add_argument(
-        "--batch", type=shared.counts, default="1,32", help="examples at once (default %(default)s)"
-    )
-    parser.add_argument("--examples", type=int, default=32, help="default %(default)s")
-    parser.add_argument(
-        "--prefix", type=int, default=128, help="tokens of a prompt (default %(default)s)"
-    )
-    parser.add_argument(
-        "--target", type=int, default=64, help="tokens to decode (default %(default)s)"
-    )
-    parser.add_argument(
-        "--suffix", type=int, default=64, help="tokens after a hole (default %(default)s)"
-    )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs (default %(default)s)")
-    parser.add_argument(
-        "--predecessor", action="store_true", help="add rows in the predecessor's protocol"
-    )
-    parser.add_argument(
-        "--python", action="store_true", help="the text is Python: count outputs that parse"
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="compile what a pass computes (torch.compile)"
-    )
-    parser.add_argument(
-        "--threads", type=int, default=0, help="of the CPU; 0: PyTorch's choice (default)"
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the result there")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw quality against speed")
+    """Read the command line; exits with 2 on a wrong one."""
+    parser = Parser(__doc__)
+    add, modes = parser.add_argument, ",".join(policy.MODES)
+    add("artifact", type=Path)
+    add("--judge", type=Path, metavar="ARTIFACT", help="another model of the same tokenizer")
+    add("--modes", type=names, default=modes, help="default all; ar is always measured")
+    passes, batch = "1,2,4,8,12,20,30", "examples at once (default %(default)s)"
+    add("--passes", type=counts, default=passes, help="default %(default)s")
+    add("--batch", type=counts, default="1,32", help=batch)
+    parser.whole("--examples", 32, "excerpts", low=2)
+    parser.whole("--prefix", 128, "tokens of a prompt")
+    parser.whole("--target", 64, "tokens to decode")
+    parser.whole("--suffix", 64, "tokens after an infill span")
+    parser.real("--temperature", 0.0, "0: greedy", 0, 1e6)
+    parser.whole("--repeats", 3, "timed runs")
+    add("--predecessor", action="store_true", help="add rows in the predecessor's protocol")
+    add("--python", action="store_true", help="the text is Python: count outputs that parse")
+    add("--compile", action="store_true", help="compile what a pass computes (torch.compile)")
+    parser.whole("--threads", 0, "of the CPU; 0: PyTorch's choice", low=0)
+    parser.device()
+    parser.outputs("draw quality against speed")
     args = parser.parse_args(argv)
-    for name, low in dict(examples=2, prefix=1, target=1, suffix=1, repeats=1, threads=0).items():
-        if not low <= getattr(args, name) < 2**31:
-            fail(f"--{name}={getattr(args, name)} must lie in {low}..{2**31 - 1}")
-    if not 0 <= args.temperature < math.inf:
-        fail(f"--temperature={args.temperature} must be 0 or a positive number")
     if odd := [size for size in args.batch if args.examples % size]:
-        fail(
-            f"--examples={args.examples} must be a multiple of --batch={odd[0]}, so that all "
-            "batches are alike"
-        )
-    for name in args.modes.split(","):
+        rule = f"must be a multiple of --batch={odd[0]}, so that all batches are alike"
+        parser.error(f"--examples={args.examples} {rule}")
+    for name in args.modes:
         if name not in policy.MODES:
-            near = ", ".join(difflib.get_close_matches(name, policy.MODES, cutoff=0.4)) or "none"
-            fail(
-                f"--modes: no mode is called {name!r}; closest: {near}; all: "
-                f"{', '.join(policy.MODES)}"
-            )
-    args.modes = list(dict.fromkeys(["ar", *args.modes.split(",")]))
+            near = f"{closest(name, policy.MODES)}; all: {', '.join(policy.MODES)}"
+            parser.error(f"--modes: no mode is called {name!r}; {near}")
+    args.modes = names(",".join(["ar", *args.modes]))
     return args
 
 
@@ -214,31 +195,26 @@ def decode_all(at: Bench, decode: Decode, batch: int) -> tg.Decoded:
 
 
 def timed(at: Bench, decode: Decode, batch: int) -> tuple[tg.Decoded, dict[str, Any]]:
-    """Decode all excerpts once, then again under the clock; return the output, (N, L), and the
-    speed.
-    """
+    """Decode all excerpts once, then again under the clock; return output (N, L) and speed."""
     found, seconds = decode_all(at, decode, batch), list[float]()
     for _ in range(at.repeats):
         began = at.clock()
         decode_all(at, decode, batch)
         seconds.append(at.clock() - began)
-    return found, {
-        "tokens_per_second": at.text(found.ids).numel() / statistics.median(seconds),
-        "seconds": seconds,
-    }
+    speed = at.text(found.ids).numel() / statistics.median(seconds)
+    return found, {"tokens_per_second": speed, "seconds": seconds}
 
 
 def nats(model: tg.GPT | None, ids: Tensor, prefix: int) -> dict[str, float] | None:
-    """Estimate the exact nats of a token after the prefix of ids (N, L)."""
+    """Estimate the exact nats per token after the prefix of ids (N, L)."""
     if model is None:
         return None
-    parts = [
-        tg.score(model, part)[:, prefix - 1 :].double() for part in torch.split(ids, SCORED_AT_ONCE)
-    ]
-    return shared.estimate(torch.cat(parts).mean(-1))
+    batches = torch.split(ids, SCORED_AT_ONCE)
+    parts = [tg.score(model, part)[:, prefix - 1 :].double() for part in batches]
+    return estimate(torch.cat(parts).mean(-1))
 
 
-def right(at: Bench, ids: Tensor) -> float:
+def accuracy(at: Bench, ids: Tensor) -> float:
     """Share of decoded tokens of ids (N, L) that equal the text."""
     return (at.text(ids) == at.text(at.rows)).double().mean().item()
 
@@ -264,18 +240,17 @@ def parses(text: str, prompt: str) -> bool:
 def quality(at: Bench, ids: Tensor) -> dict[str, Any]:
     """Judge continuations, (N, prefix + target)."""
     new, python = at.text(ids), None
-    judged, own = (nats(model, ids, at.prefix) for model in (at.judge, at.model))
-    entropy, pairs = shared.unigram_entropy(new) / math.log(2), shared.distinct_2(new)
     if at.tokenizer is not None:
-        texts = [
-            [at.tokenizer.decode(row[:end]) for end in (at.prefix, None)] for row in ids.tolist()
-        ]
-        python = sum(parses(text, prompt) for prompt, text in texts) / len(texts)
+        found = []
+        for row in ids.tolist():
+            text, prompt = at.tokenizer.decode(row), at.tokenizer.decode(row[: at.prefix])
+            found.append(parses(text, prompt))
+        python = sum(found) / len(found)
     return {
-        "judge_nats": judged,
-        "own_nats": own,
-        "entropy_bits": entropy,
-        "distinct_2": pairs,
+        "judge_nats": nats(at.judge, ids, at.prefix),
+        "own_nats": nats(at.model, ids, at.prefix),
+        "entropy_bits": unigram_entropy(new) / math.log(2),
+        "distinct_2": distinct_2(new),
         "python": python,
     }
 
@@ -285,22 +260,17 @@ def measure(at: Bench, jobs: Sequence[Job], bar: Any) -> list[dict[str, Any]]:
     found, references = list[dict[str, Any]](), dict[int, tuple[float, Tensor]]()
     for job in jobs:
         out, speed = timed(at, decoder(at, job.how), job.batch)
-        reference, ids = references.setdefault(job.batch, (speed["tokens_per_second"], out.ids))
+        rate = speed["tokens_per_second"]
+        reference, ids = references.setdefault(job.batch, (rate, out.ids))
         row: dict[str, Any] = {"mode": job.mode, "passes": job.passes or None, "batch": job.batch}
-        row |= {"tokens_per_forward": (at.target / out.forwards.double()).mean().item(), **speed}
-        row["times_cached_ar"] = speed["tokens_per_second"] / reference
-        row |= {
-            "identical": (out.ids == ids).all(dim=1).double().mean().item(),
-            "right": right(at, out.ids),
-        }
-        filled = (
-            decode_all(at, decoder(at, job.how, suffix=True), job.batch)
-            if reads_suffix(job.how)
-            else None
-        )
-        found.append(
-            row | {"right_infill": filled and right(at, filled.ids)} | quality(at, out.ids)
-        )
+        row["tokens_per_forward"] = (at.target / out.forwards.double()).mean().item()
+        row |= speed | {"times_cached_ar": rate / reference}
+        row["identical"] = (out.ids == ids).all(dim=1).double().mean().item()
+        row |= {"accuracy": accuracy(at, out.ids), "infill_accuracy": None}
+        if reads_suffix(job.how):
+            filled = decode_all(at, decoder(at, job.how, suffix=True), job.batch)
+            row["infill_accuracy"] = accuracy(at, filled.ids)
+        found.append(row | quality(at, out.ids))
         bar.update()
     return found
 
@@ -324,7 +294,7 @@ def predecessor(at: Bench, bar: Any) -> list[dict[str, Any]]:
             {
                 "decoding": name,
                 **speed,
-                "right": right(at, out.ids),
+                "accuracy": accuracy(at, out.ids),
                 "published": PUBLISHED.get(name),
             }
         )
@@ -379,178 +349,144 @@ def excerpts(cfg: tg.Config, length: int, examples: int, tokenizer: Any) -> Tens
     return torch.cat([loader.rows(start, 1, length - 1) for start in chosen])
 
 
+def check_judge(args: argparse.Namespace, artifact: Artifact, judge: Artifact) -> None:
+    """Raise UserError if a judge has another tokenizer, or is the model it is to judge."""
+    if judge.tokenizer_sha256 != artifact.tokenizer_sha256:
+        rule = f"has another tokenizer than {args.artifact}; name a judge with the same"
+        fail(f"--judge={args.judge} {rule}")
+    if args.judge.read_bytes() == args.artifact.read_bytes():
+        rule = "is the model to be judged; name one that was trained apart, or none"
+        fail(f"--judge={args.judge} {rule}")
+
+
+def check_length(artifact: Artifact, needed: int) -> None:
+    """Raise UserError if a model was trained to read fewer tokens."""
+    if needed > artifact.model.cfg.train_seq_len:
+        read = f"was trained to read {artifact.model.cfg.train_seq_len} (TRAIN_SEQ_LEN)"
+        rule = f"{artifact.path} {read}; shorten one of them"
+        fail(f"--prefix, --target and --suffix take {needed} tokens; {rule}")
+
+
 def load(args: argparse.Namespace, device: torch.device) -> tuple[Bench, str]:
-    """Read artifacts and text, and say where it is from; UserError: missing, damaged, or does not
-    fit the others.
+    """Read artifacts and text, and say where it is from.
+
+    Raises:
+        UserError: one is missing or damaged, or does not fit the others.
     """
-    (model, sha256) = tg.load_artifact(args.artifact, device)
-    judge = None
-    stop = args.prefix + args.target
+    artifact, judge = load_artifact(args.artifact, device), None
+    stop, tokenizer = args.prefix + args.target, None
     if args.compile:  # the warm-up of every timing compiles what is new
-        policy.compiled(model)
+        policy.compiled(artifact.model)
+    check_length(artifact, stop + args.suffix)
     if args.judge is not None:
-        judge, other = tg.load_artifact(args.judge, device)
-        if other != sha256:
-            fail(
-                f"--judge={args.judge} has another tokenizer than {args.artifact}; name a judge "
-                "with the same"
-            )
-        if args.judge.read_bytes() == args.artifact.read_bytes():
-            fail(
-                f"--judge={args.judge} is the model to be judged; name one that was trained apart, "
-                "or none"
-            )
-    for path, reader, need in (
-        (args.artifact, model, stop + args.suffix),
-        (args.judge, judge, stop),
-    ):
-        if reader is not None and need > reader.cfg.train_seq_len:
-            read = f"{path} was trained to read {reader.cfg.train_seq_len} (TRAIN_SEQ_LEN)"
-            fail(f"--prefix, --target and --suffix take {need} tokens; {read}; shorten one of them")
-    paths = {
-        name: os.environ.get(name.upper(), getattr(model.cfg, name))
-        for name in ("data_path", "tokenizer_path")
-    }
-    cfg, tokenizer = dataclasses.replace(model.cfg, **paths), None
+        judge = load_artifact(args.judge, device)
+        check_judge(args, artifact, judge)
+        check_length(judge, stop)
+    cfg = text_config(artifact.model.cfg)
     if args.python or "TOKENIZER_PATH" in os.environ:
-        counter = tg.ByteCounter(cfg)
-        if counter.sha256 != sha256:
-            fail(
-                f"TOKENIZER_PATH={cfg.tokenizer_path!r} is not the tokenizer {args.artifact} was "
-                "trained with"
-            )
+        counter = open_tokenizer(artifact, cfg.tokenizer_path)
         tokenizer = counter.tokenizer if args.python else None
     rows = excerpts(cfg, stop + args.suffix, args.examples, tokenizer).to(device)
-    return Bench(
-        model, judge, tokenizer, rows, args.prefix, args.target, args.repeats
-    ), cfg.data_path
+    shape = (args.prefix, args.target, args.repeats)
+    return Bench(artifact.model, judge and judge.model, tokenizer, rows, *shape), cfg.data_path
 
 
-def cell(value: Any) -> str:
-    """Write a name, a count, a number or an estimate; a dash for what was not measured."""
-    if isinstance(value, dict):
-        return f"{value['mean']:.3f} ± {value['se']:.3f}"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value >= 1000 else f"{value:.3f}"
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+LABELS = {"times_cached_ar": "speedup over cached AR", "times_uncached_ar": "over uncached AR"}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lay out what was measured, in the order of the first row, without columns that no row has a
-    value for.
-    """
-    keys = [
-        key for key in rows[0] if key != "seconds" and any(row.get(key) is not None for row in rows)
-    ]
-    return shared.markdown(
-        [key.replace("_", " ") for key in keys], [[cell(row.get(k)) for k in keys] for row in rows]
-    )
+    """Lay out what was measured, without columns that no row has a value for."""
+    keys = [key for key in rows[0] if any(row.get(key) is not None for row in rows)]
+    keys.remove("seconds")
+    head = [LABELS.get(key, key.replace("_", " ")) for key in keys]
+    return markdown(head, [[cell(row.get(key)) for key in keys] for row in rows])
+
+
+def draw_batch(panel: Any, result: Mapping[str, Any], batch: int, key: str) -> None:
+    """Draw the nats of one batch size against new tokens/s, a line a mode."""
+    for mode in dict.fromkeys(row["mode"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if (row["batch"], row["mode"]) == (batch, mode)]
+        points = [(row["tokens_per_second"], row[key]["mean"]) for row in rows]
+        panel.plot(*zip(*points, strict=True), "o-", label=mode)
+        for row, point in zip(rows, points, strict=True):
+            place: dict[str, Any] = dict(textcoords="offset points", xytext=(4, 4), size=8)
+            panel.annotate(str(row["passes"] or ""), point, **place)
+    panel.axhline(result["text"][key]["mean"], color="0.5", ls="-.", label="the text")
+    panel.set(title=f"batch {batch}", xlabel="new tokens/s", xscale="log")
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Draw nats a token, a judge's or the model's own, against new tokens/s: a panel a batch, a
-    line a mode.
-    """
+    """Draw nats per token, a judge's or the model's own, against new tokens/s: a panel a batch."""
     from matplotlib.figure import Figure
 
     key = "own_nats" if result["judge"] is None else "judge_nats"
-    batches, modes = (
-        list(dict.fromkeys(row[name] for row in result["rows"])) for name in ("batch", "mode")
-    )
+    batches = list(dict.fromkeys(row["batch"] for row in result["rows"]))
     figure = Figure(figsize=(1 + 5 * len(batches), 5), layout="constrained")
     panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)
     for panel, batch in zip(panels[0], batches, strict=True):
-        for mode in modes:
-            rows = [row for row in result["rows"] if (row["batch"], row["mode"]) == (batch, mode)]
-            points = [(row["tokens_per_second"], row[key]["mean"]) for row in rows]
-            panel.plot(*zip(*points, strict=True), "o-", label=mode)
-            for row, point in zip(rows, points, strict=True):
-                panel.annotate(
-                    str(row["passes"] or ""),
-                    point,
-                    textcoords="offset points",
-                    xytext=(4, 4),
-                    size=8,
-                )
-        panel.axhline(result["text"][key]["mean"], color="0.5", ls="-.", label="the text")
-        panel.set(title=f"batch {batch}", xlabel="new tokens/s", xscale="log")
-    panels[0, 0].set_ylabel(
-        "nats a token, " + ("the model's own" if key == "own_nats" else "of the judge")
-    )
+        draw_batch(panel, result, batch, key)
+    whose = "the model's own" if key == "own_nats" else "of the judge"
+    panels[0, 0].set_ylabel(f"nats per token, {whose}")
     panels[0, 0].legend()
-    figure.suptitle(
-        "Numbers at points: passes a window. Repetition has few nats too: see the entropy.", size=10
-    )
+    about = "Numbers at points: passes a window. Repetition has few nats too: see the entropy."
+    figure.suptitle(about, size=10)
     figure.savefig(path, dpi=150, format="png")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure all that was asked for; UserError: it cannot be measured."""
-    shared.check_outputs(args)
-    torch.set_num_threads(args.threads or torch.get_num_threads())
-    at, data_path = load(args, shared.pick_device(args.device))
-    modes, notes = args.modes if at.model.mask_emb is not None else ["ar"], list[str]()
-    if left_out := args.modes[len(modes) :]:
-        notes.append(
-            f"Left out, since {args.artifact} has no trained denoiser: {', '.join(left_out)}."
-        )
+def notes_of(args: argparse.Namespace, at: Bench, modes: Sequence[str]) -> list[str]:
+    """Say what is left out, and what is not comparable."""
+    notes = list[str]()
+    if left_out := [mode for mode in args.modes if mode not in modes]:
+        why = f"{args.artifact} has no trained denoiser"
+        notes.append(f"Left out, since {why}: {', '.join(left_out)}.")
     if at.judge is None:
-        notes.append(
-            "No --judge: only the model's own nats, which favour what it would say anyway."
-        )
+        own = "only the model's own nats, which favour what it would say anyway"
+        notes.append(f"No --judge: {own}.")
     if args.predecessor and (args.examples, args.prefix, args.target) != (32, 128, 64):
-        notes.append(
-            "Not the predecessor's protocol: it decoded 64 tokens after 128, of 32 examples at "
-            "once."
-        )
-    jobs = plan_jobs(modes, args)
-    cuda = at.rows.is_cuda
+        protocol = "it decoded 64 tokens after 128, of 32 examples at once"
+        notes.append(f"Not the predecessor's protocol: {protocol}.")
+    return notes
+
+
+def measure_all(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure all modes asked for; UserError: they cannot be measured."""
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    at, data_path = load(args, pick_device(args.device))
+    modes = args.modes if at.model.mask_emb is not None else ["ar"]
+    jobs, cuda = plan_jobs(modes, args), at.rows.is_cuda
     bar = tqdm(total=len(jobs) + 5 * args.predecessor, desc="decode", disable=None)
-    with (
-        bar,
-        torch.autocast(at.rows.device.type, torch.bfloat16, enabled=cuda),
-    ):  # as training's evaluation does
-        found = {
-            "text": quality(at, at.rows[:, : args.prefix + args.target]),
-            "rows": measure(at, jobs, bar),
-        }
+    with bar, autocast(at.rows.device):
+        text = quality(at, at.rows[:, : args.prefix + args.target])
+        rows = measure(at, jobs, bar)
         before = predecessor(at, bar) if args.predecessor else None
-    about = {
-        name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-    }
-    about |= {
-        "data_path": data_path,
-        "recipe": at.model.cfg.recipe,
-        "threads": torch.get_num_threads(),
-    }
-    about |= {"device": torch.cuda.get_device_name() if cuda else "cpu", "notes": notes}
-    return about | {
-        "parameters": sum(p.numel() for p in at.model.parameters()),
-        **found,
-        "predecessor": before,
-    }
+    options = vars(args).items()
+    about = {name: str(value) if isinstance(value, Path) else value for name, value in options}
+    about |= {"data_path": data_path, "recipe": at.model.cfg.recipe}
+    about |= {"threads": torch.get_num_threads(), "notes": notes_of(args, at, modes)}
+    about |= {"device": torch.cuda.get_device_name() if cuda else "cpu"}
+    about |= {"parameters": sum(p.numel() for p in at.model.parameters())}
+    return about | {"text": text, "rows": rows, "predecessor": before}
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print and write; UserError: it cannot be."""
+    check_outputs(args)
+    result = measure_all(args)
+    write_result(args.out, result)
+    print(table([*result["rows"], {"mode": "the text"} | result["text"]]))
+    if result["predecessor"]:
+        title = f"All {args.examples} examples at once, greedy"
+        print(f"\n{title}:\n\n{table(result['predecessor'])}")
+    print("", *result["notes"], sep="\n")
+    if args.plot is not None:
+        draw(result, args.plot)
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after an error the user can repair."""
-    try:
-        args = parse_args(argv)
-        result = run(args)
-        line = shared.to_json(result)
-        print(table([*result["rows"], {"mode": "the text"} | result["text"]]))
-        if result["predecessor"]:
-            print(
-                f"\nAll {args.examples} examples at once, greedy:\n\n{table(result['predecessor'])}"
-            )
-        print("", *result["notes"], line, sep="\n", flush=True)
-        if args.out is not None:
-            args.out.write_text(line + "\n", encoding="utf-8")
-        if args.plot is not None:
-            draw(result, args.plot)
-    except (tg.UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the command; return its exit status."""
+    args = parse_args(argv)
+    return run_command(lambda: run(args))
 
 
 if __name__ == "__main__":

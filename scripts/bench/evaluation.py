@@ -1,8 +1,8 @@
 """Time every score of a run, and say how long they would take together over a whole split.
 
     python scripts/bench/evaluation.py
-    python scripts/bench/evaluation.py --size NELBO_SAMPLES=4 --size NELBO_SAMPLES=16 --size TRAIN_SEQ_LEN=512
-    PRESET=8xh100 python scripts/bench/evaluation.py --devices 8      on one device, projected to eight: FineWeb's split
+    python scripts/bench/evaluation.py --size NELBO_SAMPLES=4 --size NELBO_SAMPLES=16
+    PRESET=8xh100 python scripts/bench/evaluation.py --devices 8     on one device, projected to 8
 
 Settings come from the environment as for train_gpt.py; --size sets more, once for every case.
 Weights and text are random: speed depends on neither, and nothing needs to be prepared. What is
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import statistics
 import sys
@@ -35,8 +34,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import train_gpt as tg
-from scripts.bench.train import cell, overrides, random_text
-from scripts.study.runlog import markdown
+from scripts.bench.train import overrides, random_text
+from scripts.common import Parser, check_outputs, fail, run_command, table, write_result
 
 FINEWEB = 62_021_632  # scored tokens of the challenge's validation split
 PARALLEL = "parallel_eval"
@@ -54,36 +53,16 @@ class OneByte:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--size",
-        action="append",
-        metavar="NAME=VALUE ...",
-        help="settings of a case; may be repeated",
-    )
-    parser.add_argument(
-        "--rows",
-        type=int,
-        help="of T tokens in the timed split (default: two batches, at least 32)",
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="turns (default %(default)s)")
-    parser.add_argument(
-        "--tokens",
-        type=int,
-        default=FINEWEB,
-        help="of the whole split (default: FineWeb's, %(default)s)",
-    )
-    parser.add_argument(
-        "--devices", type=int, default=1, help="that share the whole split (default %(default)s)"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the result there")
-    args = parser.parse_args(argv)
-    for name in ("rows", "rounds", "tokens", "devices"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name}={getattr(args, name)} must be 1 or more")
-    return args
+    parser = Parser(__doc__)
+    size = "settings of a case; may be repeated"
+    parser.add_argument("--size", action="append", metavar="NAME=VALUE ...", help=size)
+    rows = "of T tokens in the timed split (default: two batches, at least 32)"
+    parser.whole("--rows", None, rows)
+    parser.whole("--rounds", 3, "turns")
+    parser.whole("--tokens", FINEWEB, "of the whole split, FineWeb's")
+    parser.whole("--devices", 1, "that share the whole split")
+    parser.outputs()
+    return parser.parse_args(argv)
 
 
 @dataclasses.dataclass
@@ -186,9 +165,7 @@ def take_turns(todo: Sequence[Job], run: tg.Run, rounds: int) -> int:
     except KeyboardInterrupt:
         whole = min(len(job.seconds) for job in todo) - 1
         if whole < 1:
-            raise tg.UserError(
-                "stopped before a turn that counts was over: nothing is known; start again"
-            ) from None
+            fail("stopped before a turn that counts was over: nothing is known; start again")
         print(
             f"stopped: --rounds={rounds}, {whole} of them whole; they are what follows",
             file=sys.stderr,
@@ -197,50 +174,43 @@ def take_turns(todo: Sequence[Job], run: tg.Run, rounds: int) -> int:
     return rounds
 
 
+def row_of(job: Job, rounds: int) -> dict[str, Any]:
+    """Return the table row of a job: medians over whole rounds, without the first, a warm-up."""
+    seconds = statistics.median(job.seconds[1 : rounds + 1])
+    return {
+        "size": job.case,
+        "score": job.name,
+        "tokens": job.tokens,
+        "seconds": seconds,
+        "tok_per_sec": job.tokens / seconds if job.tokens else None,
+        "peak_mib": job.peak_mib or None,
+        "whole_seconds": seconds * job.whole,
+    }
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Time all cases in turns and sum up."""
+    check_outputs(args)
     with prepared(args) as (todo, run):
         rounds, device = take_turns(todo, run, args.rounds), str(run.device)
-    rows = []
-    for job in todo:
-        seconds = statistics.median(job.seconds[1 : rounds + 1])
-        row: dict[str, Any] = {
-            "size": job.case,
-            "score": job.name,
-            "tokens": job.tokens,
-            "seconds": seconds,
-        }
-        row |= {
-            "tok_per_sec": job.tokens / seconds if job.tokens else None,
-            "peak_mib": job.peak_mib or None,
-        }
-        rows.append(row | {"whole_seconds": seconds * job.whole})
-    totals = {
-        case: sum(r["whole_seconds"] for r in rows if r["size"] == case)
-        for case in dict.fromkeys(j.case for j in todo)
-    }
-    print(markdown(list(rows[0]), [[cell(v) for v in row.values()] for row in rows], 2) + "\n")
+    rows = [row_of(job, rounds) for job in todo]
+    totals: dict[str, float] = {}
+    for row in rows:
+        totals[row["size"]] = totals.get(row["size"], 0.0) + row["whole_seconds"]
+    print(table(rows, 2) + "\n")
     for case, seconds in totals.items():
-        print(
-            f"{case}: all scores of {args.tokens:,} tokens on {args.devices} x {device}: "
-            f"{seconds:,.0f} s\n"
-        )
+        where = f"{args.tokens:,} tokens on {args.devices} x {device}"
+        print(f"{case}: all scores of {where}: {seconds:,.0f} s\n")
     found = {"device": device, "devices": args.devices, "tokens": args.tokens, "rounds": rounds}
     found |= {"whole_seconds": totals, "rows": rows}
-    if args.out:
-        tg.atomic_write(args.out, json.dumps(found, indent=1).encode(), "result")
+    write_result(args.out, found)
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after an error the user can repair."""
+    """Run the command; return its exit status."""
     args = parse_args(argv)
-    try:
-        print(json.dumps(measure(args)))
-    except (tg.UserError, OSError) as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: measure(args))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 scores after rounding.
 
     DATA_PATH=data/stdlib python scripts/bench/export.py checkpoints/RUN_ID.pt
-    DATA_PATH=data/stdlib python scripts/bench/export.py checkpoints/RUN_ID.pt --levels 31,15,7 --out export.json
+    DATA_PATH=data/stdlib python scripts/bench/export.py checkpoints/RUN_ID.pt --levels 31,15,7
 
 Reads a checkpoint, whose weights are not rounded (their average, if EMA_DECAY was set), and rounds
 them as an artifact. Three tables: every largest integer of matrices with the bytes by each
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import json
 import lzma
 import math
 import os
@@ -37,39 +36,35 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import train_gpt as tg
-from scripts.bench import infill as shared
-from scripts.bench.infill import fail
-from scripts.study.runlog import markdown
+from scripts.common import (
+    Parser,
+    cell,
+    check_outputs,
+    counts,
+    fail,
+    pick_device,
+    run_command,
+    table,
+    write_result,
+)
 
 TABLES = ("tok_emb", "lm_head")  # what a scheme may round more finely than the other matrices
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; UserError: it is wrong."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = fail  # type: ignore[method-assign]  # report a wrong command line as any other mistake
-    parser.add_argument("checkpoint", type=Path, help="checkpoints/RUN_ID.pt of train_gpt.py")
-    parser.add_argument(
-        "--levels",
-        type=shared.counts,
-        default="127,63,31,15,7",
-        help="largest integers of matrices",
-    )
-    parser.add_argument(
-        "--window", type=int, default=16, help="window of the bound (default %(default)s)"
-    )
-    kept = (
-        "tensors of up to this many numbers stay fp16 (default %(default)s, as in artifacts; small "
-        "models need less)"
-    )
-    parser.add_argument("--keep", type=int, default=tg.KEEP_FLOAT_NUMEL, help=kept)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the result there")
+    """Read the command line; exits with 2 on a wrong one."""
+    parser = Parser(__doc__)
+    add, levels = parser.add_argument, "largest integers of matrices (default %(default)s)"
+    add("checkpoint", type=Path, help="checkpoints/RUN_ID.pt of train_gpt.py")
+    add("--levels", type=counts, default="127,63,31,15,7", help=levels)
+    parser.whole("--window", 16, "window of the bound")
+    kept = "tensors of up to this many numbers stay fp16; small models need less"
+    parser.whole("--keep", tg.KEEP_FLOAT_NUMEL, kept, low=0)
+    parser.device()
+    parser.outputs()
     args = parser.parse_args(argv)
-    if bad := [n for n in args.levels if n > 127]:
-        fail(f"--levels={bad[0]} must be at most 127, the largest that int8 holds; name lower ones")
+    if args.levels[-1] > 127:
+        parser.error(f"--levels={args.levels[-1]} must be at most 127, the largest of int8")
     return args
 
 
@@ -188,52 +183,44 @@ def scores(
     return {"val_bpb": found[0], "bound": found[1] if cfg.diffusion else None}
 
 
+def round_all(
+    args: argparse.Namespace, cfg: tg.Config, weights: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Score unrounded weights, then every rounding with its bytes."""
+    device = pick_device(args.device)
+    floats, rows = scores(cfg, weights, args.window, device), []
+    tables = sorted({embedding for _, embedding, _ in tg.SCHEMES.values()})  # 0: as the matrices
+    grid = dict.fromkeys((n, embedding or n) for n in args.levels for embedding in tables)
+    for matrices, embedding in tqdm(list(grid), desc="roundings", disable=None):
+        stored = rounded(weights, matrices, embedding, args.keep)
+        after = scores(cfg, restored(stored), args.window, device)
+        gaps = {f"{k}_gap": None if v is None else v - (floats[k] or 0.0) for k, v in after.items()}
+        count = sum(q.numel() for q, scale in stored.values() if scale is not None)
+        row = {"levels": matrices, "embedding": embedding, "integers": count}
+        rows.append({**row, **gaps, **sizes(stored)})
+    return {"floats": floats, "roundings": rows}
+
+
 def measure(
     args: argparse.Namespace, cfg: tg.Config, weights: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """Score unrounded weights and every rounding; gather bytes and errors."""
-    device = shared.pick_device(args.device)
-    floats, rows = scores(cfg, weights, args.window, device), []
-    tables = sorted({embedding for _, embedding, _ in tg.SCHEMES.values()})  # 0: as the matrices
-    grid = [(n, table or n) for n in args.levels for table in tables]
-    for matrices, table in tqdm(list(dict.fromkeys(grid)), desc="roundings", disable=None):
-        stored = rounded(weights, matrices, table, args.keep)
-        after = scores(cfg, restored(stored), args.window, device)
-        gaps = {f"{k}_gap": None if v is None else v - (floats[k] or 0.0) for k, v in after.items()}
-        count = sum(q.numel() for q, scale in stored.values() if scale is not None)
-        rows.append(
-            {"levels": matrices, "embedding": table, "integers": count, **gaps, **sizes(stored)}
-        )
+    found = round_all(args, cfg, weights)
     schemes, sha256 = [], tg.ByteCounter(cfg).sha256
+    code = Path(tg.__file__).stat().st_size
+    tg.KEEP_FLOAT_NUMEL = args.keep
     for name, (levels, embedding, compress) in tg.SCHEMES.items():
         stored = rounded(weights, levels[0], embedding or levels[0], args.keep)
         parts = {part: len(compress(data)) for part, data in raw_bytes(stored).items()}
-        tg.KEEP_FLOAT_NUMEL = args.keep
-        whole = len(
-            tg.pack(weights, dataclasses.replace(cfg, export_scheme=name), sha256, levels[0])
-        )
-        code = Path(tg.__file__).stat().st_size
-        schemes.append(
-            {
-                "scheme": name,
-                "code": code,
-                "model": whole,
-                **parts,
-                "rest": whole - sum(parts.values()),
-            }
-        )
-    return {
-        "floats": floats,
-        "roundings": rows,
-        "schemes": schemes,
-        "tensors": errors(weights, args.keep),
-    }
+        scheme = dataclasses.replace(cfg, export_scheme=name)
+        whole = len(tg.pack(weights, scheme, sha256, levels[0]))
+        rest = whole - sum(parts.values())
+        schemes.append({"scheme": name, "code": code, "model": whole, **parts, "rest": rest})
+    return found | {"schemes": schemes, "tensors": errors(weights, args.keep)}
 
 
 def errors(weights: Mapping[str, Tensor], keep: int) -> list[dict[str, Any]]:
-    """Root mean square of the error of every scheme over that of the weights, and bits a weight,
-    tensor by tensor.
-    """
+    """Relative RMS error of every scheme, and bits a weight, tensor by tensor."""
     found = []
     for name, w in weights.items():
         line: dict[str, Any] = {"tensor": name, "shape": list(w.shape)}
@@ -241,10 +228,8 @@ def errors(weights: Mapping[str, Tensor], keep: int) -> list[dict[str, Any]]:
             q, scale = rounded({name: w}, levels[0], embedding or levels[0], keep)[name]
             error = restored({name: (q, scale)})[name] - w
             share = float(error.square().mean().sqrt() / w.square().mean().sqrt().clamp_min(1e-30))
-            line |= {
-                f"{scheme} error": share,
-                f"{scheme} bits": 16.0 if scale is None else entropy(q),
-            }
+            line[f"{scheme} error"] = share
+            line[f"{scheme} bits"] = 16.0 if scale is None else entropy(q)
         found.append(line)
     return found
 
@@ -254,55 +239,26 @@ def errors(weights: Mapping[str, Tensor], keep: int) -> list[dict[str, Any]]:
 # ==============================================================================
 
 
-def cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return (
-        f"{value:,}"
-        if isinstance(value, int)
-        else f"{value:.4f}"
-        if abs(value) < 100
-        else f"{value:,.0f}"
-    )
-
-
-def table(rows: Sequence[Mapping[str, Any]], text_columns: int) -> str:
-    return markdown(
-        list(rows[0]),
-        [[str(v) if isinstance(v, (str, list)) else cell(v) for v in row.values()] for row in rows],
-        text_columns,
-    )
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print; UserError: the checkpoint cannot be measured."""
+    check_outputs(args)
     cfg, weights = load(args.checkpoint)
-    if cfg.diffusion and (args.window < 1 or cfg.train_seq_len % args.window):
-        fail(
-            f"--window={args.window} must divide the {cfg.train_seq_len} tokens of a row; choose "
-            "another"
-        )
+    if cfg.diffusion and cfg.train_seq_len % args.window:
+        rule = f"must divide the {cfg.train_seq_len} tokens of a row; choose another"
+        fail(f"--window={args.window} {rule}")
     found = measure(args, cfg, weights)
-    print(
-        f"Unrounded: val_bpb {cell(found['floats']['val_bpb'])}, bound "
-        f"{cell(found['floats']['bound'])}\n"
-    )
-    print(table(found["roundings"], 0) + "\n")
-    print(table(found["schemes"], 1) + "\n")
-    print(table(found["tensors"], 2) + "\n")
-    if args.out:
-        tg.atomic_write(args.out, json.dumps(found, indent=1).encode(), "result")
-    return found
+    write_result(args.out, found)
+    exact, bound = (cell(found["floats"][name], 4) for name in ("val_bpb", "bound"))
+    print(f"Unrounded: val_bpb {exact}, bound {bound}\n")
+    for name, num_texts in (("roundings", 0), ("schemes", 1), ("tensors", 2)):
+        print(table(found[name], num_texts, 4) + "\n")
+    return {name: value for name, value in found.items() if name != "tensors"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after an error the user can repair."""
-    try:
-        found = run(parse_args(argv))
-    except (tg.UserError, OSError) as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    print(json.dumps({k: v for k, v in found.items() if k != "tensors"}))
-    return 0
+    """Run the command; return its exit status."""
+    args = parse_args(argv)
+    return run_command(lambda: run(args))
 
 
 if __name__ == "__main__":

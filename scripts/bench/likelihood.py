@@ -1,9 +1,8 @@
-"""Score an artifact by every likelihood it has: exact, left to right in the noisy mode, and as a
-bound by window size.
+"""Score an artifact by every likelihood it has: exact, left to right in the noisy mode, and bounds.
 
-    python scripts/bench/likelihood.py                                     bounds at windows of 1, 4, 8, 16, 32 and T tokens
-    python scripts/bench/likelihood.py --rows 256 --samples 16             more text, smaller Monte Carlo error
-    python scripts/bench/likelihood.py --wrong --windows 16                how far below the bound wrong estimators print
+    python scripts/bench/likelihood.py                          windows of 1, 4, 8, 16, 32 and T
+    python scripts/bench/likelihood.py --rows 256 --samples 16  more text, smaller Monte Carlo error
+    python scripts/bench/likelihood.py --wrong --windows 16     what wrong estimators print
 
 Text comes from DATA_PATH and TOKENIZER_PATH, or from where the artifact was trained; all other
 settings are its own. Rows are evenly spaced over the validation split. The last line is one JSON
@@ -13,26 +12,34 @@ object.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
-import importlib
-import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from train_gpt import GPT, ByteCounter, Config
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-
-ROOT = Path(__file__).resolve().parents[2]
+import train_gpt as tg
+from scripts.bench import estimators
+from scripts.common import (
+    NONE,
+    Parser,
+    autocast,
+    fail,
+    load_artifact,
+    markdown,
+    open_tokenizer,
+    pick_device,
+    run_command,
+    text_config,
+    to_json,
+)
+from scripts.finetune import load_adapter
+from train_gpt import GPT, ByteCounter, Config
 
 WINDOWS = "1,4,8,16,32,T"
 SAMPLE_COUNTS = (1, 2, 4, 8, 16, 32, 64)  # K of the convergence table
@@ -41,50 +48,21 @@ TOKENS_AT_ONCE = 4096  # a batch; larger ones are slower on a CPU, whose cache t
 REPLICA = 1 << 20  # offset of the convergence table's random streams, apart from the others'
 
 
-def fail(message: str) -> NoReturn:
-    """Raise the error that `main` prints without a traceback."""
-    from train_gpt import UserError
-
-    raise UserError(message)
-
-
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--artifact", type=Path, default=Path("final_model.int8.ptz"), help="default %(default)s"
-    )
-    parser.add_argument(
-        "--adapter", type=Path, metavar="FILE", help="of scripts/finetune.py, trained beside it"
-    )
-    parser.add_argument(
-        "--rows", type=int, default=64, help="validation rows of T tokens (default %(default)s)"
-    )
-    parser.add_argument(
-        "--samples",
-        type=int,
-        default=8,
-        help="Monte Carlo samples K of a bound (default %(default)s)",
-    )
-    parser.add_argument(
-        "--windows", help=f"window sizes, T for a row (default {WINDOWS}, as far as they fit)"
-    )
-    parser.add_argument(
-        "--window",
-        default="16",
-        help="window size of the convergence and wrong tables (default %(default)s)",
-    )
-    parser.add_argument(
-        "--wrong", action="store_true", help="also print what wrong estimators make of this model"
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    args = parser.parse_args(argv)
-    for name, low in (("rows", 1), ("samples", 2)):
-        if getattr(args, name) < low:
-            parser.error(f"--{name}={getattr(args, name)} must be {low} or more")
-    return args
+    parser = Parser(__doc__)
+    add, artifact = parser.add_argument, Path("final_model.int8.ptz")
+    windows = f"window sizes, T for a row (default {WINDOWS}, as far as they fit)"
+    window = "window size of the convergence and wrong tables (default %(default)s)"
+    add("--artifact", type=Path, default=artifact, help="default %(default)s")
+    add("--adapter", type=Path, metavar="FILE", help="of scripts/finetune.py, trained beside it")
+    parser.whole("--rows", 64, "validation rows of T tokens")
+    parser.whole("--samples", 8, "Monte Carlo samples K of a bound", low=2)
+    add("--windows", help=windows)
+    add("--window", default="16", help=window)
+    add("--wrong", action="store_true", help="also print what wrong estimators give")
+    parser.device()
+    return parser.parse_args(argv)
 
 
 # ==============================================================================
@@ -117,16 +95,6 @@ class Loaded(NamedTuple):
         for i in range(0, len(self.rows), at_once):
             yield self.numbers[i : i + at_once], self.rows[i : i + at_once].to(self.device)
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Compute as training's evaluation does: bf16 on CUDA, fp32 on a CPU."""
-        import torch
-
-        return (
-            torch.autocast("cuda", torch.bfloat16)
-            if self.device.type == "cuda"
-            else contextlib.nullcontext()
-        )
-
 
 def load(args: argparse.Namespace) -> Loaded:
     """Read artifact, adapter if any, tokenizer and rows.
@@ -134,46 +102,24 @@ def load(args: argparse.Namespace) -> Loaded:
     Raises:
         UserError: one is missing, damaged or does not fit; no denoiser; no CUDA device.
     """
-    import torch
-
-    import train_gpt as tg
-
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device=cuda finds no CUDA device; use --device=cpu")
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    model, expected = tg.load_artifact(args.artifact, device)
+    device = pick_device(args.device)
+    artifact = load_artifact(args.artifact, device)
     if args.adapter is not None:
-        from scripts.finetune import load_adapter
-
-        load_adapter(args.adapter, model, args.artifact)
-    if not model.cfg.diffusion:
-        fail(
-            f"{args.artifact} has no denoiser (DIFFUSION_LOSS_WEIGHT=0), so no bound; its log "
-            "holds its val_bpb"
-        )
-    paths = {
-        name: os.environ.get(name.upper(), getattr(model.cfg, name))
-        for name in ("data_path", "tokenizer_path")
-    }
-    cfg = dataclasses.replace(model.cfg, **paths)
-    counter, loader = tg.ByteCounter(cfg), tg.TokenLoader(cfg, "val")
-    if counter.sha256 != expected:
-        fail(
-            f"TOKENIZER_PATH={cfg.tokenizer_path!r} (SHA-256 {counter.sha256[:12]}) is not the tokenizer "
-            f"{args.artifact} was trained with ({expected[:12]}); name that one"
-        )
-    total = (loader.total - 1) // cfg.train_seq_len
+        load_adapter(args.adapter, artifact.model, args.artifact)
+    if not artifact.model.cfg.diffusion:
+        rule = "so no bound; its log holds its val_bpb"
+        fail(f"{args.artifact} has no denoiser (DIFFUSION_LOSS_WEIGHT=0), {rule}")
+    cfg = text_config(artifact.model.cfg)
+    counter, loader = open_tokenizer(artifact, cfg.tokenizer_path), tg.TokenLoader(cfg, "val")
+    T = cfg.train_seq_len
+    total = (loader.total - 1) // T
     count = min(args.rows, total)
     numbers = torch.tensor([i * total // count for i in range(count)])
-    rows = torch.cat(
-        [loader.rows(i * cfg.train_seq_len, 1, cfg.train_seq_len) for i in numbers.tolist()]
-    )
-    at = Loaded(model, cfg, counter, numbers, rows, device)
+    rows = torch.cat([loader.rows(i * T, 1, T) for i in numbers.tolist()])
+    at = Loaded(artifact.model, cfg, counter, numbers, rows, device)
     if at.bytes == 0 or at.some(CONVERGENCE_EVERY).bytes == 0:
-        fail(
-            f"DATA_PATH={cfg.data_path!r}: some of the {count} rows hold no byte of text; name "
-            "other data"
-        )
+        held = f"some of the {count} rows hold no byte of text"
+        fail(f"DATA_PATH={cfg.data_path!r}: {held}; name other data")
     return at
 
 
@@ -188,10 +134,8 @@ def window_sizes(text: str, cfg: Config, option: str) -> list[int]:
     except ValueError:
         sizes = []
     if not sizes or any(size < 1 or cfg.train_seq_len % size for size in sizes):
-        fail(
-            f"{option}={text!r} must be sizes, or T, that divide the {cfg.train_seq_len} tokens of "
-            "a row: 1,16,T"
-        )
+        rule = f"divide the {cfg.train_seq_len} tokens of a row: 1,16,T"
+        fail(f"{option}={text!r} must be sizes, or T, that {rule}")
     return list(dict.fromkeys(sizes))
 
 
@@ -213,31 +157,31 @@ Tick = Callable[[], Any]
 
 def causal(at: Loaded, tick: Tick) -> float:
     """Exact bits per byte of the clean stream."""
-    import train_gpt as tg
-
     nats = 0.0
     for _, rows in at.batches():
-        with at.autocast():
+        with autocast(at.device):
             nats += tg.score(at.model, rows).double().sum().item()
         tick()
     return tg.bits_per_byte(nats, at.bytes)
 
 
 def bound_nats(at: Loaded, size: int, samples: int, offset: int, tick: Tick) -> Tensor:
-    """Sampled nats of each row, (K, N) float64, over windows of `size`; offset 0 draws what
-    train_gpt.py draws.
+    """Sampled nats of each row over windows of `size`.
+
+    Args:
+        at: model and rows, N of them.
+        size: tokens of a window.
+        samples: K.
+        offset: of the random streams; 0 draws what train_gpt.py draws.
+        tick: called after each batch.
+    Returns:
+        (K, N) float64.
     """
-    import torch
-
-    import train_gpt as tg
-
     mask = tg.window_mask(at.cfg.train_seq_len, size, at.cfg.diffusion_causal, at.device)
-    windows = []
+    windows, place = [], torch.arange(at.cfg.train_seq_len // size)
     for numbers, rows in at.batches():
-        keys = tg.derive(
-            numbers[:, None], at.cfg.eval_seed + offset, torch.arange(at.cfg.train_seq_len // size)
-        )
-        with at.autocast():
+        keys = tg.derive(numbers[:, None], at.cfg.eval_seed + offset, place)
+        with autocast(at.device):
             nats = tg.window_bounds(at.model, rows, keys.to(at.device), size, samples, mask)
         windows.append(nats.sum(-1).cpu())
         tick()
@@ -248,8 +192,6 @@ def bound(at: Loaded, size: int, samples: int, tick: Tick) -> Score:
     """Bound over windows of `size` tokens; its error is taken from the spread over samples, as
     train_gpt.py does.
     """
-    import train_gpt as tg
-
     samples = samples if size > 1 else 1  # exact
     nats = bound_nats(at, size, samples, 0, tick)
     spread = nats.var(dim=0).sum().item() / samples if samples > 1 else 0.0
@@ -264,8 +206,6 @@ def convergence(at: Loaded, size: int, tick: Tick) -> list[Score]:
     A single sample states no error of its own; two independent draws measure it alike for every K.
     The mean does not depend on K: more samples narrow the error, they do not tighten the bound.
     """
-    import train_gpt as tg
-
     scores = []
     for place, samples in enumerate(SAMPLE_COUNTS):
         offsets = (REPLICA + 2 * place, REPLICA + 2 * place + 1)
@@ -277,23 +217,14 @@ def convergence(at: Loaded, size: int, tick: Tick) -> list[Score]:
 
 
 def wrong_scores(at: Loaded, size: int, samples: int, tick: Tick) -> dict[str, dict[str, Any]]:
-    """Score by the estimators of scripts/bench/estimators.py: bpb, and per cent under the right
-    bound of the windows.
-    """
-    import torch
-
-    import train_gpt as tg
-
-    estimators = wrong_estimators()
-    functions = {"right": estimators.right} | {
-        name: row.estimate for name, row in estimators.ESTIMATORS.items()
-    }
+    """Score by estimators.py: bits per byte, and per cent under the right bound of the windows."""
+    functions = {"right": estimators.right}
+    functions |= {name: row.estimate for name, row in estimators.ESTIMATORS.items()}
     parts: dict[str, list[Any]] = {name: [] for name in functions}
+    place = torch.arange(at.cfg.train_seq_len // size)
     for numbers, rows in at.batches():
-        keys = tg.derive(
-            numbers[:, None], at.cfg.eval_seed, torch.arange(at.cfg.train_seq_len // size)
-        )
-        with at.autocast(), torch.no_grad():
+        keys = tg.derive(numbers[:, None], at.cfg.eval_seed, place)
+        with autocast(at.device), torch.no_grad():
             text = estimators.cut(at.model, at.counter, rows, keys.to(at.device), samples)
             for name, function in functions.items():
                 parts[name].append(function(text))
@@ -302,31 +233,11 @@ def wrong_scores(at: Loaded, size: int, samples: int, tick: Tick) -> dict[str, d
     bounded, result = scores["right"][0], {}
     for name, (bpb, error) in scores.items():
         row = estimators.ESTIMATORS.get(name)
-        about = (
-            {"source": row.source, "exposed": row.exposed}
-            if row
-            else {"source": "train_gpt.py", "exposed": False}
-        )
+        about: dict[str, Any] = {"source": row.source if row else "train_gpt.py"}
+        about["exposed"] = row.exposed if row else False
         under = 100 * (1 - bpb / bounded)
         result[name] = {"bpb": bpb, "standard_error": error, "percent_under": under, **about}
     return result
-
-
-def wrong_estimators() -> Any:
-    """Import them from tests/, where they stay: nothing but a comparison may use them.
-
-    Raises:
-        UserError: not there.
-    """
-    folder = ROOT / "tests"
-    sys.path.insert(0, str(folder))
-    try:
-        return importlib.import_module("wrong_estimators")
-    except ModuleNotFoundError as error:
-        fail(
-            f"--wrong needs {folder}/wrong_estimators.py ({error}); run it from a checkout of the "
-            "repository"
-        )
 
 
 # ==============================================================================
@@ -334,56 +245,51 @@ def wrong_estimators() -> Any:
 # ==============================================================================
 
 
-def show(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table with its first column to the left and the others to the right."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    print(f"\n{title}")
-    for row in [head, *rows]:
-        cells = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
-        ]
-        print("  " + "  ".join(cells).rstrip())
+def show(
+    title: str, head: Sequence[str], rows: Sequence[Sequence[str]], num_texts: int = 0
+) -> None:
+    """Print a table under its title."""
+    print(f"\n{title}:\n\n{markdown(head, rows, num_texts)}")
 
 
 def numbers(row: dict[str, Any]) -> list[str]:
+    """Return the cells of a score: bits per byte and their standard error."""
     return [f"{row['bpb']:.4f}", f"{row['standard_error']:.4f}"]
 
 
 def show_scores(at: Loaded, result: dict[str, Any]) -> None:
-    print(
-        f"{len(at.rows)} rows of {at.cfg.train_seq_len} tokens, {result['bytes_per_token']:.4f} "
-        "bytes a token"
-    )
+    """Print all that was measured."""
+    per_token = f"{result['bytes_per_token']:.4f} bytes per token"
+    print(f"{len(at.rows)} rows of {at.cfg.train_seq_len} tokens, {per_token}")
     print(f"exact, causal                           {result['causal_bpb']:.4f} bpb")
     print(f"exact, left to right in the noisy mode  {result['left_to_right_bpb']:.4f} bpb")
     rows = [[str(r["window"]), *numbers(r), str(r["samples"])] for r in result["bounds"]]
     show(f"upper bound by window size, {result['rows']} rows", ("window", "bpb", "s.e.", "K"), rows)
     rows = [[str(r["samples"]), *numbers(r)] for r in result["convergence"]]
-    title = (
-        f"upper bound at window {result['window']} by number of samples, "
-        f"{result['convergence_rows']} rows"
-    )
-    show(title, ("K", "bpb", "s.e."), rows)
+    title = f"upper bound at window {result['window']} by number of samples"
+    show(f"{title}, {result['convergence_rows']} rows", ("K", "bpb", "s.e."), rows)
     if result["wrong"] is not None:
-        lines = []
-        for name, row in result["wrong"].items():
-            shown = "-" if name == "right" else "yes" if row["exposed"] else "no"
-            lines.append(
-                [name, *numbers(row), f"{row['percent_under']:+.1f} %", shown, row["source"]]
-            )
-        title = f"estimators at window {result['window']}: per cent under the right bound"
-        show(title, ("estimator", "bpb", "s.e.", "under", "uniform shows it", "used by"), lines)
+        show_wrong(result)
+
+
+def show_wrong(result: dict[str, Any]) -> None:
+    """Print what the wrong estimators give."""
+    lines = []
+    for name, row in result["wrong"].items():
+        shown = NONE if name == "right" else "yes" if row["exposed"] else "no"
+        under = f"{row['percent_under']:+.1f} %"
+        lines.append([row["source"], name, *numbers(row), under, shown])
+    title = f"estimators at window {result['window']}: per cent under the right bound"
+    head = ("used by", "estimator", "bpb", "s.e.", "under", "uniform shows it")
+    show(title, head, lines, 2)
 
 
 def measure(at: Loaded, args: argparse.Namespace) -> dict[str, Any]:
     """Compute everything that is printed."""
-    from tqdm import tqdm
-
     fitting = ",".join(size for size in WINDOWS.split(",") if at.cfg.tiles(size))
     sizes = window_sizes(fitting if args.windows is None else args.windows, at.cfg, "--windows")
     size = window_sizes(args.window, at.cfg, "--window")[0]
-    num_wrong = len(wrong_estimators().ESTIMATORS) + 1 if args.wrong else 0
+    num_wrong = len(estimators.ESTIMATORS) + 1 if args.wrong else 0
     few = at.some(CONVERGENCE_EVERY)
     num_batches, num_few = (sum(1 for _ in part.batches()) for part in (at, few))
     total = num_batches * (1 + len({1, *sizes}) + num_wrong) + num_few * 2 * len(SAMPLE_COUNTS)
@@ -410,20 +316,19 @@ def measure(at: Loaded, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after an error the user can repair."""
-    args = parse_args(argv)
-    from train_gpt import UserError  # here, so that --help and a mistyped option answer at once
-
-    try:
-        at = load(args)
-        result = measure(at, args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print; UserError: it cannot be measured."""
+    at = load(args)
+    result = measure(at, args)
+    to_json(result)  # UserError, before a table of such numbers
     show_scores(at, result)
-    print(json.dumps(result, allow_nan=False))
-    return 0
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    args = parse_args(argv)
+    return run_command(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Time training steps: recipes x sizes x processes, each in a process of its own, turn by turn.
 
     python scripts/bench/train.py --recipes ar,direct,retrograde
-    python scripts/bench/train.py --size MODEL_DIM=160 --size 'MODEL_DIM=320 NUM_LAYERS=8' --rounds 5
+    python scripts/bench/train.py --size MODEL_DIM=160 --size 'MODEL_DIM=320 NUM_LAYERS=8'
     python scripts/bench/train.py --nproc 1,2 --out train.json
-    python scripts/bench/train.py --recipes direct --profile     which operators a step's time goes to
-    python scripts/bench/train.py --program /old/train_gpt.py    this program against another version, in turns
+    python scripts/bench/train.py --recipes direct --profile    the time of each operator
+    python scripts/bench/train.py --program /old/train_gpt.py   compare with another version
 
 Settings come from the environment as for train_gpt.py (PRESET, COMPILE, ...); --size sets more,
 once for every row of the table. Text is random tokens: nothing needs to be prepared. A step with
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import resource
@@ -29,7 +30,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,48 +39,38 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import train_gpt as tg
-from scripts.study.runlog import markdown
+from scripts.common import (
+    NONE,
+    Parser,
+    check_outputs,
+    counts,
+    error_line,
+    fail,
+    names,
+    run_command,
+    table,
+    write_result,
+)
 
 WARM = 3  # steps before the timed ones
 OPERATORS = 12  # that a profile names
 REFERENCE = "ar"
 
 
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--recipes", default="ar,direct", help="list, with commas (default %(default)s)"
-    )
-    parser.add_argument(
-        "--size",
-        action="append",
-        metavar="NAME=VALUE ...",
-        help="settings of a row; may be repeated",
-    )
-    parser.add_argument("--nproc", type=numbers, default=[1], help="processes, a list (default 1)")
-    parser.add_argument(
-        "--steps", type=int, default=8, help="timed steps of a kind (default %(default)s)"
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="turns (default %(default)s)")
-    parser.add_argument(
-        "--program", type=Path, help="another version of train_gpt.py, timed in turns with this one"
-    )
-    parser.add_argument(
-        "--profile", action="store_true", help="also share out a step's time among operators"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the result there")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser = Parser(__doc__)
+    add, size = parser.add_argument, "settings of a row; may be repeated"
+    add("--recipes", default="ar,direct", help="list, with commas (default %(default)s)")
+    add("--size", action="append", metavar="NAME=VALUE ...", help=size)
+    add("--nproc", type=counts, default="1", help="processes, a list (default %(default)s)")
+    parser.whole("--steps", 8, "timed steps of a kind")
+    parser.whole("--rounds", 3, "turns")
+    add("--program", type=Path, help="another version of train_gpt.py, timed in turns with this")
+    add("--profile", action="store_true", help="also divide a step's time among operators")
+    parser.outputs()
+    add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    for name in ("steps", "rounds"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}={getattr(args, name)} must be 1 or more")
     if args.program and not args.program.is_file():
         parser.error(f"--program={args.program} is no file; name a train_gpt.py")
     return args
@@ -109,62 +100,107 @@ def graphs() -> int:
     return int(counters["unique_graphs"])
 
 
-def prime(program: Any, state: Any, objective: Any, run: Any, progress: float) -> None:
-    """Run every kind of pass of these steps once, whatever windows they will draw, as training
-    does.
-    """
-    cfg, sizes = state.cfg, [*objective.masks] if progress else [0]
+class Place(NamedTuple):
+    """A place of a run, where steps are timed: its objects, of whatever version of train_gpt.py."""
+
+    program: Any
+    state: Any
+    objective: Any
+    run: Any
+    progress: float
+
+    @property
+    def moment(self) -> Any:
+        """The values of the schedules."""
+        return self.program.Moment(self.state.step, self.progress, 1.0)
+
+    def step(self) -> None:
+        """Train one step."""
+        self.program.train_step(self.state, self.objective, self.moment)
+
+
+def prime(at: Place) -> None:
+    """Run every kind of pass of these steps once, whatever windows they will draw."""
+    cfg, sizes = at.state.cfg, [*at.objective.masks] if at.progress else [0]
     num_rows = cfg.train_batch_tokens // cfg.micro_batches // cfg.train_seq_len
-    rows = state.loader.rows(0, num_rows, cfg.train_seq_len, run.device)
+    rows = at.state.loader.rows(0, num_rows, cfg.train_seq_len, at.run.device)
     for size in sizes or [0]:
-        with run.autocast():
-            loss, _ = objective(rows, 0, size, program.Moment(state.step, progress, 1.0))
+        with at.run.autocast():
+            loss, _ = at.objective(rows, 0, size, at.moment)
         loss.backward()
-    state.model.zero_grad(set_to_none=True)
+    at.state.model.zero_grad(set_to_none=True)
 
 
-def time_steps(
-    program: Any, state: Any, objective: Any, run: Any, progress: float, steps: int
-) -> list[float]:
+def time_steps(at: Place, steps: int) -> list[float]:
     """Seconds of each of a number of steps at a place of the run, after WARM others."""
-    seconds = []
+    seconds, cuda = [], at.run.device.type == "cuda"
     for i in range(WARM + steps):
-        began = run.clock()
-        if run.device.type == "cuda" and i >= WARM:
+        began = at.run.clock()
+        if cuda and i >= WARM:
             torch.cuda.set_sync_debug_mode("error")
-        program.train_step(state, objective, program.Moment(state.step, progress, 1.0))
-        if run.device.type == "cuda":
+        at.step()
+        if cuda:
             torch.cuda.set_sync_debug_mode("default")
-        seconds.append(run.clock() - began)
+        seconds.append(at.run.clock() - began)
     return seconds[WARM:]
 
 
-def profile(
-    program: Any, state: Any, objective: Any, run: Any, progress: float, steps: int
-) -> list[dict[str, Any]]:
-    """Share out the time of steps among operators, without what they call; the device's time where
-    there is one.
-    """
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if run.device.type == "cuda":
+def profile(at: Place, steps: int) -> list[dict[str, Any]]:
+    """Divide the time of steps among operators, without what they call; the device's, if any."""
+    activities, cuda = [torch.profiler.ProfilerActivity.CPU], at.run.device.type == "cuda"
+    if cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as found:
         for _ in range(steps):
-            program.train_step(state, objective, program.Moment(state.step, progress, 1.0))
-        run.clock()
-    which = "self_device_time_total" if run.device.type == "cuda" else "self_cpu_time_total"
-    # Operators; kernels of a device have entries of their own, whose time those of operators hold,
-    # too.
+            at.step()
+        at.run.clock()
+    which = "self_device_time_total" if cuda else "self_cpu_time_total"
+    # Operators; kernels of a device have entries of their own, whose time those of operators hold.
     events = [event for event in found.key_averages() if event.device_type.name == "CPU"]
-    spent = {
-        event.key: (getattr(event, which) / 1e3 / steps, event.count // steps) for event in events
-    }
-    if not (whole := sum(ms for ms, _ in spent.values())):
-        raise tg.UserError("--profile: the profiler saw no time on the device; run without it")
-    ranked = sorted(spent.items(), key=lambda item: -item[1][0])[:OPERATORS]
+    spent = {event.key: getattr(event, which) / 1e3 / steps for event in events}
+    calls = {event.key: event.count // steps for event in events}
+    if not (whole := sum(spent.values())):
+        fail("--profile: the profiler saw no time on the device; run without it")
+    ranked = sorted(spent, key=lambda key: -spent[key])[:OPERATORS]
     return [
-        {"operator": k, "ms": ms, "share": ms / whole, "calls": calls} for k, (ms, calls) in ranked
+        {"operator": key, "ms": spent[key], "share": spent[key] / whole, "calls": calls[key]}
+        for key in ranked
     ]
+
+
+def time_kinds(
+    place: Place, task: Mapping[str, Any], shares: Mapping[str, float]
+) -> dict[str, Any]:
+    """Time steps of each kind that a run has: "clean" without windows and "windows" with them."""
+    found: dict[str, Any] = {}
+    places = {"clean": place._replace(progress=0.0), "windows": place._replace(progress=1.0)}
+    cfg = place.state.cfg
+    for name, at in places.items():
+        if shares[name] > 0:
+            at.state.step = max(cfg.iterations // 2, cfg.diffusion_start_step)
+            prime(at)
+            before = graphs()
+            found[name] = time_steps(at, task["steps"])
+            found["graphs"] = found.get("graphs", 0) + graphs() - before
+    found["peak_mib"] = peak_mib(place.run)
+    if task["profile"]:
+        profiled = {name: at for name, at in places.items() if name in found}
+        found["profile"] = {name: profile(at, task["steps"]) for name, at in profiled.items()}
+    return found
+
+
+def peak_mib(run: Any) -> int:
+    """Return the most memory so far: the device's, or that of the process."""
+    peak = torch.cuda.max_memory_allocated() // 2**20 if run.device.type == "cuda" else 0
+    return peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def flops_per_token(cfg: tg.Config, start: float) -> float:
+    """Return the mean over a run whose windows start at `start` of it."""
+    per_token = tg.beside("flops.py", "per_token")
+    sizes = cfg.sizes(cfg.diffusion_windows) if cfg.diffusion else []
+    windows = sum(per_token(cfg, size) * share for size, share in sizes)
+    return float(start * per_token(cfg) + (1 - start) * windows)
 
 
 def work(task: Mapping[str, Any]) -> None:
@@ -175,31 +211,14 @@ def work(task: Mapping[str, Any]) -> None:
         state = program.TrainState(cfg, run, program.TokenLoader(cfg, "train"))
         objective = program.Objective(cfg, run, state.model)
         start = cfg.diffusion_start_frac if cfg.diffusion else 1.0
-        found: dict[str, Any] = {
-            "start": start,
-            "tokens": cfg.train_batch_tokens,
-            "world": run.world_size,
-        }
-        for name, progress, part in (("clean", 0.0, start), ("windows", 1.0, 1 - start)):
-            if part > 0:
-                state.step = max(cfg.iterations // 2, cfg.diffusion_start_step)
-                prime(program, state, objective, run, progress)
-                before = graphs()
-                found[name] = time_steps(program, state, objective, run, progress, task["steps"])
-                found["graphs"] = found.get("graphs", 0) + graphs() - before
+        found: dict[str, Any] = {"start": start, "tokens": cfg.train_batch_tokens}
+        found |= {"world": run.world_size}
+        shares = {"clean": start, "windows": 1 - start}
+        found |= time_kinds(Place(program, state, objective, run, 0.0), task, shares)
         found["params"] = sum(p.numel() for p in state.model.parameters())
-        peak = torch.cuda.max_memory_allocated() // 2**20 if run.device.type == "cuda" else 0
-        found["peak_mib"] = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        for name, progress in (("clean", 0.0), ("windows", 1.0)):
-            if task["profile"] and name in found:
-                shares = profile(program, state, objective, run, progress, task["steps"])
-                found.setdefault("profile", {})[name] = shares
-        per_token, best = (tg.beside("flops.py", name) for name in ("per_token", "peak"))
-        sizes = cfg.sizes(cfg.diffusion_windows) if cfg.diffusion else []
         if not task["program"]:  # the settings of another version may be others
-            windows = sum(per_token(cfg, size) * share for size, share in sizes)
-            found["operations"] = start * per_token(cfg) + (1 - start) * windows
-        found["best"] = best(str(run.device))
+            found["operations"] = flops_per_token(cfg, start)
+        found["best"] = tg.beside("flops.py", "peak")(str(run.device))
         if run.rank == 0:
             print("\n" + json.dumps(found))
 
@@ -214,7 +233,7 @@ def overrides(size: str) -> dict[str, str]:
     settings = dict(part.partition("=")[::2] for part in size.split())
     if unknown := settings.keys() - {name.upper() for name in tg.Config.__dataclass_fields__}:
         rule = "is no setting of train_gpt.py; name settings, with spaces between"
-        raise tg.UserError(f"--size {size!r}: {min(unknown)} {rule}")
+        fail(f"--size {size!r}: {min(unknown)} {rule}")
     return settings
 
 
@@ -229,123 +248,91 @@ def random_text(folder: Path, cfg: tg.Config, count: int) -> None:
 
 def one(case: Mapping[str, Any], args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run one case; UserError: it failed."""
-    text = folder / "text"
+    text, nproc = folder / "text", case["nproc"]
     text.mkdir(exist_ok=True)
-    env = {
-        **os.environ,
-        **case["settings"],
-        "RECIPE": case["recipe"],
-        "DATA_PATH": str(text),
-        "OUT_DIR": str(folder),
-    }
-    env |= {
-        "RUN_ID": "bench",
-        "RESUME": "no",
-        "PRESET": case["preset"],
-    }  # the same for any number of processes
+    env = {**os.environ, **case["settings"], "RECIPE": case["recipe"], "DATA_PATH": str(text)}
+    env |= {"OUT_DIR": str(folder), "RUN_ID": "bench", "RESUME": "no"}
+    env["PRESET"] = case["preset"]  # the same for any number of processes
     cfg, _, _ = tg.Config.from_env(env)
-    random_text(
-        text, cfg, max(2 * cfg.train_batch_tokens, 4 * cfg.train_seq_len) + 1
-    )  # enough for a step
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case['nproc']}"]
+    enough_for_a_step = max(2 * cfg.train_batch_tokens, 4 * cfg.train_seq_len) + 1
+    random_text(text, cfg, enough_for_a_step)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
     task = {"program": case["program"], "steps": args.steps, "profile": args.profile}
-    command = [
-        sys.executable,
-        *launcher * (case["nproc"] > 1),
-        __file__,
-        "--worker",
-        json.dumps(task),
-    ]
+    command = [sys.executable, *launcher * (nproc > 1), __file__, "--worker", json.dumps(task)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        named = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        why = (named[:1] or lines[-1:] or ["nothing printed"])[0]
-        raise tg.UserError(f"{case['recipe']} {case['settings']} failed: {why}")
+        fail(f"{case['recipe']} {case['settings']} failed: {error_line(done.stderr)}")
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def cases(args: argparse.Namespace) -> list[dict[str, Any]]:
     """List what is timed in a round; UserError: a setting or recipe is wrong."""
     found = []
-    for size in args.size or [""]:
+    programs = ["", str(args.program)] if args.program else [""]
+    axes = itertools.product(args.size or [""], args.nproc, names(args.recipes))
+    for size, nproc, recipe in axes:
         settings = overrides(size)
-        for nproc in args.nproc:
-            for recipe in args.recipes.split(","):
-                for program in ("", str(args.program))[: 2 if args.program else 1]:
-                    case = {
-                        "size": size or "-",
-                        "settings": settings,
-                        "nproc": nproc,
-                        "recipe": recipe,
-                    }
-                    cfg, _, _ = tg.Config.from_env({**os.environ, **settings, "RECIPE": recipe})
-                    found.append(case | {"program": program, "preset": cfg.preset})
+        cfg, _, _ = tg.Config.from_env({**os.environ, **settings, "RECIPE": recipe})
+        case = {"size": size or NONE, "settings": settings, "nproc": nproc, "recipe": recipe}
+        found += [case | {"program": program, "preset": cfg.preset} for program in programs]
     return found
+
+
+KINDS = ("clean", "windows")
 
 
 def step_seconds(found: Mapping[str, Any]) -> float:
     """Mean seconds a step over a run."""
-    median = {
-        name: statistics.median(found[name]) for name in ("clean", "windows") if name in found
-    }
-    return float(
-        found["start"] * median.get("clean", 0.0)
-        + (1 - found["start"]) * median.get("windows", 0.0)
-    )
+    median = {name: statistics.median(found[name]) if name in found else 0.0 for name in KINDS}
+    return float(found["start"] * median["clean"] + (1 - found["start"]) * median["windows"])
+
+
+def reference_of(case: Mapping[str, Any], all_cases: Sequence[Mapping[str, Any]]) -> int | None:
+    """Find what a case is compared with: this program, or if it is that, the recipe REFERENCE."""
+    recipe = case["recipe"] if case["program"] else REFERENCE
+    wanted = {"size": case["size"], "nproc": case["nproc"], "recipe": recipe, "program": ""}
+    found = (j for j, c in enumerate(all_cases) if all(c[k] == v for k, v in wanted.items()))
+    return next(found, None)
+
+
+def median_ms(found: Sequence[Mapping[str, Any]], kind: str) -> float | None:
+    """Median over rounds of the median step of a kind; None if the run has none."""
+    if kind not in found[0]:
+        return None
+    return 1e3 * float(statistics.median(statistics.median(f[kind]) for f in found))
 
 
 def summarise(
     all_cases: Sequence[dict[str, Any]], rounds: Sequence[Sequence[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """Medians over rounds of every case, and the ratio of its step to that of its reference in the
-    same round.
-    """
+    """Medians over rounds of every case, and ratios of its step to its reference's in a round."""
     rows = []
     for i, case in enumerate(all_cases):
-        mine = [found[i] for found in rounds]
-        wanted = (
-            {"recipe": case["recipe"], "program": ""}
-            if case["program"]
-            else {"recipe": REFERENCE, "program": ""}
-        )
-        same = {"size": case["size"], "nproc": case["nproc"]} | wanted
-        other = next(
-            (j for j, c in enumerate(all_cases) if all(c[k] == v for k, v in same.items())), None
-        )
-        ratios = (
-            [] if other is None else [step_seconds(f[i]) / step_seconds(f[other]) for f in rounds]
-        )
+        mine, other = [found[i] for found in rounds], reference_of(case, all_cases)
         seconds = statistics.median(map(step_seconds, mine))
-        kinds = {
-            k: statistics.median(statistics.median(f[k]) for f in mine)
-            for k in ("clean", "windows")
-            if k in mine[0]
-        }
-        rate = mine[0]["tokens"] / seconds
+        rate, flops = mine[0]["tokens"] / seconds, mine[0].get("operations")
         best = statistics.median(f["best"] for f in mine)
-        row = {
-            "size": case["size"],
-            "recipe": case["recipe"],
-            "program": case["program"] or "-",
-            "nproc": case["nproc"],
-        }
-        row |= {
-            "params": mine[0]["params"],
-            "clean_ms": 1e3 * kinds["clean"] if "clean" in kinds else None,
-        }
-        row |= {
-            "windows_ms": 1e3 * kinds["windows"] if "windows" in kinds else None,
-            "run_ms": 1e3 * seconds,
-        }
-        operations = mine[0].get("operations")
-        row |= {"tok_per_sec": rate, "mfu": operations and rate * operations / case["nproc"] / best}
-        row |= {
-            "ratio": statistics.median(ratios) if ratios else None,
-            "peak_mib": max(f["peak_mib"] for f in mine),
-        }
-        row |= {"graphs": max(f["graphs"] for f in mine)}
-        rows.append(row)
+        ratio = None
+        if other is not None:
+            pairs = [(step_seconds(f[i]), step_seconds(f[other])) for f in rounds]
+            ratio = statistics.median(ours / theirs for ours, theirs in pairs)
+        rows.append(
+            {
+                "size": case["size"],
+                "recipe": case["recipe"],
+                "program": case["program"] or NONE,
+                "nproc": case["nproc"],
+                "params": mine[0]["params"],
+                "clean_ms": median_ms(mine, "clean"),
+                "windows_ms": median_ms(mine, "windows"),
+                "run_ms": 1e3 * seconds,
+                "tok_per_sec": rate,
+                "mfu": None if flops is None else rate * flops / case["nproc"] / best,
+                "ratio": ratio,
+                "peak_mib": max(f["peak_mib"] for f in mine),
+                "graphs": max(f["graphs"] for f in mine),
+            }
+        )
     return rows
 
 
@@ -363,68 +350,47 @@ def operators(
     ]
 
 
-def cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, str):
-        return value
-    return (
-        f"{value:,}"
-        if isinstance(value, int)
-        else f"{value:.3f}"
-        if value < 10
-        else f"{value:,.0f}"
-    )
+Found = list[dict[str, Any]]
+
+
+def take_turns(todo: Found, args: argparse.Namespace) -> list[Found]:
+    """Run all cases in every round."""
+    rounds: list[Found] = []
+    bar = tqdm(total=args.rounds * len(todo), disable=None)
+    with tempfile.TemporaryDirectory() as name, bar:
+        for _ in range(args.rounds):
+            rounds.append([])
+            for case in todo:
+                bar.set_postfix_str(f"{case['recipe']} {case['size']}")
+                rounds[-1].append(one(case, args, Path(name)))
+                bar.update()
+    return rounds
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Time all cases and print the tables; UserError: one failed."""
+    check_outputs(args)
     todo = cases(args)
-    with (
-        tempfile.TemporaryDirectory() as name,
-        tqdm(total=args.rounds * len(todo), disable=None) as bar,
-    ):
-        rounds = []
-        for _ in range(args.rounds):
-            found = []
-            for case in todo:
-                bar.set_postfix_str(f"{case['recipe']} {case['size']}")
-                found.append(one(case, args, Path(name)))
-                bar.update()
-            rounds.append(found)
-    rows = summarise(todo, rounds)
-    print(markdown(list(rows[0]), [[cell(v) for v in row.values()] for row in rows], 3) + "\n")
-    profiles = operators(todo, rounds[-1])
+    rounds = take_turns(todo, args)
+    rows, profiles = summarise(todo, rounds), operators(todo, rounds[-1])
+    print(table(rows, 3) + "\n")
     if profiles:
-        names = ["recipe", "size", "step", "operator", "ms", "share", "calls"]
-        print(
-            markdown(names, [[cell(line[name]) for name in names] for line in profiles], 4) + "\n"
-        )
+        columns = ["recipe", "size", "step", "operator", "ms", "share", "calls"]
+        print(table([{name: line[name] for name in columns} for line in profiles], 4) + "\n")
     preset = tg.Config.from_env(os.environ)[0].preset
-    found_all = {
-        "preset": preset,
-        "rounds": args.rounds,
-        "steps": args.steps,
-        "torch": torch.__version__,
-        "rows": rows,
-    }
-    found_all |= {"profiles": profiles} if profiles else {}
-    if args.out:
-        tg.atomic_write(args.out, json.dumps(found_all, indent=1).encode(), "result")
-    return found_all
+    found: dict[str, Any] = {"preset": preset, "rounds": args.rounds, "steps": args.steps}
+    found |= {"torch": torch.__version__, "rows": rows}
+    found |= {"profiles": profiles} if profiles else {}
+    write_result(args.out, found)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after an error the user can repair."""
+    """Run the command; return its exit status."""
     args = parse_args(argv)
-    try:
-        if args.worker:
-            work(json.loads(args.worker))
-            return 0
-        print(json.dumps(run(args)))
-    except (tg.UserError, OSError) as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    return 0
+    if args.worker:
+        return run_command(lambda: work(json.loads(args.worker)))
+    return run_command(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def looks_right(before: Tensor, xt: Tensor) -> Tensor:
 
 def plan(**changes: Any) -> bench.Plan:
     given: dict[str, Any] = dict(
-        holes=[4, 8], passes=[1, 4, 8], prefix=6, suffix=5, revise_window=12
+        spans=[4, 8], passes=[1, 4, 8], prefix=6, suffix=5, revise_window=12
     )
     return bench.Plan(**given | dict(revise_examples=40, seed=0) | changes)
 
@@ -115,9 +115,9 @@ def measured(model: Stub | tg.GPT, examples: int = 40, **changes: Any) -> dict[s
     return bench.measure(loaded, counting_rows(examples, asked.length), asked, Bar())
 
 
-def rows_of(found: dict[str, Any], hole: int) -> dict[int, dict[str, Any]]:
-    (of_hole,) = (row for row in found["infill"] if row["hole"] == hole)
-    return {row["passes"]: row for row in of_hole["passes"]}
+def rows_of(found: dict[str, Any], span: int) -> dict[int, dict[str, Any]]:
+    (of_span,) = (row for row in found["infill"] if row["span"] == span)
+    return {row["passes"]: row for row in of_span["passes"]}
 
 
 # 1  measures
@@ -150,7 +150,7 @@ def test_entropy_and_pairs_by_hand() -> None:
 
 
 @pytest.mark.parametrize("size", range(1, 20))
-def test_parts_of_a_hole_cover_it_once(size: int) -> None:
+def test_parts_of_a_span_cover_it_once(size: int) -> None:
     parts = bench.quarters(size)
     assert [i for part in parts.values() for i in range(part.start, part.stop)] == list(range(size))
     assert ("middle" in parts, "last_quarter" in parts) == (size > 2, size > 1)
@@ -207,29 +207,29 @@ def real_model(mode: str = "mask", **overrides: Any) -> tg.GPT:
 )
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_holes_are_filled_as_users_fill_them(mode: str, overrides: dict[str, Any]) -> None:
+def test_spans_are_filled_as_users_fill_them(mode: str, overrides: dict[str, Any]) -> None:
     model, asked = real_model(mode, **overrides), plan(seed=3)
     rows = random_rows(5, asked.length, V)
     batch = bench.open_batch(model, rows, torch.arange(5), asked.prefix, asked.seed)
-    found, prefix = bench.fill_holes(batch, asked), rows[:, : asked.prefix]
-    for hole in asked.holes:
-        stop = asked.prefix + hole
-        for key, (ids, nats) in found[hole].fills.items():
+    found, prefix = bench.fill_spans(batch, asked), rows[:, : asked.prefix]
+    for span in asked.spans:
+        stop = asked.prefix + span
+        for key, (ids, nats) in found[span].fills.items():
             if key == TEXT:
                 expected = rows[:, :stop]
             elif key == AR:
-                expected = tg.generate(model, prefix, hole).ids
+                expected = tg.generate(model, prefix, span).ids
             else:
                 side, passes = key
                 suffix = rows[:, stop : stop + asked.suffix][:, : None if side == WITH else 0]
                 how = tg.Decoding(steps=passes, seed=asked.seed)
-                expected = tg.infill(model, prefix, suffix, hole, how).ids[:, :stop]
+                expected = tg.infill(model, prefix, suffix, span, how).ids[:, :stop]
             assert ids.equal(expected[:, asked.prefix :]), key
             torch.testing.assert_close(nats, tg.score(model, expected)[:, asked.prefix - 1 :])
         for side in (WITH, WITHOUT):
-            assert found[hole].first[side].ids.equal(found[hole].fills[side, 1].ids)
-        assert set(found[hole].fills) == {TEXT, AR} | {
-            (s, n) for s in (WITH, WITHOUT) for n in (1, 4, 8) if n <= hole
+            assert found[span].first[side].ids.equal(found[span].fills[side, 1].ids)
+        assert set(found[span].fills) == {TEXT, AR} | {
+            (s, n) for s in (WITH, WITHOUT) for n in (1, 4, 8) if n <= span
         }
 
 
@@ -280,8 +280,8 @@ def test_a_window_in_doubt_is_one_of_training(causal: bool) -> None:
 
 def test_an_oracle_is_right_with_and_without_a_suffix() -> None:
     found = measured(Stub(oracle))
-    for hole in (4, 8):
-        for row in rows_of(found, hole).values():
+    for span in (4, 8):
+        for row in rows_of(found, span).values():
             for side in (WITH, WITHOUT):
                 assert row["accuracy"][side] == {"mean": 1, "se": 0}
             assert (
@@ -299,7 +299,7 @@ def test_an_oracle_is_right_with_and_without_a_suffix() -> None:
 def test_a_denoiser_that_looks_right_gains_where_it_can() -> None:
     found = measured(Stub(looks_right))
     one, all_passes = (rows_of(found, 8)[n]["accuracy"] for n in (1, 8))
-    assert one[WITH] == {"mean": 1 / 8, "se": 0}  # the last token of the hole
+    assert one[WITH] == {"mean": 1 / 8, "se": 0}  # the last token of the span
     assert one[WITHOUT] == {"mean": 0, "se": 0}
     assert one["difference"]["mean"] == 1 / 8
     assert one["with_suffix_minus_ar"]["mean"] == 1 / 8 - 1
@@ -317,16 +317,16 @@ def test_a_denoiser_that_looks_right_gains_where_it_can() -> None:
 
 def test_likelihood_and_variety_are_of_what_was_filled_in() -> None:
     found = measured(Stub(looks_right))
-    row, hole = rows_of(found, 8)[1], found["infill"][1]
+    row, span = rows_of(found, 8)[1], found["infill"][1]
     assert row[WITHOUT]["unigram_entropy"] == 0
     assert row[WITHOUT]["distinct_2"] == pytest.approx(1 / 7)
     assert row[WITH]["distinct_2"] == pytest.approx(2 / 7)
     assert row[WITHOUT]["clean_stream_nats"]["mean"] == pytest.approx(
         20, rel=1e-4
     )  # a token it never expects
-    assert hole["text"]["clean_stream_nats"]["mean"] == pytest.approx(0, abs=1e-4)
-    assert hole["text"]["distinct_2"] == hole["ar"]["distinct_2"] == 1
-    assert hole["text"]["unigram_entropy"] > 3
+    assert span["text"]["clean_stream_nats"]["mean"] == pytest.approx(0, abs=1e-4)
+    assert span["text"]["distinct_2"] == span["ar"]["distinct_2"] == 1
+    assert span["text"]["unigram_entropy"] > 3
 
 
 def test_the_error_is_over_examples() -> None:
@@ -340,7 +340,7 @@ def test_the_error_is_over_examples() -> None:
     }
     fills[WITHOUT, 1] = bench.Fill(torch.full_like(x0, NEVER), zero)
     first = {side: fills[side, 1] for side in (WITH, WITHOUT)}
-    (row,) = bench.sum_up_hole(bench.Hole(fills, first), [1], 5)["passes"]
+    (row,) = bench.sum_up_span(bench.Span(fills, first), [1], 5)["passes"]
     assert row["accuracy"][WITH] == pytest.approx(
         {"mean": 0.5, "se": (1 / 12) ** 0.5}
     )  # 32 tokens, but 4 examples
@@ -478,7 +478,7 @@ def env(monkeypatch: pytest.MonkeyPatch, data: dict[str, Any]) -> dict[str, Any]
 
 
 SMALL = [
-    "--holes=2,6",
+    "--spans=2,6",
     "--passes=1,3,9",
     "--examples=12",
     "--prefix=8",
@@ -528,8 +528,8 @@ def test_two_artifacts_from_end_to_end(env: dict[str, Any], tmp_path: Path) -> N
         6,
     )
     for artifact in found["artifacts"]:
-        assert [hole["hole"] for hole in artifact["infill"]] == [2, 6]
-        assert [[row["passes"] for row in hole["passes"]] for hole in artifact["infill"]] == [
+        assert [span["span"] for span in artifact["infill"]] == [2, 6]
+        assert [[row["passes"] for row in span["passes"]] for span in artifact["infill"]] == [
             [1],
             [1, 3],
         ]
@@ -579,21 +579,21 @@ def test_the_plot_shows_what_was_measured(tmp_path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    holes = [
+    spans = [
         measured(Stub(guess), revise_examples=0)["infill"][1] for guess in (oracle, looks_right)
     ]
     figure, (top, bottom) = plt.subplots(2)
-    bench.draw_hole(top, bottom, holes)
+    bench.draw_span(top, bottom, spans)
     drawn = [list(line.get_ydata()) for line in top.get_lines()]
     below = [list(line.get_ydata()) for line in bottom.get_lines()]
-    for hole in holes:
+    for span in spans:
         for side in (WITH, WITHOUT):
-            assert [row["accuracy"][side]["mean"] for row in hole["passes"]] in drawn
-            assert [row[side]["clean_stream_nats"]["mean"] for row in hole["passes"]] in below
-        assert [hole["ar"]["accuracy"]["mean"]] * 2 in drawn
-        assert [hole["text"]["clean_stream_nats"]["mean"]] * 2 in below
+            assert [row["accuracy"][side]["mean"] for row in span["passes"]] in drawn
+            assert [row[side]["clean_stream_nats"]["mean"] for row in span["passes"]] in below
+        assert [span["ar"]["accuracy"]["mean"]] * 2 in drawn
+        assert [span["text"]["clean_stream_nats"]["mean"]] * 2 in below
     assert [tick.get_text() for tick in top.get_xticklabels()] == ["1", "4", "8"]
-    assert top.get_title() == "hole of 8 tokens"
+    assert top.get_title() == "span of 8 tokens"
     plt.close(figure)
 
 
@@ -609,22 +609,22 @@ def test_labels_tell_artifacts_apart() -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--holes=8,x", "'8,x' must list whole numbers from 1"),
-        ("--holes=0,8", "'0,8' must list whole numbers from 1"),
-        ("--holes=", "'' must list whole numbers from 1"),
-        ("--holes=8,,9", "'8,,9' must list whole numbers from 1"),
+        ("--spans=8,x", "'8,x' must list whole numbers from 1"),
+        ("--spans=0,8", "'0,8' must list whole numbers from 1"),
+        ("--spans=", "'' must list whole numbers from 1"),
+        ("--spans=8,,9", "'8,,9' must list whole numbers from 1"),
         ("--passes=1.5", "'1.5' must list whole numbers from 1"),
         ("--passes=-1", "'-1' must list whole numbers from 1"),
-        ("--passes=3", "--passes: a hole of 2 takes at most one pass a token"),
-        ("--examples=1", "--examples=1 must lie in 2.."),
-        ("--prefix=1", "--prefix=1 must lie in 2.."),
-        ("--suffix=0", "--suffix=0 must lie in 1.."),
-        ("--revise-window=4", "--revise-window=4 must lie in 5.."),
+        ("--passes=3", "--passes: a span of 2 takes at most one pass a token"),
+        ("--examples=1", "argument --examples: 1 must be 2 or more"),
+        ("--prefix=1", "argument --prefix: 1 must be 2 or more"),
+        ("--suffix=0", "argument --suffix: 0 must be 1 or more"),
+        ("--revise-window=4", "argument --revise-window: 4 must be 5 or more"),
         ("--revise-examples=1", "--revise-examples=1 has no standard error"),
-        ("--seed=-1", "--seed=-1 must lie in 0.."),
-        ("--holes=30", "take 44 tokens; {path} was trained to read 32 (TRAIN_SEQ_LEN)"),
+        ("--seed=-1", "argument --seed: -1 must be 0 or more"),
+        ("--spans=30", "take 44 tokens; {path} was trained to read 32 (TRAIN_SEQ_LEN)"),
         ("--revise-window=25", "take 33 tokens; {path} was trained to read 32 (TRAIN_SEQ_LEN)"),
-        ("--examples=2000", "--examples=2000 holes of 8 tokens"),
+        ("--examples=2000", "--examples=2000 spans of 8 tokens"),
         ("--out={folder}", "--out={folder} must be a file in a folder that exists"),
         (
             "--out={folder}/no/found.json",

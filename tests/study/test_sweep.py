@@ -528,17 +528,15 @@ def child(bench: Bench) -> Iterator[subprocess.Popen[str]]:
     """A sweep in a process of its own whose second run never ends."""
     bench.order(defect_causal_1="hang")
     code = (  # whoever started the tests may have had these signals ignored, and that is inherited
-        "import pathlib, signal, sweep\n"
+        "import pathlib, signal\n"
+        "from scripts.study import sweep\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         f"sweep.PROGRAM = pathlib.Path({str(bench.program)!r})\n"
         "raise SystemExit(sweep.main())"
     )
     argv = [sys.executable, "-c", code, *PAIR, "--out", str(bench.out)]
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "scripts"))),
-        "OMP_NUM_THREADS": "1",
-    }
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
     )
@@ -548,7 +546,7 @@ def child(bench: Bench) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_an_interrupted_sweep_ends_its_run_and_says_how_to_go_on(
+def test_an_interrupted_sweep_ends_its_run_and_says_how_to_resume(
     bench: Bench, child: subprocess.Popen[str], name: str
 ) -> None:
     pid = started(bench.root / "running")
@@ -556,7 +554,7 @@ def test_an_interrupted_sweep_ends_its_run_and_says_how_to_go_on(
     out, err = child.communicate(timeout=60)
     assert child.returncode == 130
     assert "Traceback" not in err
-    assert "interrupted with 3 of 4 runs to go; the same command goes on" in err
+    assert "interrupted with 3 of 4 runs to go; rerun the command to resume" in err
     end = json.loads(out.splitlines()[-1])
     assert (end["interrupted"], end["ran"], list(end["rows"])) == (True, 1, ["ar"])
     with pytest.raises(ProcessLookupError):
