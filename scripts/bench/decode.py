@@ -1,4 +1,4 @@
-"""Measure every decoding mode of an artifact: speedup over cached AR of the same weights, and quality.
+"""Measure every decoding mode of an artifact: speedup over its cached AR, and quality.
 
     DATA_PATH=data/stdlib python scripts/bench/decode.py final_model.int8.ptz --judge other_ar.ptz
     python scripts/bench/decode.py final_model.int8.ptz --modes speculative,refine --passes 1,8

@@ -341,8 +341,8 @@ class Wrong(NamedTuple):
     exposed: bool  # a uniform predictor does not score log2(V) / (bytes per token)
 
 
-# Two depend on how the loss rises with noise: convex, and a middle level is below the mean of all. A
-# leak that training never had helps only a model that happens to read there.
+# Two depend on how the loss rises with noise: convex, and a middle level is below the mean of all.
+# A leak that training never had helps only a model that happens to read there.
 # fmt: off
 ESTIMATORS: dict[str, Wrong] = {
     # Where tokens are shorter than 4.3 bytes.

@@ -218,7 +218,7 @@ def convergence(at: Loaded, size: int, tick: Tick) -> list[Score]:
 
 def wrong_scores(at: Loaded, size: int, samples: int, tick: Tick) -> dict[str, dict[str, Any]]:
     """Score by estimators.py: bits per byte, and per cent under the right bound of the windows."""
-    functions = {"right": estimators.right}
+    functions: dict[str, Any] = {"right": estimators.right}
     functions |= {name: row.estimate for name, row in estimators.ESTIMATORS.items()}
     parts: dict[str, list[Any]] = {name: [] for name in functions}
     place = torch.arange(at.cfg.train_seq_len // size)

@@ -13,7 +13,7 @@ import torch
 
 import train_gpt as tg
 from scripts.bench import context as bench
-from tests.conftest import VOCAB, Recorder, Tokenizers, random_rows, randomise, tiny
+from tests.conftest import VOCAB, Recorder, Tokenizers, outcome, random_rows, randomise, tiny
 
 T = 16
 
@@ -121,7 +121,7 @@ def test_the_command(artifact: Path, capsys: pytest.CaptureFixture[str], tmp_pat
     ("options", "data_path", "message"),
     [
         ("--factors 0", "", "argument --factors: '0' must list whole numbers"),
-        ("--rows 0", "", "--rows=0 must be 1 or more"),
+        ("--rows 0", "", "argument --rows: 0 must be 1 or more"),
         ("--decode-tokens 16", "", "--decode-tokens=16 must be below TRAIN_SEQ_LEN=16"),
         (
             "--decode-tokens 3 --factors 1,5000",
@@ -141,5 +141,6 @@ def test_mistakes_are_named(
 ) -> None:
     if data_path:
         monkeypatch.setenv("DATA_PATH", data_path)
-    assert bench.main([str(artifact), *options.split()]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {message}")
+    status, _, err = outcome(bench.main, [str(artifact), *options.split()], capsys)
+    assert status == 2
+    assert err.startswith(f"error: {message}")

@@ -15,7 +15,17 @@ import torch
 import train_gpt as tg
 from scripts import policy
 from scripts.bench import decode as bench
-from tests.conftest import ROOT, VOCAB, Recorder, random_rows, randomise, tiny, write_shard
+from tests.conftest import (
+    ROOT,
+    VOCAB,
+    Called,
+    Recorder,
+    outcome,
+    random_rows,
+    randomise,
+    tiny,
+    write_shard,
+)
 
 V = 64
 PREFIX = 6
@@ -127,7 +137,7 @@ def test_speeds_are_by_ar_of_the_same_batch(monkeypatch: pytest.MonkeyPatch) -> 
     rows = measured(at, ["ar", "speculative", "refine"], [2], [2, 3], 1.0)
     assert [row["times_cached_ar"] for row in rows] == [1, 0.25, 0.5, 1, 0.25, 0.5]
     assert rows[0]["identical"] == rows[1]["identical"] == 1 > rows[2]["identical"]
-    assert [row["right_infill"] is None for row in rows[:3]] == [True, True, False]
+    assert [row["infill_accuracy"] is None for row in rows[:3]] == [True, True, False]
 
 
 def test_a_wrong_token_makes_a_row_differ_and_rows_count_alike(
@@ -143,7 +153,7 @@ def test_a_wrong_token_makes_a_row_differ_and_rows_count_alike(
     )
     rows = measured(at, ["ar", "speculative"], [1], [4])
     assert [row["identical"] for row in rows] == [1, 0.75]
-    assert [row["right"] for row in rows] == [1, 1 - 1 / (4 * TARGET)]
+    assert [row["accuracy"] for row in rows] == [1, 1 - 1 / (4 * TARGET)]
     assert rows[0]["tokens_per_forward"] == (TARGET / 2 + 3 * TARGET / 8) / 4  # not 4 * TARGET / 26
 
 
@@ -221,8 +231,8 @@ SMALL = [
 ]
 
 
-def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
-    return bench.main([str(arg) for arg in argv]), *capsys.readouterr()
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> Called:
+    return outcome(bench.main, [str(arg) for arg in argv], capsys)
 
 
 def test_all_modes_from_end_to_end(
@@ -256,10 +266,10 @@ def test_all_modes_from_end_to_end(
         for row in [*found["rows"], found["text"]]
     )
     slow, cached, *windows = found["predecessor"]
-    assert (slow["times_uncached_ar"], cached["times_cached_ar"], slow["right"]) == (
+    assert (slow["times_uncached_ar"], cached["times_cached_ar"], slow["accuracy"]) == (
         1,
         1,
-        cached["right"],
+        cached["accuracy"],
     )
     assert [round(row["published_times_uncached_ar"], 1) for row in windows] == [21.9, 34.5, 97.3]
     assert all(f" {mode} | " in printed for mode in [*policy.MODES, "the text", "1 pass, infill"])
@@ -281,7 +291,7 @@ def test_a_compiled_pass_says_the_same(
     monkeypatch.setattr(torch, "compile", eager)
     fast = json.loads(run(capsys, artifact, *options, "--compile")[1].splitlines()[-1])
     assert compiled == [("trunk", {"dynamic": True})]
-    assert [row["right"] for row in fast["rows"]] == [row["right"] for row in plain["rows"]]
+    assert [row["accuracy"] for row in fast["rows"]] == [row["accuracy"] for row in plain["rows"]]
 
 
 def test_modes_that_need_a_denoiser_are_left_out(

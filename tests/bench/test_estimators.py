@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_evaluate import S3, T3, V3, evaluation, masked_set_nll, small_model, starts_of
 from torch import Tensor
 
 import train_gpt as tg
 from scripts.bench import estimators as we
 from scripts.bench import likelihood
 from tests.conftest import BOS, CPU, VOCAB, Recorder, make_run, random_rows, randomise, tiny
+from tests.test_evaluate import S3, T3, V3, evaluation, masked_set_nll, small_model, starts_of
 
 NAMES = list(we.ESTIMATORS)
 

@@ -96,7 +96,7 @@ def test_faults_are_named(small: None, capsys: pytest.CaptureFixture[str]) -> No
     for argv, named in (
         (["--size", "NELBO_SAMPLES=1"], "NELBO_SAMPLES=1 must be in [2"),
         (["--size", "NELBO=2"], "NELBO is no setting"),
-        (["--rows", "0"], "--rows=0 must be 1 or more"),
+        (["--rows", "0"], "argument --rows: 0 must be 1 or more"),
     ):
         status, out, err = outcome(bench.main, argv, capsys)
         assert (status, out) == (2, "")

@@ -20,7 +20,17 @@ from torch import Tensor
 import train_gpt as tg
 from scripts.bench import infill as bench
 from scripts.bench.infill import AR, TEXT, WITH, WITHOUT
-from tests.conftest import CPU, ROOT, Recorder, random_rows, randomise, tiny, write_shard
+from tests.conftest import (
+    CPU,
+    ROOT,
+    Called,
+    Recorder,
+    outcome,
+    random_rows,
+    randomise,
+    tiny,
+    write_shard,
+)
 
 V = 32
 NEVER = 0  # a token that the text below does not hold
@@ -487,13 +497,8 @@ SMALL = [
 ]
 
 
-def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
-    try:
-        code = bench.main([str(arg) for arg in argv])
-    except SystemExit as end:
-        code = int(cast(int, end.code))
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> Called:
+    return outcome(bench.main, [str(arg) for arg in argv], capsys)
 
 
 def test_two_artifacts_from_end_to_end(env: dict[str, Any], tmp_path: Path) -> None:
