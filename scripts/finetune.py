@@ -121,9 +121,8 @@ class LowRank(nn.Module):
         start = torch.empty(rank, columns).uniform_(
             -(columns**-0.5), columns**-0.5, generator=generator
         )
-        self.lora_a = nn.Parameter(
-            start.to(weight.device)
-        )  # (rank, columns); names that GROUPS trains by Adam
+        # (rank, columns); names that GROUPS trains by Adam.
+        self.lora_a = nn.Parameter(start.to(weight.device))
         self.lora_b = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -277,10 +276,11 @@ def configure(model: tg.GPT, env: Mapping[str, str]) -> tuple[tg.Config, dict[st
     usual = {
         name.upper(): getattr(model.cfg, name) for name in ("recipe", "preset", "tokenizer_path")
     }
+    # Its denoiser has begun long ago.
     usual |= {
         "DIFFUSION_START_FRAC": "0",
         "DIFFUSION_START_STEP": "0",
-    }  # its denoiser has begun long ago
+    }
     text = {
         name.upper(): str(int(value)) if isinstance(value, bool) else str(value)
         for name, value in fixed.items()

@@ -60,13 +60,14 @@ MODES = {  # ways to decode, by name
 
 PASSES, THRESHOLDS = (1, 2, 4, 8, 12, 20, 30), (0.5, 0.7, 0.9)
 TIMED = 3  # calls whose median counts, after one that does not
+# Settings of Decoding that no mode changes.
 SAMPLING = (
     "temperature",
     "top_k",
     "top_p",
     "seed",
     "end",
-)  # settings of Decoding that no mode changes
+)
 
 
 class Quality(NamedTuple):

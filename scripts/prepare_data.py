@@ -41,10 +41,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 Item = TypeVar("Item")
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
+# Folders inside --out that a finished command leaves no trace of.
 STAGING, DOWNLOADS = (
     ".staging",
     ".download",
-)  # folders inside --out that a finished command leaves no trace of
+)
 MAX_VOCAB = 65_535  # tokens are uint16
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 SAMPLE_BYTES = 8_000_000  # of training text that a tokenizer is fitted to; trains in seconds
@@ -225,9 +226,8 @@ def stdlib_corpus(root: Path, max_bytes: int, val_percent: float) -> Corpus:
             parts
         ):
             continue
-        if (
-            parts[:3] == ("lib2to3", "tests", "data") or not path.is_file()
-        ):  # files that are wrong on purpose
+        # Files that are wrong on purpose.
+        if parts[:3] == ("lib2to3", "tests", "data") or not path.is_file():
             continue
         found += 1
         try:
@@ -445,9 +445,8 @@ def load_tokenizer(data: bytes, name: str) -> spm.SentencePieceProcessor:
     import sentencepiece as spm
 
     try:
-        tokenizer = spm.SentencePieceProcessor(
-            model_proto=data or b"empty"
-        )  # without a model it would not complain
+        # Without a model it would not complain.
+        tokenizer = spm.SentencePieceProcessor(model_proto=data or b"empty")
         size, bos = tokenizer.vocab_size(), tokenizer.bos_id()
     except (RuntimeError, OSError) as error:
         fail(
@@ -549,9 +548,8 @@ class ShardWriter:
     def abandon(self) -> None:
         """Let go of a shard that an error left open."""
         if self.file is not None:
-            with contextlib.suppress(
-                OSError
-            ):  # the disk may be full: that is being reported already
+            # The disk may be full: that is being reported already.
+            with contextlib.suppress(OSError):
                 self.file.close()
 
 

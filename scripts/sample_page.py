@@ -50,9 +50,8 @@ def join(tokenizer: Any, cells: Sequence[Cell]) -> list[Unit]:
     is_byte = [not cell.open and tokenizer.is_byte(cell.token) for cell in cells]
     units, i = list[Unit](), 0
     while i < len(cells):
-        run = itertools.takewhile(
-            is_byte.__getitem__, range(i, min(i + 4, len(cells)))
-        )  # no character has more bytes
+        # No character has more bytes.
+        run = itertools.takewhile(is_byte.__getitem__, range(i, min(i + 4, len(cells))))
         raw = bytes(int(names[j][1:-1], 16) for j in run)
         text, size = character(raw) if raw else (names[i].replace(SPACE_MARK, " "), 1)
         own, label = cells[i : i + size], " ".join(names[i : i + size])
@@ -106,13 +105,11 @@ class Film:
         began = time.perf_counter()
         self.passes += 1
         for place, token, log_p, still_open in zip(*(x[0].tolist() for x in seen), strict=True):
-            if (
-                0 <= (i := place - self.start) < len(self.cells)
-            ):  # windows show text around the span too
+            # Windows show text around the span too.
+            if 0 <= (i := place - self.start) < len(self.cells):
                 was = self.cells[i]
-                if (
-                    still_open or was.open or was.token != token
-                ):  # else it stood, and its probability with it
+                # Else it stood, and its probability with it.
+                if still_open or was.open or was.token != token:
                     self.cells[i] = Cell(token, math.exp(log_p), still_open, self.passes)
         self.add(f"pass {self.passes}")
         self.seconds += time.perf_counter() - began

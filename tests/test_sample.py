@@ -114,13 +114,13 @@ def test_a_suffix_is_read_and_kept(call: Callable[..., Called]) -> None:
     ]
     assert texts[0]["text"] == PROMPT + texts[0]["completion"] + " return x"
     assert texts[0]["completion"] != texts[1]["completion"]
-    assert facts(call("--prompt", "", "--suffix", "x", "--tokens", "4"))["text"].endswith(
-        "x"
-    )  # a hole at the start
+    # A hole at the start.
+    assert facts(call("--prompt", "", "--suffix", "x", "--tokens", "4"))["text"].endswith("x")
+    # At the end.
     assert (
         facts(call("--prompt", "x", "--suffix", "", "--tokens", "4", "--mode", "ar"))["mode"]
         == "ar"
-    )  # at the end
+    )
 
 
 def test_a_continuation_stops_where_the_document_ends(
@@ -174,9 +174,8 @@ def test_auto_and_guard(call: Callable[..., Called], tmp_path: Path) -> None:
     assert err.startswith("error: --nats=1e-09: ")
     ar = facts(call(*argv))["completion"]
     path = tmp_path / "a.html"
-    found = facts(
-        call(*argv, "--mode", "refine", "--steps", "1", "--guard", "--html", str(path))
-    )  # random windows are poor
+    # Random windows are poor.
+    found = facts(call(*argv, "--mode", "refine", "--steps", "1", "--guard", "--html", str(path)))
     assert (found["fell_back"], found["completion"]) == (True, ar)
     (reel,) = reels(path)
     assert reel["frames"][-1][0] == "left to right instead"
@@ -378,9 +377,8 @@ def test_the_page_needs_nothing_else_and_names_its_controls() -> None:
     )
     assert not any({"src", "href"} & set(attributes) for _, attributes in parsed.tags)
     for tag, attributes in parsed.tags:
-        if (
-            tag in ("button", "input", "select") and attributes["id"] != "play"
-        ):  # the program names that one
+        # The program names that one.
+        if tag in ("button", "input", "select") and attributes["id"] != "play":
             assert attributes["aria-label"]
     named = set(re.findall(r'\$\("(\w+)"\)', parsed.scripts[1]))
     assert named <= {attributes.get("id") for _, attributes in parsed.tags}

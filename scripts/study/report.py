@@ -488,9 +488,8 @@ def submission(
     """Build submission.json: the challenge's fields from ranked runs, null without one; everything
     else apart.
     """
-    candidates = [
-        g for g in groups if is_ranked(g.key)
-    ]  # the one with the most seeds, then the best score
+    # The one with the most seeds, then the best score.
+    candidates = [g for g in groups if is_ranked(g.key)]
     ranked = min(
         candidates,
         key=lambda g: (-len(g.runs), statistics.mean(g.values("final", "val_bpb"))),
