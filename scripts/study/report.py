@@ -482,26 +482,28 @@ def is_ranked(key: Key) -> bool:
     return same and in_time and key.data.startswith(RANKED_DATA)
 
 
+def ranked_group(groups: Sequence[Group]) -> Group | None:
+    """Choose the runs that the challenge ranks: with the most seeds, then the best score."""
+    candidates = [g for g in groups if is_ranked(g.key)]
+    best = [(-len(g.runs), statistics.mean(g.values("final", "val_bpb"))) for g in candidates]
+    return candidates[best.index(min(best))] if best else None
+
+
+def by_data(found: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, list[dict[str, Any]]] | None:
+    """Gather values by data set; None if there are none."""
+    gathered: dict[str, list[dict[str, Any]]] = {}
+    for data, value in found:
+        gathered.setdefault(data, []).append(value)
+    return gathered or None
+
+
 def submission(
     groups: Sequence[Group], benchmarks: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
-    """Build submission.json: the challenge's fields from ranked runs, null without one; everything
-    else apart.
-    """
-    # The one with the most seeds, then the best score.
-    candidates = [g for g in groups if is_ranked(g.key)]
-    ranked = min(
-        candidates,
-        key=lambda g: (-len(g.runs), statistics.mean(g.values("final", "val_bpb"))),
-        default=None,
-    )
-    here: dict[str, list[dict[str, Any]]] = {}
-    for g in groups:
-        if g.key.recipe == RANKED_RECIPE:
-            here.setdefault(g.key.data, []).append(measured(g))
-    decoded: dict[str, list[dict[str, Any]]] = {}
-    for found in benchmarks:
-        decoded.setdefault(found["data"], []).append(found)
+    """Build submission.json: the challenge's fields from ranked runs, null without one."""
+    ranked = ranked_group(groups)
+    ours = [g for g in groups if g.key.recipe == RANKED_RECIPE]
+    decoded = by_data((found["data"], found) for found in benchmarks)
 
     def of_ranked(value: Callable[[Group], Any]) -> Any:
         return None if ranked is None else value(ranked)
@@ -512,14 +514,12 @@ def submission(
     def largest(key: str) -> Any:
         return of_ranked(lambda g: int(max(g.values("size", key))))
 
+    blurb = "One set of weights that scores text exactly, left to right, and fills it in"
     return {
         "name": "Text diffusion, exactly autoregressive",
         "author": "The text-diffusion-golf authors",
         "github_id": None,
-        "blurb": (
-            "One set of weights that scores text exactly, left to right, and fills it in by "
-            "diffusion."
-        ),
+        "blurb": f"{blurb} by diffusion.",
         "recipe": RANKED_RECIPE,
         "val_bpb": mean("val_bpb"),
         "val_loss": mean("val_loss"),
@@ -529,9 +529,9 @@ def submission(
         "hardware": of_ranked(lambda g: f"{g.key.ranks} x {g.key.machine}"),
         "seeds": of_ranked(seed_results),
         "parallel_eval": of_ranked(decode_means),
-        "decode_benchmark": of_ranked(lambda g: decoded.get(g.key.data)),
-        "measured_here": here or None,
-        "decode_benchmark_here": decoded or None,
+        "decode_benchmark": of_ranked(lambda g: (decoded or {}).get(g.key.data)),
+        "measured_here": by_data((g.key.data, measured(g)) for g in ours),
+        "decode_benchmark_here": decoded,
     }
 
 
