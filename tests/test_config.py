@@ -408,17 +408,21 @@ def forbidden(*args):
     raise SystemExit("the environment was read")
 
 class Watched:
-    __getitem__ = __contains__ = __iter__ = __len__ = __setitem__ = __delitem__ = __getattr__ = forbidden
+    __getitem__ = __contains__ = __iter__ = __len__ = forbidden
+    __setitem__ = __delitem__ = __getattr__ = forbidden
 
 def audit(event, args):
-    writes = event == "open" and (set(args[1] or "") & set("wax+") or args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    flags = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+    writes = event == "open" and (set(args[1] or "") & set("wax+") or args[2] & flags)
     writes = writes or (event == "open" and os.path.basename(str(args[0])).startswith("ladder"))
-    if writes or event in ("os.mkdir", "os.rename", "os.remove", "subprocess.Popen", "socket.connect", "socket.bind"):
+    if writes or event in ("os.mkdir", "os.rename", "os.remove", "subprocess.Popen",
+                           "socket.connect", "socket.bind"):
         raise SystemExit(f"{{event}} {{args}}")
 
 def state():
     seeds = random.getstate(), torch.get_rng_state().tolist()
-    return *seeds, torch.get_num_threads(), signal.getsignal(signal.SIGTERM), threading.active_count()
+    return *seeds, torch.get_num_threads(), signal.getsignal(signal.SIGTERM),
+    threading.active_count()
 
 before, environ = state(), os.environ
 sys.addaudithook(audit)
@@ -446,8 +450,10 @@ def test_what_the_program_alone_cannot_do_is_refused_at_once(
     tiny("ar")
     tiny("direct")
     for needed in (
-        dict(diffusion_passes=2), dict(self_condition="commit"), dict(diffusion_corruption_mode="gaussian"),
-        dict(diffusion_regions="iid,spans"), dict(diffusion_loss="consistency"), dict(init_from="a.ptz"),
+        dict(diffusion_passes=2), dict(self_condition="commit"),
+        dict(diffusion_corruption_mode="gaussian"),
+        dict(diffusion_regions="iid,spans"), dict(diffusion_loss="consistency"),
+        dict(init_from="a.ptz"),
     ):  # fmt: skip
         with pytest.raises(
             tg.UserError,
