@@ -265,7 +265,8 @@ def rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The file that this test's rows are read from; nothing is there yet."""
     shutil.copy(tg.SCRIPTS / "ladder.py", tmp_path)
     monkeypatch.setattr(tg, "SCRIPTS", tmp_path)
-    return tmp_path / "ladder.toml"
+    (tmp_path / "study").mkdir()
+    return tmp_path / "study" / "ladder.toml"
 
 
 def test_a_row_of_the_ladder_is_a_recipe(rows: Path) -> None:
@@ -309,16 +310,30 @@ FAULTY = {  # rows, and what is said where the row called `x` is asked for
     "[rows.x": "{file} is damaged (",
     "rows = 5": "{file} is damaged (rows must be a table",
     "[rows]\nx = 5": "{file} is damaged (x must be a table",
-    "[rows.direct]\nmatrix_lr = 0.5": "row 'direct': matrix_lr=0.5 would do nothing: the recipe is built in; rename",
+    "[rows.direct]\nmatrix_lr = 0.5": (
+        "row 'direct': matrix_lr=0.5 would do nothing: the recipe is built in; rename"
+    ),
     "[rows.x]\nseed = 5": "{file}, row 'x': base None of 'x' is no recipe or row; closest: none",
     "[rows.x]\nbase = 5": "{file}, row 'x': base 5 of 'x' is no recipe or row",
-    "[rows.x]\nbase = 'dirct'": "{file}, row 'x': base 'dirct' of 'x' is no recipe or row; closest: direct",
-    "[rows.x]\nbase = 'x'": "{file}, row 'x': base 'x' of 'x' makes a circle, x -> x; base one on a built-in recipe",
-    "[rows.x]\nbase = 'ar'\nmatrixlr = 0.5": "{file}, row 'x': matrixlr is not a setting; closest: matrix_lr",
-    "[rows.x]\nbase = 'ar'\n[rows.y]\nbase = 'ar'\nwat = 1": "{file}, row 'y': wat is not a setting; closest: ",
+    "[rows.x]\nbase = 'dirct'": (
+        "{file}, row 'x': base 'dirct' of 'x' is no recipe or row; closest: direct"
+    ),
+    "[rows.x]\nbase = 'x'": (
+        "{file}, row 'x': base 'x' of 'x' makes a circle, x -> x; base one on a built-in recipe"
+    ),
+    "[rows.x]\nbase = 'ar'\nmatrixlr = 0.5": (
+        "{file}, row 'x': matrixlr is not a setting; closest: matrix_lr"
+    ),
+    "[rows.x]\nbase = 'ar'\n[rows.y]\nbase = 'ar'\nwat = 1": (
+        "{file}, row 'y': wat is not a setting; closest: "
+    ),
     "[rows.x]\nbase = 'ar'\nbeta1 = 0": "row 'x': beta1=0 must be written like its default, 0.9",
-    "[rows.x]\nbase = 'ar'\ndiffusion_causal = 1": "diffusion_causal=1 must be written like its default, False",
-    "[rows.x]\nbase = 'ar'\nnelbo_windows = [1]": "nelbo_windows=[1] must be written like its default, '1,16,T'",
+    "[rows.x]\nbase = 'ar'\ndiffusion_causal = 1": (
+        "diffusion_causal=1 must be written like its default, False"
+    ),
+    "[rows.x]\nbase = 'ar'\nnelbo_windows = [1]": (
+        "nelbo_windows=[1] must be written like its default, '1,16,T'"
+    ),
     "[rows.x]\nbase = 'ar'\nadam_eps = inf": "adam_eps=inf must be written like its default, 1e-08",
     "[rows.x]\nbase = 'ar'\nadam_eps = nan": "ADAM_EPS=nan must be in [0, inf]",
     "[rows.y]\nbase = 'ar'": "RECIPE='x' is not in RECIPES; closest: none; known: direct, ar, ",
