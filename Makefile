@@ -1,5 +1,6 @@
 # make demo    train a small model on the Python standard library, score it, show it filling in code
-# make test    lint, types, tests, and a run on two processes
+# make check   lint, types and fast tests: within a minute on two idle cores
+# make test    lint, types, all tests, and a run on two processes
 # PYTHON=python3.12 make ...   another interpreter (3.11 or newer)
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ DATA := data/stdlib
 OUT := out/demo
 RECORD := logs/record_cpu
 
-.PHONY: venv demo test
+.PHONY: venv demo lint check test
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.requirements
@@ -32,10 +33,15 @@ demo: $(VENV)/.requirements
 	@echo "log       $(OUT)/logs/demo.txt and $(OUT)/logs/demo.jsonl"
 	@echo "artifact  $(OUT)/final_model.int8.ptz"
 
-test: $(VENV)/.requirements-dev
+lint: $(VENV)/.requirements-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test: lint
 	$(BIN)/pytest
 	$(BIN)/python scripts/study/report.py --check
 	$(BIN)/python scripts/study/report.py --check --logs $(RECORD)/logs --readme $(RECORD)/README.md \

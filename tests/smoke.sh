@@ -8,7 +8,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 # Documents are the top-level definitions of this repository: several hundred, so that both splits are never empty.
-"$python" - "$work/docs.jsonl" ./*.md ./*.py scripts/*.py tests/*.py <<'EOF'
+"$python" - "$work/docs.jsonl" ./*.md ./*.py scripts/{,*/}*.py tests/{,*/}*.py <<'EOF'
 import json, pathlib, sys
 
 with open(sys.argv[1], "w", encoding="utf-8") as out:
