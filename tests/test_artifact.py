@@ -292,6 +292,7 @@ def test_over_the_limit_is_an_error_and_the_file_is_there(
     tg.load_artifact(path, CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", list(tg.SCHEMES))
 def test_levels_are_coarsened_only_as_far_as_it_takes(
     scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -373,6 +374,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(
     assert torch.load(cfg.path("checkpoints", ".pt"), weights_only=True)["step"] == 5
 
 
+@pytest.mark.slow
 def test_a_limit_on_file_size_is_met_half_way(tmp_path: Path) -> None:
     """A disk that fills up while a file is written, not when it is opened."""
     program = f"""

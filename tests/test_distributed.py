@@ -30,6 +30,7 @@ def torchrun(ranks: int) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_the_number_of_ranks_moves_no_result(
     run_main: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
@@ -102,6 +103,7 @@ def steps_of(log: Path) -> int:
     return log.read_text(encoding="utf-8").count('"train"') if log.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_with_a_message(launch: Launch, tmp_path: Path) -> None:
     settings: dict[str, Any] = dict(
         micro_batches=4, iterations=100_000, checkpoint_seconds=0.05, run_id="r"

@@ -106,6 +106,7 @@ def save(path: Path, model: tg.GPT, artifact: Path, rank: int = 3) -> Path:
 # ---- training ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [None, "ar", "retrograde"])
 def test_it_lowers_the_loss_of_new_text_and_leaves_the_artifact(
     call: Callable[..., Called],
@@ -204,6 +205,7 @@ def test_it_goes_on_from_its_checkpoint(call: Callable[..., Called], tmp_path: P
     assert len(list((tmp_path / "out" / "checkpoints").iterdir())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore"
 )  # the tracer hides a warning of its own, which turning it into an error defeats

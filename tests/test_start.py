@@ -174,6 +174,7 @@ def test_a_checkpoint_goes_before_the_artifact_and_does_not_need_it(
     assert "is missing" in fault_of(dataclasses.replace(cfg, resume="no"))
 
 
+@pytest.mark.slow
 def test_the_program_starts_from_an_artifact(
     run_main: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
@@ -320,6 +321,7 @@ ROWS: dict[str, dict[str, Any]] = {
 # fmt: on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_recipes_made_of_these_settings_train(
     name: str, text: dict[str, Any], tmp_path: Path

@@ -535,6 +535,7 @@ def train_lines(folder: Path) -> int:
     return log.read_text(encoding="utf-8").count('"train"') if log.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_bit(
     launch: Callable[..., subprocess.Popen[str]],
     run_main: Callable[..., subprocess.CompletedProcess[str]],
@@ -576,6 +577,7 @@ def test_a_killed_run_resumes_to_the_bit(
         assert w.equal(b[name]), name
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_run_and_says_how_to_go_on(
     launch: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
@@ -591,6 +593,7 @@ def test_sigterm_ends_a_run_and_says_how_to_go_on(
     assert torch.load(tmp_path / "out" / "checkpoints" / "r.pt", weights_only=True)["step"] > 0
 
 
+@pytest.mark.slow
 def test_the_log_tells_people_and_programs_the_same(
     run_main: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
@@ -695,6 +698,7 @@ def test_a_missing_device_is_named(
     assert os.environ.get("WORLD_SIZE") is None
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore"
 )  # the tracer hides a warning of its own, which turning it into an error defeats
@@ -762,6 +766,7 @@ def test_a_step_reads_nothing_back_from_the_device(
     assert sums.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_nothing_is_compiled_after_the_warm_up(
     synthetic: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -274,6 +274,7 @@ def test_all_modes_from_end_to_end(
     assert all(f" {mode} | " in printed for mode in [*policy.MODES, "the text", "1 pass, infill"])
 
 
+@pytest.mark.slow
 def test_a_compiled_pass_says_the_same(
     data: dict[str, Any], tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:

@@ -498,6 +498,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: object) -> Called:
     return outcome(bench.main, [str(arg) for arg in argv], capsys)
 
 
+@pytest.mark.slow
 def test_two_artifacts_from_end_to_end(env: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

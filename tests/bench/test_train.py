@@ -72,6 +72,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFUSION_START_FRAC", "0.5")
 
 
+@pytest.mark.slow
 def test_a_real_turn_times_both_kinds_of_steps(
     small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -94,6 +94,7 @@ def test_one_seed_gives_no_p_value_and_nor_do_equal_differences() -> None:
     assert compare.p_cell(same._asdict()) == "no spread"
 
 
+@pytest.mark.slow
 def test_every_recipe_is_compared_with_both_references_on_the_same_data(command: Command) -> None:
     for seed, bpb in ((1, 2.0), (2, 2.2), (3, 2.1)):
         write(command.folder, "ar", seed, bpb)

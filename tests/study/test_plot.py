@@ -127,6 +127,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: Any, code: int = 0) -> str:
     return captured.err if code else captured.out
 
 
+@pytest.mark.slow
 def test_every_context_of_a_folder_has_its_pictures(
     logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -587,6 +587,7 @@ def child(bench: Bench) -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_an_interrupted_sweep_ends_its_run_and_says_how_to_resume(
     bench: Bench, child: subprocess.Popen[str], name: str
@@ -735,6 +736,7 @@ def test_several_processes_are_started_by_torchrun(
 # ==============================================================================
 
 
+@pytest.mark.slow
 def test_one_row_end_to_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "PROGRAM", ROOT / "train_gpt.py")
     taken = {*tg.all_recipes()["mdlm_50_50"], "vocab_size", "iterations", "max_wallclock_seconds"}
