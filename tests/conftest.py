@@ -130,6 +130,21 @@ def randomise(model: tg.GPT, seed: int = 0, std: float = 0.3) -> tg.GPT:
     return model.eval()
 
 
+def rounding(*lengths: int, dtype: torch.dtype = torch.float32) -> float:
+    """Bound the relative error of sums of these lengths, one computed from the other.
+
+    Two computations of one value differ by so much on any processor: the order of a sum is not
+    fixed. Equality to the bit holds only within one process and for equal shapes.
+    """
+    return torch.finfo(dtype).eps * sum(lengths)
+
+
+def pass_rounding(cfg: tg.Config) -> float:
+    """Bound the relative error of a forward pass: in each layer the sums of attention and MLP."""
+    layer = 2 * cfg.model_dim + cfg.mlp_mult * cfg.model_dim + cfg.train_seq_len
+    return rounding(cfg.num_layers * layer, cfg.vocab_size)
+
+
 Called = tuple[int, str, str]  # of a script: status, what it printed, what it complained of
 
 
