@@ -105,6 +105,7 @@ def test_what_comes_back_is_what_was_saved(tmp_path: Path, model: tg.GPT) -> Non
         torch.testing.assert_close(w, found[name], rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_scores_the_artifact_alike(tmp_path: Path, data: dict[str, Any]) -> None:
     cfg = tiny(**data)
     save(tmp_path / "a.ptz", randomise(tg.GPT(cfg)))

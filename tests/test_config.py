@@ -363,6 +363,7 @@ def test_all_faults_of_the_ladder_are_named_at_once(rows: Path) -> None:
         assert f"row {expected}" in fault
 
 
+@pytest.mark.slow
 def test_the_program_alone_keeps_its_own_recipes(tmp_path: Path) -> None:
     (tmp_path / "train_gpt.py").write_bytes((ROOT / "train_gpt.py").read_bytes())
 
@@ -382,6 +383,7 @@ def test_the_program_alone_keeps_its_own_recipes(tmp_path: Path) -> None:
     assert said("td_late05").endswith(f"; known: {known}\n")
 
 
+@pytest.mark.slow
 def test_the_program_runs_a_row_by_its_name(tmp_path: Path) -> None:
     env = {"RECIPE": "td_late05", "DATA_PATH": "nowhere", "PATH": "/bin", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "train_gpt.py")]
@@ -412,6 +414,7 @@ def test_a_recipe_is_a_row(monkeypatch: pytest.MonkeyPatch, data: dict[str, Any]
     )
 
 
+@pytest.mark.slow
 def test_import_starts_nothing(tmp_path: Path) -> None:
     check = f"""
 import os, random, signal, sys, threading

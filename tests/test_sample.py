@@ -98,6 +98,7 @@ def test_the_command_decodes_as_the_program_does(
     assert (found["mode"], found["forwards"]) == (mode, int(expected.forwards))
 
 
+@pytest.mark.slow
 def test_compiled_passes_say_the_same(
     call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
 ) -> None:

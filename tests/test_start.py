@@ -219,6 +219,7 @@ def mask_of(objective: tg.Objective, size: int, now: tg.Moment) -> Any:
     return seen[-1].mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [4, 8, 16])
 def test_attention_turns_from_causal_to_both_ways(size: int) -> None:
     objective = objective_of(diffusion_anneal_frac=0.5)

@@ -119,6 +119,7 @@ def mean_by_enumeration(name: str, model: tg.GPT, row: Tensor) -> float:
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SET_WEIGHT)
 def test_the_mean_of_an_estimator_is_the_sum_over_what_it_may_hide(name: str) -> None:
     # Weights for which the estimators are far enough apart; with others some differences drown in
@@ -271,6 +272,7 @@ def trained(data: dict[str, Any]) -> Trained:
     return Trained(text, tg.bits_per_byte(sticky_nats(rows), text.bytes.sum().item()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name for name in NAMES if we.ESTIMATORS[name].flatters is not None]
 )
