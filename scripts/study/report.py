@@ -13,6 +13,7 @@ See compare.py for tests of differences, plot.py for curves.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -265,6 +266,7 @@ def version_note(groups: Sequence[Group]) -> list[str]:
     )
 
 
+@functools.cache
 def equal_rows(name: str) -> list[str]:
     """List the rows with the settings of this one, itself included; a sweep runs them once."""
     recipes = tg.all_recipes()
