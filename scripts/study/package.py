@@ -1,13 +1,15 @@
-"""Write the folder that is handed in to the challenge, refuse what its reviewers refuse, and try the folder alone.
+"""Write the folder that is handed in to the challenge, and refuse what its reviewers refuse.
 
-    python scripts/study/package.py --logs out/record_8xh100/logs --seeds 1337,42,2026 --out packages
-    python scripts/study/package.py --logs out/record_cpu/logs --track non_record_16mb --tiny --out packages
+    python scripts/study/package.py --logs out/record_8xh100/logs --out packages
+    python scripts/study/package.py --logs out/record_cpu/logs --track non_record_16mb --tiny \\
+        --seeds 1337,42 --out packages
 
-OUT/YYYY-MM-DD_NAME gets train_gpt.py (the program that the logs embed), requirements.txt, one log per seed, README.md
-and submission.json. Nothing is written if a seed is missing or unfinished, settings or machines of the seeds differ, a
-log was written by another program than PROGRAM, train and validation data overlap, or a limit of the challenge is
-exceeded. Then four steps are trained inside the folder, with no other file of this project: the program must export,
-reload and score an artifact there. A failure leaves no folder. The last line is one JSON object.
+OUT/YYYY-MM-DD_NAME gets train_gpt.py (the program that the logs embed), requirements.txt, one log
+per seed, README.md and submission.json. Nothing is written if a seed is missing or unfinished, if
+settings or machines of the seeds differ, if a log was written by another program than PROGRAM, if
+train and validation data overlap, or if a limit of the challenge is exceeded. Then four steps are
+trained inside the folder, with no other file of this project: the program must export, reload and
+score an artifact there. A failure leaves no folder. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -41,50 +43,32 @@ import train_gpt as tg
 from train_gpt import UserError
 
 TEN_MINUTES, NON_RECORD = "10min_16mb", "non_record_16mb"  # tracks
-TRAIN_SECONDS, EVALUATION_SECONDS = 600.0, 600.0  # the challenge's limits, each on eight H100
-LAST_STEP_SECONDS = (
-    1.0  # a run ends with the first step after the cap: at most so much, and at most a mean step
-)
-RANKS, GPU = 8, "H100"
+TRAIN_SECONDS, EVALUATION_SECONDS = 600.0, 600.0  # the challenge's limits
+LAST_STEP_SECONDS = 1.0  # the step that reaches the cap is finished: at most one mean step longer
+RANKS, GPU = 8, "H100"  # the machine of the ten-minute track
 RULE = "=" * 100  # the line of a log that ends the program's source
-OWN = (
-    "seed",
-    "run_id",
-    "out_dir",
-    "resume",
-)  # settings in which the seeds of one record may differ
 
-STEPS, HEAD_TOKENS = 4, 65_536  # of the run inside the folder, and of each split that it reads
-KEPT = (
-    "PATH",
-    "HOME",
-    "USER",
-    "LOGNAME",
-    "LANG",
-    "LC_ALL",
-    "TMPDIR",
-    "LD_LIBRARY_PATH",
-    "CUDA_HOME",
-)
-KEPT += ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "CXX")
-QUICK = {
-    "ITERATIONS": str(STEPS),
-    "MAX_WALLCLOCK_SECONDS": "0",
-    "RESUME": "no",
-    "RUN_ID": "four_steps",
-}
-QUICK |= {
-    "EVAL_STRIDE": "0",
-    "NELBO_SEQUENCES": "8",
-    "PARALLEL_EVAL_EXAMPLES": "2",
-    "VAL_LOSS_EVERY": "0",
-}
+# Settings in which the seeds of one record may differ. A resumed run has the seconds of all starts.
+OWN = ("seed", "run_id", "out_dir", "resume")
+
+# The run inside the folder: its steps, the tokens that it reads of each split, what it inherits of
+# the environment, settings that keep it short, and sizes for a CPU.
+STEPS, HEAD_TOKENS = 4, 65_536
 # fmt: off
+KEPT = (
+    "PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_HOME",
+    "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "CXX",
+)
+QUICK = dict(
+    ITERATIONS=str(STEPS), MAX_WALLCLOCK_SECONDS="0", RESUME="no", RUN_ID="four_steps",
+    EVAL_STRIDE="0", NELBO_SEQUENCES="8", PARALLEL_EVAL_EXAMPLES="2", VAL_LOSS_EVERY="0",
+)
 TINY = dict(
-    DEVICE="cpu", COMPILE="0", NUM_LAYERS="2", MODEL_DIM="32", NUM_HEADS="2", NUM_KV_HEADS="1", TRAIN_SEQ_LEN="64",
-    TRAIN_BATCH_TOKENS="512", MICRO_BATCHES="4", VAL_BATCH_SIZE="8192", DIFFUSION_WINDOWS="8:1,T:1",
-    NELBO_WINDOWS="1,8", PARALLEL_EVAL_PREFIX_LEN="16", PARALLEL_EVAL_SPAN_LEN="8", PARALLEL_EVAL_SUFFIX_LEN="8",
-    PARALLEL_EVAL_STEPS="1,2")
+    DEVICE="cpu", COMPILE="0", NUM_LAYERS="2", MODEL_DIM="32", NUM_HEADS="2", NUM_KV_HEADS="1",
+    TRAIN_SEQ_LEN="64", TRAIN_BATCH_TOKENS="512", MICRO_BATCHES="4", VAL_BATCH_SIZE="8192",
+    DIFFUSION_WINDOWS="8:1,T:1", NELBO_WINDOWS="1,8", PARALLEL_EVAL_PREFIX_LEN="16",
+    PARALLEL_EVAL_SPAN_LEN="8", PARALLEL_EVAL_SUFFIX_LEN="8", PARALLEL_EVAL_STEPS="1,2",
+)
 # fmt: on
 
 
@@ -173,7 +157,7 @@ def sha256(text: str) -> str:
 
 
 def embedded_source(path: Path) -> str:
-    """Return the program at the top of a log for people; UserError: the log is missing or has none."""
+    """Return the program at the top of a log for people; UserError: there is none."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -199,7 +183,7 @@ def read_run(path: Path) -> SeedRun:
 
 
 def read_runs(request: Request) -> list[SeedRun]:
-    """Read the logs of the asked seeds, in their order; UserError: some are missing or there twice."""
+    """Read the logs of the asked seeds, in their order; UserError: one is missing or twice there."""
     if not request.logs.is_dir():
         raise UserError(f"--logs={request.logs} is not a folder; name the one of the runs' logs")
     found: dict[int, list[Path]] = {}
@@ -218,13 +202,15 @@ def read_runs(request: Request) -> list[SeedRun]:
     if missing := [str(seed) for seed in request.seeds if seed not in found]:
         faults.append(
             f"--seeds={asked}: {request.logs} has no log of recipe {request.recipe!r} with seed "
-            f"{', '.join(missing)} (it has seeds {held}); every asked seed is needed: run the others, too"
+            f"{', '.join(missing)} (it has seeds {held}); every asked seed is needed: run the "
+            "others, too"
         )
     for seed in request.seeds:
         if len(paths := found.get(seed, [])) > 1:
             names = ", ".join(path.name for path in paths)
             faults.append(
-                f"seed {seed} has {len(paths)} logs ({names}); only one may count: move the others away"
+                f"seed {seed} has {len(paths)} logs ({names}); only one may count: move the others "
+                "away"
             )
     fail(faults)
     return [read_run(found[seed][0]) for seed in request.seeds]
@@ -253,7 +239,7 @@ def check_finished(runs: Sequence[SeedRun], request: Request) -> Iterator[str]:
 
 
 def check_program(runs: Sequence[SeedRun], request: Request) -> Iterator[str]:
-    """Compare the embedded program with what the headers say and with the one on disk, by sha256."""
+    """Compare the embedded program with the headers and with the one on disk, by sha256."""
     try:
         on_disk = sha256(request.program.read_text(encoding="utf-8"))
     except OSError as error:
@@ -268,13 +254,16 @@ def check_program(runs: Sequence[SeedRun], request: Request) -> Iterator[str]:
             if said != embedded:
                 yield (
                     f"stale log {run.path.with_suffix('.txt')}: it embeds a program of sha256 "
-                    f"{embedded}, its header says {said}; both must be one program: train this seed "
+                    f"{embedded}, its header says {said}; both must be one program: train this "
+                    "seed "
                     "again"
                 )
         if embedded != on_disk:
             yield (
-                f"stale log {run.path.with_suffix('.txt')}: it embeds a program of sha256 {embedded}, "
-                f"{request.program} has {on_disk}; train the seeds again, or name the program of the "
+                f"stale log {run.path.with_suffix('.txt')}: it embeds a program of sha256 "
+                f"{embedded}, "
+                f"{request.program} has {on_disk}; train the seeds again, or name the program of "
+                "the "
                 "logs by --program"
             )
 
@@ -310,7 +299,8 @@ def check_bytes(runs: Sequence[SeedRun], request: Request) -> Iterator[str]:
             )
         if code != logged:
             yield (
-                f"log {run.path}: code_bytes={logged:,}, but its program has {code:,}; the size must "
+                f"log {run.path}: code_bytes={logged:,}, but its program has {code:,}; the size "
+                "must "
                 "be that of this program: train this seed again"
             )
         if not run.artifact.is_file():
@@ -320,18 +310,20 @@ def check_bytes(runs: Sequence[SeedRun], request: Request) -> Iterator[str]:
             )
         elif (size := run.artifact.stat().st_size) != model:
             yield (
-                f"log {run.path}: artifact {run.artifact} has {size:,} bytes, not the {model:,} of the "
+                f"log {run.path}: artifact {run.artifact} has {size:,} bytes, not the {model:,} of "
+                "the "
                 "log: another run wrote it; train this seed again in a folder of its own"
             )
 
 
 def check_time(runs: Sequence[SeedRun], request: Request) -> Iterator[str]:
-    """Require evaluation within its limit and, on the ten-minute track, training within its cap on its machine."""
+    """Require evaluation within its limit, and what the ten-minute track requires."""
     for run in runs:
         evaluation = run.log.events.get("timing", {}).get("evaluation_seconds")
-        if not runlog.is_number(evaluation):
+        if evaluation is None or not runlog.is_number(evaluation):
             yield (
-                f"log {run.path}: evaluation_seconds of its timing event is {evaluation}; it must be a "
+                f"log {run.path}: evaluation_seconds of its timing event is {evaluation}; it must "
+                "be a "
                 "number: train this seed again with the present program"
             )
         elif evaluation > EVALUATION_SECONDS:
@@ -348,13 +340,15 @@ def check_ten_minutes(run: SeedRun) -> Iterator[str]:
     seconds, steps = run.log.number("done", "train_seconds"), run.log.number("done", "steps")
     if seconds > TRAIN_SECONDS + min(LAST_STEP_SECONDS, seconds / max(steps, 1)):
         yield (
-            f"log {run.path}: training took {seconds:.1f} s, more than the {TRAIN_SECONDS:.0f} of track "
+            f"log {run.path}: training took {seconds:.1f} s, more than the {TRAIN_SECONDS:.0f} of "
+            "track "
             f"{TEN_MINUTES}; set MAX_WALLCLOCK_SECONDS=600, or take --track {NON_RECORD}"
         )
     machine, ranks = run.log.get("header", "machine"), runlog.num_ranks(run.log)
     if GPU not in machine or ranks != RANKS:
         yield (
-            f"log {run.path}: it ran on {ranks} x {machine}, track {TEN_MINUTES} needs {RANKS} x {GPU}; "
+            f"log {run.path}: it ran on {ranks} x {machine}, track {TEN_MINUTES} needs {RANKS} x "
+            f"{GPU}; "
             f"run it there, or take --track {NON_RECORD}"
         )
 
@@ -374,7 +368,8 @@ def check_data(runs: Sequence[SeedRun], request: Request) -> Iterator[str]:
     for split, found in (("train", train), ("val", val)):
         if not found:
             yield (
-                f"DATA_PATH={folder} holds no *_{split}_*.bin; overlap of train and validation must be "
+                f"DATA_PATH={folder} holds no *_{split}_*.bin; overlap of train and validation "
+                "must be "
                 "checked: name the folder of the shards by --data"
             )
     for ours, theirs in ((ours, theirs) for ours in train for theirs in val):
@@ -385,7 +380,8 @@ def check_data(runs: Sequence[SeedRun], request: Request) -> Iterator[str]:
         else:
             continue
         yield (
-            f"DATA_PATH={folder}: train and validation data overlap: {why}; they must have nothing in "
+            f"DATA_PATH={folder}: train and validation data overlap: {why}; they must have nothing "
+            "in "
             "common: remove it from train, and train again"
         )
     yield from check_manifest(folder)
@@ -404,7 +400,8 @@ def check_manifest(folder: Path) -> Iterator[str]:
     for digest, where in splits.items():
         if len(where) > 1:
             yield (
-                f"{folder / 'manifest.json'}: train and validation data overlap: both list sha256 {digest}; "
+                f"{folder / 'manifest.json'}: train and validation data overlap: both list sha256 "
+                f"{digest}; "
                 "prepare the data again, and train again"
             )
 
@@ -478,17 +475,22 @@ def compliance(runs: Sequence[SeedRun], request: Request) -> str:
         f"limit {TRAIN_SECONDS:.0f}" if request.track == TEN_MINUTES else "no limit on this track"
     )
     lines = (
-        "Strict causal prefix: the probability of a token depends on the artifact and the tokens before "
-        "it alone. `val_bpb` is the exact chain rule over the full validation split, normalised over the "
+        "Strict causal prefix: the probability of a token depends on the artifact and the tokens "
+        "before "
+        "it alone. `val_bpb` is the exact chain rule over the full validation split, normalised "
+        "over the "
         "whole vocabulary.",
-        "Pairs of *input* tokens only: a row of the hashed bigram table is chosen by an input token and "
+        "Pairs of *input* tokens only: a row of the hashed bigram table is chosen by an input "
+        "token and "
         "the input token before it, never by the token that is predicted.",
-        "Single pass: each token is scored once, left to right; no weight changes during evaluation.",
+        "Single pass: each token is scored once, left to right; no weight changes during "
+        "evaluation.",
         "No training on validation data: no shard is in both splits, by name, file or content.",
         f"Evaluation: at most {evaluation:,.1f} seconds, all scores together (limit "
         f"{EVALUATION_SECONDS:.0f}).",
         f"Training: at most {train:,.1f} seconds ({train_rule}).",
-        f"Bytes: at most {max(r['artifact_bytes'] for r in results):,}, program and compressed model "
+        f"Bytes: at most {max(r['artifact_bytes'] for r in results):,}, program and compressed "
+        "model "
         f"(limit {tg.SIZE_LIMIT:,}); all counted code is `train_gpt.py`.",
         "What is scored is the artifact, reloaded from its file.",
     )
@@ -498,14 +500,18 @@ def compliance(runs: Sequence[SeedRun], request: Request) -> str:
 def method(run: SeedRun) -> str:
     """Say in a few sentences how the model is trained and scored."""
     text = (
-        "A causal transformer reads the text left to right and predicts the next token: this stream "
+        "A causal transformer reads the text left to right and predicts the next token: this "
+        "stream "
         "gives `val_bpb`."
     )
     if run.values.get("diffusion_loss_weight", 0):
         text += (
-            " On a part of the rows a second stream, through the same weights, reads windows in which "
-            "some tokens are masked, attends within a window in both directions, and predicts the masked "
-            "tokens: text diffusion, used for infill and parallel decoding. Its likelihood is a bound "
+            " On a part of the rows a second stream, through the same weights, reads windows in "
+            "which "
+            "some tokens are masked, attends within a window in both directions, and predicts the "
+            "masked "
+            "tokens: text diffusion, used for infill and parallel decoding. Its likelihood is a "
+            "bound "
             "and is not part of the score."
         )
     return text
@@ -520,7 +526,8 @@ def readme(runs: Sequence[SeedRun], entry: Mapping[str, Any], request: Request) 
     parts = [
         f"# {entry['name']}",
         str(entry["blurb"]),
-        f"**val_bpb {mean}** ({seeds}; mean ± standard deviation), {entry['bytes_total']:,} bytes, of "
+        f"**val_bpb {mean}** ({seeds}; mean ± standard deviation), {entry['bytes_total']:,} bytes, "
+        "of "
         f"which code {entry['bytes_code']:,}. Track {entry['track']}.",
         f"## Results\n\n{seed_table(runs)}",
         f"## Method\n\n{method(runs[0])}",
@@ -529,7 +536,8 @@ def readme(runs: Sequence[SeedRun], entry: Mapping[str, Any], request: Request) 
         f"## Hardware\n\n{entry['hardware']}, PyTorch {entry['pytorch_version']}.",
         f"## Compliance\n\n{compliance(runs, request)}",
         "## Files\n\n`train_gpt.py` is the program that every log embeds in its first lines "
-        f"(sha256 {sha256(runs[0].source)}); `train_seed*.log` are the logs; `submission.json` holds "
+        f"(sha256 {sha256(runs[0].source)}); `train_seed*.log` are the logs; `submission.json` "
+        "holds "
         "the figures above.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -614,15 +622,30 @@ def execute(folder: Path, env: Mapping[str, str], timeout: float) -> None:
         done = subprocess.run(argv, cwd=folder, env=env, timeout=timeout, check=False, **streams)
     except subprocess.TimeoutExpired as error:
         raise UserError(
-            f"four steps inside the package took more than --timeout={timeout:.0f} s; they must end: "
+            f"four steps inside the package took more than --timeout={timeout:.0f} s; they must "
+            "end: "
             "raise it, or take --tiny"
         ) from error
     if done.returncode:
         tail = "\n".join(done.stdout.splitlines()[-20:])
         raise UserError(
-            f"four steps inside the package ended with status {done.returncode}; the folder must work "
+            f"four steps inside the package ended with status {done.returncode}; the folder must "
+            "work "
             f"without other files, so it was not written; the end of the output:\n{tail}"
         )
+
+
+def read_scores(path: Path) -> tuple[RunLog, list[str]]:
+    """Return the log of a run, and its lines with the score of the reloaded artifact."""
+    try:
+        text = path.with_suffix(".txt").read_text(encoding="utf-8")
+        lines = [line for line in text.splitlines() if re.match(r"final_\w+ val_loss:", line)]
+        return runlog.read_log(path), lines
+    except (OSError, runlog.ReportError) as error:
+        raise UserError(
+            f"four steps inside the package left no log ({error}); the program must write one to "
+            "OUT_DIR/logs"
+        ) from error
 
 
 def four_steps(folder: Path, run: SeedRun, request: Request) -> dict[str, Any]:
@@ -636,9 +659,7 @@ def four_steps(folder: Path, run: SeedRun, request: Request) -> dict[str, Any]:
         scratch = Path(name)
         write_heads(data_of(run, request), scratch / "data")
         execute(folder, environment(run, request, scratch), request.timeout)
-        log = scratch / "out" / "logs" / f"{QUICK['RUN_ID']}.jsonl"
-        found, text = runlog.read_log(log), log.with_suffix(".txt").read_text(encoding="utf-8")
-        lines = [line for line in text.splitlines() if re.match(r"final_\w+ val_loss:", line)]
+        found, lines = read_scores(scratch / "out" / "logs" / f"{QUICK['RUN_ID']}.jsonl")
     score = found.events.get("final", {})
     faults = []
     if found.why_left_out or not lines:
@@ -681,7 +702,8 @@ def write_package(request: Request) -> dict[str, Any]:
     target = request.out / folder_name(entry)
     if target.exists():
         raise UserError(
-            f"{target} exists; a package is never overwritten: move it away, or change --name or --date"
+            f"{target} exists; a package is never overwritten: move it away, or change --name or "
+            "--date"
         )
     request.out.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".package-", dir=request.out))
