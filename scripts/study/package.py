@@ -183,7 +183,7 @@ def read_run(path: Path) -> SeedRun:
 
 
 def read_runs(request: Request) -> list[SeedRun]:
-    """Read the logs of the asked seeds, in their order; UserError: one is missing or twice there."""
+    """Read the logs of the asked seeds, in their order; UserError: one is missing or double."""
     if not request.logs.is_dir():
         raise UserError(f"--logs={request.logs} is not a folder; name the one of the runs' logs")
     found: dict[int, list[Path]] = {}
