@@ -3,6 +3,7 @@
     python scripts/prepare_data.py                                           the Python standard library; no network
     python scripts/prepare_data.py --source files --out data/books --tokenizer bpe.model 'books/*.jsonl.xz'
     python scripts/prepare_data.py --source fineweb --train-shards 10        the challenge's published export
+    python scripts/prepare_data.py --source fineweb --variant sp8192 --repo OWNER/NAME      with another tokenizer
 
 A shard is a header of 256 little-endian int32 (magic, version, number of tokens, zeros) and then that many uint16
 tokens; every document begins with BOS. The same text, settings and SentencePiece version give the same bytes.
@@ -21,6 +22,7 @@ import json
 import lzma
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
@@ -40,6 +42,7 @@ Item = TypeVar("Item")
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 STAGING, DOWNLOADS = ".staging", ".download"  # folders inside --out that a finished command leaves no trace of
+SETTINGS = "settings.json"  # in DOWNLOADS: what is being downloaded
 MAX_VOCAB = 65_535  # tokens are uint16
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 SAMPLE_BYTES = 8_000_000  # of training text that a tokenizer is fitted to; trains in seconds
@@ -47,8 +50,8 @@ BATCH_BYTES = 4_000_000  # of text encoded at a time
 MAX_DOCUMENT = 16_000_000  # bytes; encoding takes about 45 bytes of memory for each byte of a document
 STDLIB_MAX_BYTES = 24_000_000
 SPACE_MARK = "\u2581"  # stands for a space inside SentencePiece, which therefore cannot tell it from one
-HUB_REPO, HUB_ROOT, HUB_DATASET = "willdepueoai/parameter-golf", "datasets", "fineweb10B_sp1024"
-HUB_TOKENIZER = "tokenizers/fineweb_1024_bpe.model"
+HUB_REPO, HUB_ROOT = "willdepueoai/parameter-golf", "datasets"  # of the challenge; its root folder
+VARIANTS = {"sp1024": 1024, "sp4096": 4096, "sp8192": 8192}  # pieces of the tokenizer
 
 
 def fail(message: str) -> NoReturn:
@@ -79,16 +82,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--max-bytes", type=int, help=f"stdlib: most bytes of text (default {STDLIB_MAX_BYTES})")
     parser.add_argument("--train-shards", type=int, help="fineweb: how many training shards (default 1)")
+    parser.add_argument("--variant", choices=VARIANTS, help="fineweb: which tokenizer (default sp1024)")
+    parser.add_argument("--repo", metavar="OWNER/NAME", help=f"fineweb: dataset repository (default {HUB_REPO})")
     parser.add_argument("--force", action="store_true", help="replace the shards of another manifest in --out")
     args = parser.parse_args(argv)
     args.patterns += args.files
-    for name, source in (("patterns", "files"), ("max_bytes", "stdlib"), ("train_shards", "fineweb")):
+    of_source = {"patterns": "files", "max_bytes": "stdlib"}
+    of_source |= dict.fromkeys(("train_shards", "variant", "repo"), "fineweb")
+    for name, source in of_source.items():
         if getattr(args, name) and args.source != source:
             flag = "GLOB" if name == "patterns" else "--" + name.replace("_", "-")
             parser.error(f"{flag} needs --source {source}; got --source {args.source}")
     if args.source == "files" and not args.patterns:
         parser.error("--source files needs at least one GLOB, as in 'books/*.jsonl'")
-    args.out = args.out or Path("data") / args.source
+    if args.repo and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo):
+        parser.error(f"--repo={args.repo} must be OWNER/NAME of a dataset repository, as in {HUB_REPO}")
+    args.out = args.out or Path("data") / "_".join([args.source, *([args.variant] if args.variant else [])])
     args.val_percent = {"stdlib": 5.0}.get(args.source, 2.0) if args.val_percent is None else args.val_percent
     args.max_bytes = STDLIB_MAX_BYTES if args.max_bytes is None else args.max_bytes
     args.train_shards = 1 if args.train_shards is None else args.train_shards
@@ -645,11 +654,35 @@ def make_files(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
 # ==============================================================================
 
 
-def fetch(out: Path, remote: str, again: bool = False) -> Path:
+class Export(NamedTuple):
+    """One variant of the published data, in one dataset repository."""
+
+    repo: str
+    variant: str
+
+    @property
+    def dataset(self) -> str:
+        return f"fineweb10B_{self.variant}"
+
+    @property
+    def tokenizer(self) -> str:
+        return f"tokenizers/fineweb_{VARIANTS[self.variant]}_bpe.model"
+
+
+class Published(NamedTuple):
+    """What a repository holds of one export."""
+
+    num_train: int
+    num_val: int
+    tokenizer: str  # its path under the root folder
+
+
+def fetch(out: Path, export: Export, remote: str, again: bool = False) -> Path:
     """Download one file of the published export; an interrupted download continues where it stopped.
 
     Args:
         out: the --out folder, in which a hidden folder receives the file.
+        export: names the repository.
         remote: path inside the export.
         again: ignore what was downloaded before.
     Raises:
@@ -664,7 +697,7 @@ def fetch(out: Path, remote: str, again: bool = False) -> Path:
         return Path(
             str(
                 hf_hub_download(
-                    repo_id=HUB_REPO,
+                    repo_id=export.repo,
                     filename=path.name,
                     subfolder=path.parent.as_posix(),
                     repo_type="dataset",
@@ -675,23 +708,69 @@ def fetch(out: Path, remote: str, again: bool = False) -> Path:
         )
     except Exception as error:  # the hub, its HTTP library and the disk each have a family of errors
         fail(
-            f"{remote} of {HUB_REPO} could not be downloaded ({reason(error)}); check network and disk space, then run "
-            "the same command again: finished shards are kept"
+            f"{remote} of {export.repo} could not be downloaded ({reason(error)}); check network and disk space, then "
+            "run the same command again: finished shards are kept"
         )
 
 
-def published_shards(out: Path) -> tuple[int, int, str]:
-    """Ask the export's manifest for its numbers of train and val shards and the path of its tokenizer."""
-    path = fetch(out, MANIFEST)
+def refuse_missing(export: Export, where: str, held: Iterable[str]) -> NoReturn:
+    """Say that a repository lacks a variant, where it was looked for, and what is there."""
+    names = ", ".join(sorted(held)) or "none"
+    fail(
+        f"--variant={export.variant}: {export.repo} has no dataset {export.dataset} (looked for in {where}; it holds: "
+        f"{names}); name another --variant, or another repository by --repo OWNER/NAME"
+    )
+
+
+def list_files(export: Export) -> list[str]:
+    """List the paths in a repository under the root folder; empty if the hub does not say."""
+    try:
+        from huggingface_hub import list_repo_files
+
+        names = list_repo_files(export.repo, repo_type="dataset")
+    except Exception:  # as for fetch, whose error is the one to show
+        return []
+    return [name.removeprefix(f"{HUB_ROOT}/") for name in names if name.startswith(f"{HUB_ROOT}/")]
+
+
+def listed_shards(export: Export, files: Sequence[str]) -> Published:
+    """Count the shards of a repository without a manifest by their names; UserError: there are none."""
+    folder = f"datasets/{export.dataset}/"
+    train, val = (sum(name.startswith(f"{folder}fineweb_{split}_") for name in files) for split in ("train", "val"))
+    if not train or not val:
+        refuse_missing(export, f"{HUB_ROOT}/{folder}", {n.split("/")[1] for n in files if n.startswith("datasets/")})
+    if export.tokenizer not in files:
+        models = ", ".join(name for name in files if name.endswith(".model")) or "none"
+        fail(
+            f"--variant={export.variant}: {export.repo} has no {HUB_ROOT}/{export.tokenizer} (its models: {models}); "
+            "the shards need their tokenizer: name another repository by --repo OWNER/NAME"
+        )
+    return Published(train, val, export.tokenizer)
+
+
+def published_shards(out: Path, export: Export) -> Published:
+    """Ask the export's manifest, or without one the list of files, for the shards and the tokenizer."""
+    from train_gpt import UserError
+
+    try:
+        path = fetch(out, export, MANIFEST)
+    except UserError:
+        files = list_files(export)
+        if not files or MANIFEST in files:
+            raise
+        return listed_shards(export, files)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        entry = next(row for row in manifest["datasets"] if row["name"] == HUB_DATASET)
-        counts = int(entry["stats"]["files_train"]), int(entry["stats"]["files_val"])
-        rows = [row for row in manifest.get("tokenizers", []) if row.get("name") == entry.get("tokenizer_name")]
-        return *counts, str(rows[0].get("model_path") or HUB_TOKENIZER) if rows else HUB_TOKENIZER
-    except (ValueError, TypeError, KeyError, StopIteration, AttributeError) as error:
+        rows = {row["name"]: row for row in manifest["datasets"]}
+        if export.dataset not in rows:
+            refuse_missing(export, f"{HUB_ROOT}/{MANIFEST}", rows)
+        entry = rows[export.dataset]
+        models = [row for row in manifest.get("tokenizers", []) if row.get("name") == entry.get("tokenizer_name")]
+        tokenizer = str(models[0].get("model_path") or export.tokenizer) if models else export.tokenizer
+        return Published(int(entry["stats"]["files_train"]), int(entry["stats"]["files_val"]), tokenizer)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         fail(
-            f"the manifest of {HUB_REPO} does not describe {HUB_DATASET} as expected ({type(error).__name__}: "
+            f"the manifest of {export.repo} does not describe {export.dataset} as expected ({type(error).__name__}: "
             f"{reason(error)}); the export has changed: use --source files"
         )
 
@@ -712,7 +791,7 @@ def shard_fault(path: Path) -> str:
     return "" if 0 < found[2] == held else f"{path} announces {found[2]:,} tokens but holds {held:,.1f}"
 
 
-def fetch_shard(out: Path, name: str) -> None:
+def fetch_shard(out: Path, export: Export, name: str) -> None:
     """Bring one shard into --out unless a sound one is there.
 
     Raises:
@@ -723,10 +802,10 @@ def fetch_shard(out: Path, name: str) -> None:
             return
         if (out / name).exists():
             print(f"downloading again: {fault}", file=sys.stderr)
-        os.replace(fetch(out, f"datasets/{HUB_DATASET}/{name}", again), out / name)
+        os.replace(fetch(out, export, f"datasets/{export.dataset}/{name}", again), out / name)
     if fault := shard_fault(out / name):
         (out / name).unlink()
-        fail(f"{HUB_REPO} or the way from it damaged a file twice: {fault}; run the same command again later")
+        fail(f"{export.repo} or the way from it damaged a file twice: {fault}; run the same command again later")
 
 
 def describe_shards(out: Path, names: Sequence[str]) -> dict[str, Any]:
@@ -741,6 +820,11 @@ def describe_shards(out: Path, names: Sequence[str]) -> dict[str, Any]:
     for name in names:
         tokens = np.memmap(out / name, dtype="<u2", mode="r", offset=SHARD_HEADER * 4)
         row: dict[str, Any] = splits[name.split("_")[1]]
+        if (worst := int(tokens.max())) >= tokenizer.vocab_size():
+            fail(
+                f"{out / name} holds token {worst}, its tokenizer has {tokenizer.vocab_size()} pieces: shards and "
+                "tokenizer are of different variants; name another --repo, or an empty --out"
+            )
         row["tokens"] += len(tokens)
         row["documents"] += int(np.count_nonzero(tokens == tokenizer.bos_id()))
         files[name] = {"tokens": len(tokens), "sha256": file_sha256(out / name)}
@@ -755,10 +839,12 @@ def describe_shards(out: Path, names: Sequence[str]) -> dict[str, Any]:
 def make_fineweb(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     """Download the full val split and the first --train-shards training shards; finished shards are kept."""
     out, old = args.out, read_manifest(args.out)
-    settings = {"source": "fineweb", "repo": HUB_REPO, "dataset": HUB_DATASET}
+    export = Export(args.repo or HUB_REPO, args.variant or "sp1024")
+    settings = {"source": "fineweb", "repo": export.repo, "dataset": export.dataset}
     others = [path for path in shards_in(out) if not path.name.startswith("fineweb_")]
-    if not args.force and (others or old.get("settings", settings) != settings):
-        refuse_other(out, old, settings)
+    begun = old.get("settings") or unfinished(out) or settings
+    if not args.force and (others or begun != settings):
+        refuse_other(out, old or {"settings": begun}, settings)
     wanted = {f"fineweb_train_{i:06d}.bin" for i in range(args.train_shards)}
     held = {path.name for path in out.glob("*_train_*.bin")}
     if not args.force and held - wanted:
@@ -770,23 +856,49 @@ def make_fineweb(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     if old.get("settings") == settings and held == wanted and not any(faults):
         return old, True
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        most, num_val, tokenizer = published_shards(out)
-        if args.train_shards > most:
-            fail(f"--train-shards={args.train_shards} is more than the {most} that {HUB_REPO} publishes; lower it")
-        names = [f"fineweb_val_{i:06d}.bin" for i in range(num_val)] + sorted(wanted)
-        os.replace(fetch(out, tokenizer), out / TOKENIZER)
-        for name in progress(names, "download", "shards"):
-            fetch_shard(out, name)
-        manifest = {"settings": settings, **describe_shards(out, names)}
-        (out / DOWNLOADS / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        for name in {path.name for path in shards_in(out)} - set(names):
-            (out / name).unlink()
-        os.replace(out / DOWNLOADS / MANIFEST, out / MANIFEST)
-        shutil.rmtree(out / DOWNLOADS, ignore_errors=True)
+        return download(out, export, settings, sorted(wanted), renew=begun != settings), False
     except OSError as error:
         fail(f"--out={out} could not be written ({reason(error)}); finished shards are kept: free space and run again")
-    return manifest, False
+
+
+def unfinished(out: Path) -> dict[str, Any]:
+    """Return the settings of a download that was cut off, or none."""
+    try:
+        found: dict[str, Any] = json.loads((out / DOWNLOADS / SETTINGS).read_text(encoding="utf-8"))
+        return found
+    except (OSError, ValueError):
+        return {}
+
+
+def download(out: Path, export: Export, settings: dict[str, Any], train: Sequence[str], renew: bool) -> dict[str, Any]:
+    """Fetch the tokenizer and all shards that are not there, and write the manifest last.
+
+    Args:
+        out: the --out folder.
+        export: where the files are.
+        settings: for the manifest.
+        train: names of the training shards.
+        renew: what is there is of another export, whose shards have the same names.
+    """
+    published = published_shards(out, export)
+    if len(train) > published.num_train:
+        rule = f"is more than the {published.num_train} that {export.repo} publishes of {export.dataset}"
+        fail(f"--train-shards={len(train)} {rule}; lower it")
+    names = [f"fineweb_val_{i:06d}.bin" for i in range(published.num_val)] + list(train)
+    tokenizer = fetch(out, export, published.tokenizer)
+    (out / DOWNLOADS / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
+    for path in shards_in(out) if renew else ():
+        path.unlink()
+    os.replace(tokenizer, out / TOKENIZER)
+    for name in progress(names, "download", "shards"):
+        fetch_shard(out, export, name)
+    manifest = {"settings": settings, **describe_shards(out, names)}
+    (out / DOWNLOADS / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    for name in {path.name for path in shards_in(out)} - set(names):
+        (out / name).unlink()
+    os.replace(out / DOWNLOADS / MANIFEST, out / MANIFEST)
+    shutil.rmtree(out / DOWNLOADS, ignore_errors=True)
+    return manifest
 
 
 SOURCES: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], bool]]] = {
@@ -804,11 +916,13 @@ def summary(manifest: dict[str, Any], out: Path, was_there: bool, seconds: float
         print(f"  {split:<6}{row['documents']:>10,} documents  {row['tokens']:>12,} tokens  {text}")
     if any(manifest["skipped"].values()):
         print("  left out:", ", ".join(f"{count} {why}" for why, count in manifest["skipped"].items() if count))
-    print(f"train on it: DATA_PATH={out} TOKENIZER_PATH={out / TOKENIZER} python train_gpt.py")
+    vocab_size = manifest["tokenizer"]["vocab_size"]
+    settings = f"DATA_PATH={out} TOKENIZER_PATH={out / TOKENIZER} VOCAB_SIZE={vocab_size}"
+    print(f"train on it: {settings} python train_gpt.py")
     return {
         "data_path": str(out),
         "tokenizer_path": str(out / TOKENIZER),
-        "vocab_size": manifest["tokenizer"]["vocab_size"],
+        "vocab_size": vocab_size,
         **{f"{split}_{key}": value for split, row in manifest["splits"].items() for key, value in row.items()},
         "was_complete": was_there,
         "seconds": round(seconds, 2),
