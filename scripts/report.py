@@ -1,9 +1,11 @@
-"""Turn run logs into the results tables, submission.json, and a check that both still say what was measured.
+"""Turn run logs into tables, submission.json and results.json, and check that they still say what was measured.
 
     python scripts/report.py            print the tables
-    python scripts/report.py --write    also put them into README.md and submission.json
-    python scripts/report.py --check    exit 1 if either disagrees with the logs
+    python scripts/report.py --write    also put them into README.md, submission.json and logs/results.json
+    python scripts/report.py --check    exit 1 if one of them disagrees with the logs
 
+submission.json has the challenge's fields and no other, null until ranked runs (eight devices, FineWeb) are there;
+results.json has what was measured on any machine.
 Runs that differ only in their seed are one row. A run counts once it has written its `done` event. Runs of sweep.py's
 rows lie in a folder of their own, logs/ladder, and have a table of their own. See compare.py for tests of differences,
 plot_runs.py for curves.
@@ -16,11 +18,12 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from runlog import (
+    ABOUT,
     LEFT_TO_RIGHT,
     NONE,
     REFINE,
@@ -37,7 +40,10 @@ from runlog import (
     read_lines,
     read_log,
     read_logs,
+    rounded,
+    seed_result,
     spread,
+    submission_entry,
 )
 
 __all__ = ["NONE", "ReportError", "RunLog", "main", "markdown", "mean_cell", "numbers", "read_log", "spread"]
@@ -54,8 +60,9 @@ class Block(NamedTuple):
 
 RESULTS, RECIPES = (Block(f"<!-- {name} -->", f"<!-- /{name} -->") for name in ("results", "recipes"))
 
-# What the challenge ranks: the `direct` recipe on FineWeb on eight devices, for at most so many seconds.
-RANKED_RECIPE, RANKED_DATA, RANKED_RANKS, RANKED_PRESET, RANKED_SECONDS = "direct", "fineweb", 8, "8xh100", 600.0
+# What the challenge ranks: our recipe on FineWeb on eight devices, for at most so many seconds.
+RANKED_RECIPES, RANKED_DATA, RANKED_RANKS, RANKED_PRESET = ("record", "direct"), "fineweb", 8, "8xh100"
+RANKED_SECONDS, RANKED_TRACK = 600.0, "10min_16mb"
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -65,11 +72,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help=f"file with {' and '.join(RESULTS)}")
     parser.add_argument("--ladder", type=Path, help="folder of logs of sweep.py's rows (default: ladder in --logs)")
     parser.add_argument("--submission", type=Path, default=ROOT / "submission.json")
+    parser.add_argument("--results", type=Path, help="file of all measurements (default: results.json in --logs)")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--check", action="store_true", help="exit 1 if README.md or submission.json disagree")
-    action.add_argument("--write", action="store_true", help="bring README.md and submission.json up to date")
+    action.add_argument("--check", action="store_true", help="exit 1 if a file disagrees with the logs")
+    action.add_argument("--write", action="store_true", help="bring all files up to date")
     args = parser.parse_args(argv)
     args.ladder = args.ladder or args.logs / "ladder"
+    args.results = args.results or args.logs / "results.json"
     return args
 
 
@@ -176,16 +185,12 @@ def results_block(groups: Sequence[Group], notes: Sequence[str]) -> str:
 
 
 # ==============================================================================
-# 2  SUBMISSION -- what submission.json says
+# 2  RESULTS -- what submission.json and results.json say
 # ==============================================================================
 
 
-def rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 6)
-
-
 def measured(g: Group) -> dict[str, Any]:
-    """Describe one group of `direct` runs for `measured_here`."""
+    """Describe one group of runs for `measured_here`."""
     bpb, loss = g.values("final", "val_bpb"), g.values("final", "val_loss")
     return {
         "recipe": g.key.recipe,
@@ -200,6 +205,8 @@ def measured(g: Group) -> dict[str, Any]:
         "val_loss_mean": rounded(statistics.mean(loss)),
         "val_loss_std": rounded(spread(loss)),
         "bytes_total": int(max(g.values("size", "total_bytes"))),
+        "bytes_code": int(max(g.values("size", "code_bytes"))),
+        "bytes_model": int(max(g.values("size", "model_bytes"))),
         "per_seed": seed_results(g),
         "parallel_eval": decode_means(g),
         "logs": [run.name for run in g.runs],
@@ -207,11 +214,7 @@ def measured(g: Group) -> dict[str, Any]:
 
 
 def seed_results(g: Group) -> dict[str, dict[str, Any]]:
-    found = {}
-    for seed, run in zip(g.seeds, g.runs, strict=True):
-        scores = {key: rounded(run.number("final", key)) for key in ("val_bpb", "val_loss")}
-        found[str(seed)] = {**scores, "bytes_total": run.get("size", "total_bytes"), "log": run.name}
-    return found
+    return {str(seed): seed_result(run) | {"log": run.name} for seed, run in zip(g.seeds, g.runs, strict=True)}
 
 
 def decode_means(g: Group) -> list[dict[str, Any]] | None:
@@ -264,51 +267,32 @@ def benchmark(line: dict[str, Any], log: str) -> dict[str, Any]:
 
 def is_ranked(key: Key) -> bool:
     """Are these runs what the challenge ranks? Any settings will do but those of the time."""
-    same = (key.recipe, key.ranks, key.preset) == (RANKED_RECIPE, RANKED_RANKS, RANKED_PRESET)
+    same = key.recipe in RANKED_RECIPES and (key.ranks, key.preset) == (RANKED_RANKS, RANKED_PRESET)
     given = dict(change.partition("=")[::2] for change in key.changes)
     in_time = 0 < float(given.get("MAX_WALLCLOCK_SECONDS", RANKED_SECONDS)) <= RANKED_SECONDS
     return same and in_time and key.data.startswith(RANKED_DATA)
 
 
-def submission(groups: Sequence[Group], benchmarks: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """Build submission.json: the challenge's fields from ranked runs, null without one; everything else apart."""
+def submission(groups: Sequence[Group]) -> dict[str, Any]:
+    """Build submission.json: the challenge's fields from ranked runs, null without one."""
     candidates = [g for g in groups if is_ranked(g.key)]  # the one with the most seeds, then the best score
     ranked = min(candidates, key=lambda g: (-len(g.runs), statistics.mean(g.values("final", "val_bpb"))), default=None)
+    if ranked is None:
+        return submission_entry(ABOUT, [])
+    date = max(str(run.get("header", "time")) for run in ranked.runs)[:10]
+    return submission_entry({**ABOUT, "date": date, "track": RANKED_TRACK}, ranked.runs)
+
+
+def results(groups: Sequence[Group], benchmarks: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Build results.json: what our recipes scored and how fast they decode, by data, on whatever machine."""
     here: dict[str, list[dict[str, Any]]] = {}
     for g in groups:
-        if g.key.recipe == RANKED_RECIPE:
+        if g.key.recipe in RANKED_RECIPES:
             here.setdefault(g.key.data, []).append(measured(g))
     decoded: dict[str, list[dict[str, Any]]] = {}
     for found in benchmarks:
         decoded.setdefault(found["data"], []).append(found)
-
-    def of_ranked(value: Callable[[Group], Any]) -> Any:
-        return None if ranked is None else value(ranked)
-
-    def mean(key: str) -> Any:
-        return of_ranked(lambda g: rounded(statistics.mean(g.values("final", key))))
-
-    def largest(key: str) -> Any:
-        return of_ranked(lambda g: int(max(g.values("size", key))))
-
-    return {
-        "name": "Text diffusion, exactly autoregressive",
-        "author": "The text-diffusion-golf authors",
-        "github_id": None,
-        "blurb": "One set of weights that scores text exactly, left to right, and fills it in by diffusion.",
-        "recipe": RANKED_RECIPE,
-        "val_bpb": mean("val_bpb"),
-        "val_loss": mean("val_loss"),
-        "bytes_total": largest("total_bytes"),
-        "bytes_code": largest("code_bytes"),
-        "bytes_model": largest("model_bytes"),
-        "hardware": of_ranked(lambda g: f"{g.key.ranks} x {g.key.machine}"),
-        "seeds": of_ranked(seed_results),
-        "parallel_eval": of_ranked(decode_means),
-        "decode_benchmark": of_ranked(lambda g: decoded.get(g.key.data)),
-        "measured_here": here or None,
-        "decode_benchmark_here": decoded or None,
-    }
+    return {"measured_here": here or None, "decode_benchmark_here": decoded or None}
 
 
 # ==============================================================================
@@ -347,19 +331,25 @@ def block_differences(args: argparse.Namespace, block: Block, text: str) -> list
     return found
 
 
-def differences(args: argparse.Namespace, blocks: dict[Block, str], entry: dict[str, Any]) -> list[str]:
-    """List how README.md and submission.json disagree with the logs."""
-    found = [line for block, text in blocks.items() for line in block_differences(args, block, text)]
+def file_differences(path: Path, expected: dict[str, Any]) -> list[str]:
+    """List how a JSON file disagrees with the logs."""
     try:
-        stored = json.loads(args.submission.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return [*found, f"{args.submission} cannot be read ({error})"]
+        return [f"{path} cannot be read ({error})"]
     if not isinstance(stored, dict):
-        return [*found, f"{args.submission} is not a JSON object"]
-    for key in dict.fromkeys([*entry, *stored]):
-        if key not in entry or key not in stored or entry[key] != stored[key]:
-            found.append(f"{args.submission}: {key} is {stored.get(key)!r}, logs give {entry.get(key)!r}")
+        return [f"{path} is not a JSON object"]
+    found = []
+    for key in dict.fromkeys([*expected, *stored]):
+        if key not in expected or key not in stored or expected[key] != stored[key]:
+            found.append(f"{path}: {key} is {stored.get(key)!r}, logs give {expected.get(key)!r}")
     return found
+
+
+def differences(args: argparse.Namespace, blocks: dict[Block, str], files: dict[Path, dict[str, Any]]) -> list[str]:
+    """List how README.md, submission.json and results.json disagree with the logs."""
+    found = [line for block, text in blocks.items() for line in block_differences(args, block, text)]
+    return found + [line for path, expected in files.items() for line in file_differences(path, expected)]
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -373,13 +363,14 @@ def replace_file(path: Path, text: str) -> None:
         raise ReportError(f"{path} was not written ({error.strerror}); the old one is intact: free space") from error
 
 
-def write(args: argparse.Namespace, blocks: dict[Block, str], entry: dict[str, Any]) -> None:
+def write(args: argparse.Namespace, blocks: dict[Block, str], files: dict[Path, dict[str, Any]]) -> None:
     readme = read_readme(args.readme)
     for block, text in blocks.items():
         before, _, after = split(readme, block, args.readme)
         readme = f"{before}{block.begin}\n\n{text}\n\n{block.end}{after}"
     replace_file(args.readme, readme)
-    replace_file(args.submission, json.dumps(entry, indent=2, ensure_ascii=False) + "\n")
+    for path, content in files.items():
+        replace_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def recipes(args: argparse.Namespace) -> tuple[list[RunLog], dict[Block, str]]:
@@ -400,11 +391,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = read_logs(args.logs)
         groups, notes = group_runs(runs)
         ladder, more = recipes(args)
-        blocks, entry = {RESULTS: results_block(groups, notes), **more}, submission(groups, read_benchmarks(args.logs))
+        blocks = {RESULTS: results_block(groups, notes), **more}
+        files = {args.submission: submission(groups), args.results: results(groups, read_benchmarks(args.logs))}
         print("\n\n".join(blocks.values()))
         if args.write:
-            write(args, blocks, entry)
-        found = differences(args, blocks, entry) if args.check else []
+            write(args, blocks, files)
+        found = differences(args, blocks, files) if args.check else []
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

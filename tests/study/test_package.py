@@ -110,7 +110,7 @@ class Record:
         path.with_suffix(".txt").write_text(text, encoding="utf-8")
 
     def change(self, seed: int, event: str, **values: Any) -> None:
-        """Write the log of a seed anew with other values of one event; None takes the event away."""
+        """Write the log of a seed anew with other values of one event."""
         events = self.events(seed)
         events[event] |= values
         self.write(seed, events)
@@ -168,6 +168,11 @@ def test_submission_has_the_fields_of_the_challenge_and_no_other(record: Record)
     first = entry["seed_results"]["1337"]
     values = {"val_loss": 2.04, "val_bpb": 1.2, "artifact_bytes": code + 1000, "steps": 9000}
     assert first == values | {"train_seconds": 600.04, "eval_seconds": 123.4}
+
+
+def test_the_submission_of_the_repository_has_these_fields_too() -> None:
+    entry = json.loads((ROOT / "submission.json").read_text(encoding="utf-8"))
+    assert list(entry) == FIELDS
 
 
 def test_readme_has_the_table_of_seeds_and_the_compliance_statement(record: Record) -> None:
