@@ -5,12 +5,15 @@
     python scripts/record.py cpu                            two recipes x three seeds x 300 s on a small corpus: an hour
     python scripts/record.py 8xh100 --plan                  only say what would be run
     python scripts/record.py 8xh100 --rehearse              four steps on CPU (two processes): does the whole path work?
+    python scripts/record.py 8xh100 --variant sp8192        shards of another tokenizer; sets VOCAB_SIZE
+    python scripts/record.py 8xh100 --package packages      then make the folder that is handed in (package.py)
 
 Steps: prepare_data.py (FineWeb, or for cpu the Python library, unless DATA_PATH names what is there), sweep.py twice
 (baselines as they are, then `direct` with the protocol's record settings, RECORD below; finished runs are skipped),
-bench_export.py (where the bytes go and what rounding costs both scores), report.py. OUT holds runs, logs/, export.json,
-README.md with the tables and submission.json. Settings of train_gpt.py come from the environment as always, over which
-record settings stand (in a rehearsal but for sizes). The last line is one JSON object.
+bench_export.py (where the bytes go and what rounding costs both scores), report.py. OUT holds runs, logs/ with
+results.json, export.json, README.md with the tables and submission.json. Settings of train_gpt.py come from the
+environment as always, over which record settings stand (in a rehearsal but for sizes). The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ SEEDS = "1337,42,2026"
 
 
 CHECKPOINT = "CHECKPOINT"  # in a command: that of a run with record settings
+RECIPE = "direct"  # of the record; others are baselines
 SIZES = ("NUM_LAYERS", "MLP_MULT", "TRAIN_BATCH_TOKENS", "MICRO_BATCHES")  # a rehearsal takes the environment's
 
 # Settings beyond the baseline's, by protocol. Those of GPUs are what others measured in the challenge (ten layers and a
@@ -89,9 +93,27 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of the record (default out/record_PROTOCOL)")
     parser.add_argument("--plan", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--rehearse", action="store_true", help="four steps on two CPU processes")
+    parser.add_argument("--source", help="of text, for prepare_data.py, with its arguments (default: the protocol's)")
+    parser.add_argument("--variant", choices=("sp1024", "sp4096", "sp8192"), help="fineweb: which tokenizer")
+    parser.add_argument("--repo", metavar="OWNER/NAME", help="fineweb: dataset repository")
+    parser.add_argument("--package", type=Path, metavar="DIR", help="make the folder that is handed in, in DIR")
     args = parser.parse_args(argv)
     args.out = args.out or Path("out", f"record_{args.protocol}{'_rehearsal' * args.rehearse}")
     return args
+
+
+DATA_OPTIONS = ("source", "variant", "repo")  # of what is prepared
+
+
+def source_of(args: argparse.Namespace, how: Protocol) -> list[str]:
+    """Return arguments of prepare_data.py: the source of text, and for FineWeb which export of it."""
+    source = shlex.split(args.source or how.source)
+    if args.source == "fineweb":  # no number of shards is named: the record's
+        source = PROTOCOLS["8xh100"].source.split()
+    for name in ("variant", "repo"):
+        if value := getattr(args, name):
+            source += [f"--{name}", value]
+    return source
 
 
 def steps_of(args: argparse.Namespace, env: Mapping[str, str]) -> list[Step]:
@@ -99,22 +121,25 @@ def steps_of(args: argparse.Namespace, env: Mapping[str, str]) -> list[Step]:
     how, out, python = PROTOCOLS[args.protocol], args.out, sys.executable
     if args.rehearse:
         how = how._replace(nproc=min(how.nproc, 2), preset="cpu", source="stdlib")
+    source = source_of(args, how)
     settings, steps = {"PRESET": how.preset} | ({"DEVICE": "cpu"} if how.preset == "cpu" else {}), list[Step]()
 
     def add(script: str, *arguments: str, **more: str) -> None:
         steps.append(Step([python, str(SCRIPTS / script), *arguments], settings | more))
 
     if "DATA_PATH" not in env:
-        source = how.source.split()
-        data = Path("data", source[0])
+        data = Path("data", "_".join([source[0], *([args.variant] if args.variant else [])]))
         settings |= {"DATA_PATH": str(data), "TOKENIZER_PATH": str(data / "tokenizer.model")}
+        settings |= {"VOCAB_SIZE": args.variant.removeprefix("sp")} if args.variant else {}
         add("prepare_data.py", "--source", *source, "--out", str(data))
+    elif given := [f"--{name}={getattr(args, name)}" for name in DATA_OPTIONS if getattr(args, name)]:
+        raise tg.UserError(f"{' '.join(given)}: DATA_PATH={env['DATA_PATH']} names the data already; unset one of them")
     budget = ["--steps", "4"] if args.rehearse else ["--seconds", str(args.seconds or how.seconds)]
     runs = ["--seeds", args.seeds, *budget, "--nproc", str(how.nproc), "--out", str(out)]
     if baselines := how.baselines if args.baselines is None else args.baselines:
         add("sweep.py", *baselines.split(","), *runs)
     settings |= {k: v for k, v in RECORD[args.protocol].items() if not (args.rehearse and k in SIZES and k in env)}
-    add("sweep.py", "direct", *runs)
+    add("sweep.py", RECIPE, *runs)
     levels = tg.SCHEMES[settings.get("EXPORT_SCHEME", "int8+zlib")][0][:4]  # the artifact takes one of the first
     export = ["--levels", ",".join(map(str, levels)), "--out", str(out / "export.json")]
     device = ["--device", settings.get("DEVICE", "auto")]
@@ -129,7 +154,7 @@ def checkpoint(args: argparse.Namespace, env: Mapping[str, str]) -> Path:
     time = {"ITERATIONS": "4", "MAX_WALLCLOCK_SECONDS": "0"}
     if not args.rehearse:
         time = {"MAX_WALLCLOCK_SECONDS": str(args.seconds or PROTOCOLS[args.protocol].seconds)}
-    run = {"RECIPE": "direct", "SEED": args.seeds.split(",")[0], "RUN_ID": "", "OUT_DIR": str(args.out)}
+    run = {"RECIPE": RECIPE, "SEED": args.seeds.split(",")[0], "RUN_ID": "", "OUT_DIR": str(args.out)}
     digest = tg.Config.from_env({**env, **time, **run})[0].path("", "").name[-8:]  # as sweep.py names folders
     for path in Path(args.out).glob(f"*_{digest}/checkpoints/*_{digest}.pt"):
         log = args.out / "logs" / f"{path.stem}.jsonl"
@@ -149,6 +174,21 @@ def check(args: argparse.Namespace) -> None:
     if PROTOCOLS[args.protocol].preset != "cpu" and not args.rehearse and found < wanted:
         rule = f"needs {wanted} CUDA device{'s' if wanted > 1 else ''}, {found} found"
         raise tg.UserError(f"PROTOCOL={args.protocol} {rule}; run it there, or try the path with --rehearse")
+
+
+def make_package(args: argparse.Namespace) -> dict[str, Any]:
+    """Make the folder that is handed in from the runs with record settings; UserError: it would be refused."""
+    sys.path.insert(0, str(SCRIPTS / "study"))
+    import package
+
+    how, seconds = PROTOCOLS[args.protocol], args.seconds or PROTOCOLS[args.protocol].seconds
+    ranked = args.protocol == "8xh100" and not args.rehearse and seconds <= package.TRAIN_SECONDS
+    track = package.TEN_MINUTES if ranked else package.NON_RECORD
+    seeds = tuple(map(int, args.seeds.split(",")))
+    tiny = args.rehearse or how.preset == "cpu"
+    wanted = package.Request(args.out / "logs", args.package, seeds, track=track, recipe=RECIPE, tiny=tiny)
+    print(f"package {wanted.logs} -> {wanted.out}", file=sys.stderr, flush=True)
+    return package.write_package(wanted)
 
 
 def run(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]:
@@ -172,7 +212,9 @@ def run(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]:
             again = "what is done is kept: the same command goes on"
             raise tg.UserError(f"{Path(command[1]).name} ended with status {done.returncode}, see above; {again}")
     entry = {} if args.plan else json.loads((args.out / "submission.json").read_text(encoding="utf-8"))
-    return {"protocol": args.protocol, "out": str(args.out), "planned": args.plan, "val_bpb": entry.get("val_bpb")}
+    made = {"package": make_package(args)} if args.package and not args.plan else {}
+    about = {"protocol": args.protocol, "out": str(args.out), "planned": args.plan}
+    return about | {"val_bpb": entry.get("val_bpb"), **made}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
