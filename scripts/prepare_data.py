@@ -87,6 +87,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="replace the shards of another manifest in --out")
     args = parser.parse_args(argv)
     args.patterns += args.files
+    complete(parser, args)
+    return args
+
+
+def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fill in defaults that depend on the source; exits with 2 on options that do not fit it or each other."""
     of_source = {"patterns": "files", "max_bytes": "stdlib"}
     of_source |= dict.fromkeys(("train_shards", "variant", "repo"), "fineweb")
     for name, source in of_source.items():
@@ -110,7 +116,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     ):
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name.replace('_', '-')}={getattr(args, name)} must lie in {low}..{high}")
-    return args
 
 
 # ==============================================================================

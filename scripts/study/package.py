@@ -24,6 +24,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -172,14 +173,20 @@ def embedded_source(path: Path) -> str:
     return source + "\n"
 
 
+def header_hashes(path: Path) -> tuple[str, ...]:
+    """Return what each header of a log says of its program: one a start."""
+    found = []
+    for line in runlog.read_lines(path):
+        with contextlib.suppress(ValueError):  # a last line that was cut off
+            if line and (event := json.loads(line)).get("event") == "header":
+                found.append(str(event.get("sha256")))
+    return tuple(found)
+
+
 def read_run(path: Path) -> SeedRun:
     """Read both files of one run."""
-    events = [json.loads(line) for line in runlog.read_lines(path) if line.endswith("}")]
-    hashes = tuple(str(e.get("sha256")) for e in events if e.get("event") == "header")
-    log = runlog.read_log(path)
-    return SeedRun(
-        log.setting("seed"), path, log, embedded_source(path.with_suffix(".txt")), hashes
-    )
+    log, source = runlog.read_log(path), embedded_source(path.with_suffix(".txt"))
+    return SeedRun(log.setting("seed"), path, log, source, header_hashes(path))
 
 
 def read_runs(request: Request) -> list[SeedRun]:
@@ -375,7 +382,7 @@ def check_data(runs: Sequence[SeedRun], request: Request) -> Iterator[str]:
     for ours, theirs in ((ours, theirs) for ours in train for theirs in val):
         if ours == theirs:
             why = f"{ours.name} is read as both"
-        elif ours.samefile(theirs) or filecmp.cmp(ours, theirs, shallow=False):
+        elif filecmp.cmp(ours, theirs, shallow=False):
             why = f"{ours.name} and {theirs.name} hold the same tokens"
         else:
             continue
@@ -409,10 +416,15 @@ def check_manifest(folder: Path) -> Iterator[str]:
 CHECKS = (check_program, check_settings, check_bytes, check_time, check_data)
 
 
-def check(runs: Sequence[SeedRun], request: Request) -> None:
-    """Raise UserError with all faults at once."""
-    fail(list(check_finished(runs, request)))
-    fail([fault for each in CHECKS for fault in each(runs, request)])
+def checked_runs(request: Request) -> list[SeedRun]:
+    """Return the runs of all seeds; UserError names all faults at once."""
+    try:
+        runs = read_runs(request)
+        fail(list(check_finished(runs, request)))
+        fail([fault for each in CHECKS for fault in each(runs, request)])
+        return runs
+    except runlog.ReportError as error:  # a log is damaged, or lacks what every log has
+        raise UserError(str(error)) from error
 
 
 # ==============================================================================
@@ -431,9 +443,12 @@ def as_environment(run: SeedRun) -> dict[str, str]:
 
 
 def command(run: SeedRun) -> str:
-    settings = " \\\n    ".join(
-        f"{name}={shlex.quote(value)}" for name, value in as_environment(run).items()
-    )
+    """Return the command of one run; of absolute paths only what says which data they are."""
+    given = {
+        name: "/".join(Path(value).parts[-2:]) if value.startswith("/") else value
+        for name, value in as_environment(run).items()
+    }
+    settings = " \\\n    ".join(f"{name}={shlex.quote(value)}" for name, value in given.items())
     ranks = runlog.num_ranks(run.log)
     launcher = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else "python"
     return f"SEED={run.seed} \\\n    {settings} \\\n    {launcher} train_gpt.py"
@@ -618,20 +633,24 @@ def execute(folder: Path, env: Mapping[str, str], timeout: float) -> None:
     """Run the program inside the folder; UserError: it failed, with the end of what it printed."""
     streams: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     argv = [sys.executable, "train_gpt.py"]
-    try:
-        done = subprocess.run(argv, cwd=folder, env=env, timeout=timeout, check=False, **streams)
-    except subprocess.TimeoutExpired as error:
+    with subprocess.Popen(argv, cwd=folder, env=env, process_group=0, **streams) as process:
+        try:
+            printed = process.communicate(timeout=timeout)[0]
+        except subprocess.TimeoutExpired as error:
+            raise UserError(
+                f"four steps inside the package took more than --timeout={timeout:.0f} s; they "
+                "must "
+                "end: raise it, or take --tiny"
+            ) from error
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # and what it started
+                os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode:
+        tail = "\n".join(printed.splitlines()[-20:])
         raise UserError(
-            f"four steps inside the package took more than --timeout={timeout:.0f} s; they must "
-            "end: "
-            "raise it, or take --tiny"
-        ) from error
-    if done.returncode:
-        tail = "\n".join(done.stdout.splitlines()[-20:])
-        raise UserError(
-            f"four steps inside the package ended with status {done.returncode}; the folder must "
-            "work "
-            f"without other files, so it was not written; the end of the output:\n{tail}"
+            f"four steps inside the package ended with status {process.returncode}; the folder "
+            "must "
+            f"work without other files, so it was not written; the end of the output:\n{tail}"
         )
 
 
@@ -696,8 +715,7 @@ def write_package(request: Request) -> dict[str, Any]:
     Raises:
         UserError: a reviewer would refuse it, or it does not work alone; nothing is left behind.
     """
-    runs = read_runs(request)
-    check(runs, request)
+    runs = checked_runs(request)
     entry = entry_of(runs, request)
     target = request.out / folder_name(entry)
     if target.exists():

@@ -30,6 +30,7 @@ FIELDS = [
     *("val_bpb_std", "seeds", "seed_results", "bytes_total", "bytes_code", "hardware"),
     "pytorch_version",
 ]
+GIVEN = ("value_residual", "seed", "data_path", "tokenizer_path")  # settings of the environment
 SEED_FIELDS = ["val_loss", "val_bpb", "artifact_bytes", "steps", "train_seconds", "eval_seconds"]
 
 # Writes what the real program writes, and what it saw of its environment.
@@ -85,7 +86,7 @@ class Record:
         }
         folder.mkdir(exist_ok=True)
         (folder / "final_model.int6.ptz").write_bytes(b"x" * 1000)
-        source = dict.fromkeys(values, "default") | dict.fromkeys(["value_residual", "seed"], "env")
+        source = dict.fromkeys(values, "default") | dict.fromkeys(GIVEN, "env")
         digest = sha256(self.program.read_text(encoding="utf-8"))
         return {
             "header": {
@@ -183,6 +184,7 @@ def test_readme_has_the_table_of_seeds_and_the_compliance_statement(record: Reco
     assert f"| mean | 2.057000 | 1.210000 | {size} | 9,000 | 600.0 | 123.4 |" in text
     assert "| std | 0.017000 | 0.010000 | 0 | 0 | 0.0 | 0.0 |" in text
     assert "RECIPE=direct" in text
+    assert str(record.root) not in text
     assert "VALUE_RESIDUAL=1" in text
     assert "torchrun --standalone --nproc_per_node=8 train_gpt.py" in text
     for rule in ("Strict causal prefix", "*input* tokens only", "Single pass", "16,000,000"):
@@ -342,7 +344,10 @@ def test_other_hardware_is_refused_on_the_ten_minute_track(record: Record) -> No
         record.change(seed, "header", world_size=4)
     said = record.refused()
     assert f"it ran on 4 x {MACHINE}, track 10min_16mb needs 8 x H100" in said
-    assert "track" not in record.refused(track=package.NON_RECORD, seeds=(1, 2))
+    for seed in SEEDS:
+        record.change(seed, "header", machine="NVIDIA H200")
+    assert "it ran on 8 x NVIDIA H200, track 10min_16mb needs 8 x H100" in record.refused()
+    assert package.write_package(record.request(track=package.NON_RECORD))["seeds"] == list(SEEDS)
 
 
 def test_overlap_of_train_and_validation_data_is_refused(record: Record) -> None:
@@ -365,6 +370,27 @@ def test_overlap_of_train_and_validation_data_is_refused(record: Record) -> None
     manifest.unlink()
     val.unlink()
     assert f"DATA_PATH={record.data} holds no *_val_*.bin" in record.refused()
+
+
+def test_a_damaged_log_is_named(record: Record) -> None:
+    path = record.logs / "direct_42.jsonl"
+    good = path.read_text(encoding="utf-8")
+    path.write_text(good.replace('"event": "size"', '"event": size'), encoding="utf-8")
+    assert f"log {path}, line 3: not an event" in record.refused()
+    path.write_text(good.replace('"code_bytes"', '"code"'), encoding="utf-8")
+    assert "no code_bytes in a size event" in record.refused()
+    path.write_text(good + '{"event": "tr', encoding="utf-8")  # cut off after `done`: nothing lost
+    assert package.write_package(record.request())["seeds"] == list(SEEDS)
+
+
+def test_the_head_of_a_shard_is_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = write_shard(tmp_path / "whole.bin", range(100))
+    package.write_head(whole, tmp_path / "all.bin")
+    assert (tmp_path / "all.bin").read_bytes() == whole.read_bytes()
+    monkeypatch.setattr(package, "HEAD_TOKENS", 30)
+    package.write_head(whole, tmp_path / "head.bin")
+    expected = write_shard(tmp_path / "expected.bin", range(30))
+    assert (tmp_path / "head.bin").read_bytes() == expected.read_bytes()
 
 
 def test_a_package_is_never_overwritten(record: Record) -> None:
