@@ -301,7 +301,7 @@ def check_bytes(runs: Sequence[SeedRun], request: Request) -> Iterator[str]:
         if total > tg.SIZE_LIMIT:
             yield (
                 f"log {run.path}: submission of {total:,} bytes (code {code:,} + model {model:,}) "
-                f"exceeds {tg.SIZE_LIMIT:,}; take EXPORT_SCHEME=int6+lzma, or cut NUM_LAYERS or "
+                f"exceeds {tg.SIZE_LIMIT:,}; take EXPORT_SCHEME=int6+lzma, or lower NUM_LAYERS or "
                 "BIGRAM_VOCAB_SIZE"
             )
         if code != logged:
@@ -336,7 +336,8 @@ def check_time(runs: Sequence[SeedRun], request: Request) -> Iterator[str]:
         elif evaluation > EVALUATION_SECONDS:
             yield (
                 f"log {run.path}: evaluation took {evaluation:.1f} s, more than "
-                f"{EVALUATION_SECONDS:.0f}; set NELBO_SEQUENCES, NELBO_SAMPLES or EVAL_STRIDE lower"
+                f"{EVALUATION_SECONDS:.0f}; raise EVAL_STRIDE, or lower NELBO_SAMPLES or "
+                "NELBO_SEQUENCES"
             )
         if request.track == TEN_MINUTES:
             yield from check_ten_minutes(run)
