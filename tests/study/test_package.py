@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -218,13 +219,15 @@ def test_four_steps_see_the_folder_alone(record: Record, monkeypatch: pytest.Mon
         (TOY.replace("bpb=2.0", "bpb=None"), "its score is not a finite number"),
         (TOY + 'pathlib.Path("left.bin").touch()\n', "four steps left ['left.bin'] inside"),
         (TOY.replace("source.encode()", "b''"), f"ran a program of sha256 {sha256('')}, not"),
-        ("import time\ntime.sleep(60)\n", "took more than --timeout=2 s"),
+        ("import os, time\nos.fork()\ntime.sleep(60)\n", "took more than --timeout=2 s"),
     ],
 )
 def test_a_folder_that_does_not_work_alone_is_refused(
     tmp_path: Path, source: str, said: str
 ) -> None:
+    began = time.monotonic()
     assert said in Record(tmp_path, source).refused(timeout=2.0)
+    assert time.monotonic() - began < 30  # what sleeps is ended
 
 
 def test_missing_and_repeated_seeds_are_refused(record: Record) -> None:
