@@ -37,7 +37,7 @@ test: $(VENV)/.requirements-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
-	$(BIN)/python scripts/report.py --check
-	$(BIN)/python scripts/report.py --check --logs $(RECORD)/logs --readme $(RECORD)/README.md \
+	$(BIN)/python scripts/study/report.py --check
+	$(BIN)/python scripts/study/report.py --check --logs $(RECORD)/logs --readme $(RECORD)/README.md \
 	    --submission $(RECORD)/submission.json
 	PYTHON=$(BIN)/python bash tests/smoke.sh

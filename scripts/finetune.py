@@ -1,14 +1,16 @@
-"""Fine-tune an artifact on new text by low-rank updates of its matrices, which are kept in a small file beside it.
+"""Fine-tune an artifact on new text by low-rank updates of its matrices, which are kept in a small
+file beside it.
 
     DATA_PATH=data/mine python scripts/finetune.py final_model.int8.ptz --rank 8 --out adapter.ptz
     DATA_PATH=data/mine RECIPE=ar MAX_WALLCLOCK_SECONDS=60 python scripts/finetune.py final_model.int8.ptz
     python scripts/sample.py --artifact final_model.int8.ptz --adapter adapter.ptz --prompt 'Dear'
 
-Settings are those of train_gpt.py, from the environment: RECIPE (default: the artifact's) chooses the loss, ADAPTER_LR
-the rate, LORA_RANK the rank of the updates (as --rank), ITERATIONS and MAX_WALLCLOCK_SECONDS the budget; logs and
-checkpoints go to OUT_DIR, RESUME=auto goes on. What a model is (its sizes, and how its windows are read) is the
-artifact's. Windows carry loss from the first step unless DIFFUSION_START_FRAC says else. New text is prepared with the
-artifact's tokenizer (scripts/prepare_data.py). Progress goes to standard error; the last line of standard output is one
+Settings are those of train_gpt.py, from the environment: RECIPE (default: the artifact's) chooses
+the loss, ADAPTER_LR the rate, LORA_RANK the rank of the updates (as --rank), ITERATIONS and
+MAX_WALLCLOCK_SECONDS the budget; logs and checkpoints go to OUT_DIR, RESUME=auto goes on. What a
+model is (its sizes, and how its windows are read) is the artifact's. Windows carry loss from the
+first step unless DIFFUSION_START_FRAC says else. New text is prepared with the artifact's tokenizer
+(scripts/prepare_data.py). Progress goes to standard error; the last line of standard output is one
 JSON object.
 """
 
@@ -31,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # train_gpt.py lies beside this folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
 import train_gpt as tg
 
@@ -39,10 +41,35 @@ FORMAT = "text-diffusion-adapter-1"
 MOST_BYTES = 1 << 30  # of an unpacked adapter: more than any needs
 # Settings that say what a model is; an adapter must not be trained on, or beside, another one.
 MODEL = (
-    *("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "tie_embeddings"),
-    *("rope_base", "rope_scale", "logit_softcap", "value_residual", "bigram_vocab_size", "look_ahead"),
-    *("time_embed_dim", "self_condition", "diffusion_causal", "diffusion_shift", "diffusion_corruption_mode"),
-    *("train_seq_len", "init_from", "diffusion_anneal_frac"),  # the last two are what they are by default
+    *(
+        "vocab_size",
+        "num_layers",
+        "model_dim",
+        "num_heads",
+        "num_kv_heads",
+        "mlp_mult",
+        "tie_embeddings",
+    ),
+    *(
+        "rope_base",
+        "rope_scale",
+        "logit_softcap",
+        "value_residual",
+        "bigram_vocab_size",
+        "look_ahead",
+    ),
+    *(
+        "time_embed_dim",
+        "self_condition",
+        "diffusion_causal",
+        "diffusion_shift",
+        "diffusion_corruption_mode",
+    ),
+    *(
+        "train_seq_len",
+        "init_from",
+        "diffusion_anneal_frac",
+    ),  # the last two are what they are by default
 )
 
 
@@ -53,19 +80,33 @@ def fail(message: str) -> NoReturn:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifact", type=Path, help="what to fine-tune: final_model.int8.ptz of train_gpt.py")
-    parser.add_argument("--rank", type=int, help="rank of every update (default: LORA_RANK, or 8 without it)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "artifact", type=Path, help="what to fine-tune: final_model.int8.ptz of train_gpt.py"
+    )
+    parser.add_argument(
+        "--rank", type=int, help="rank of every update (default: LORA_RANK, or 8 without it)"
+    )
     parser.add_argument("--out", type=Path, default=Path("adapter.ptz"), help="default %(default)s")
-    parser.add_argument("--window", type=int, help="window size of the bound (default 16, or T where 16 does not fit)")
+    parser.add_argument(
+        "--window",
+        type=int,
+        help="window size of the bound (default 16, or T where 16 does not fit)",
+    )
     args = parser.parse_args(argv)
     if args.rank is None and not (text := os.environ.get("LORA_RANK", "8")).isdecimal():
-        parser.error(f"LORA_RANK={text!r} must be a whole number from 1; set another, or name one by --rank")
+        parser.error(
+            f"LORA_RANK={text!r} must be a whole number from 1; set another, or name one by --rank"
+        )
     args.rank = int(text) if args.rank is None else args.rank
     return args
 
 
-# 1  ADAPTER -- low-rank updates of a frozen model, their file, and the way back =======================================
+# ==============================================================================
+# 1  ADAPTER -- low-rank updates of a frozen model, their file, and the way back
+# ==============================================================================
 
 
 class LowRank(nn.Module):
@@ -77,8 +118,12 @@ class LowRank(nn.Module):
     def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
         super().__init__()
         rows, columns = weight.shape
-        start = torch.empty(rank, columns).uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
-        self.lora_a = nn.Parameter(start.to(weight.device))  # (rank, columns); names that GROUPS trains by Adam
+        start = torch.empty(rank, columns).uniform_(
+            -(columns**-0.5), columns**-0.5, generator=generator
+        )
+        self.lora_a = nn.Parameter(
+            start.to(weight.device)
+        )  # (rank, columns); names that GROUPS trains by Adam
         self.lora_b = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -106,18 +151,31 @@ def add_updates(model: tg.GPT, rank: int, seed: int) -> None:
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for module in found:
-        parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank, generator))
+        parametrize.register_parametrization(
+            module, "weight", LowRank(module.weight, rank, generator)
+        )
 
 
 def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def save_adapter(path: Path, weights: Mapping[str, Tensor], cfg: tg.Config, rank: int, artifact: Path) -> int:
+def save_adapter(
+    path: Path, weights: Mapping[str, Tensor], cfg: tg.Config, rank: int, artifact: Path
+) -> int:
     """Write the trained updates of a model with such `weights`, fp16; return the file's bytes."""
     mark = ".parametrizations.weight.0."
-    tensors = {name.replace(mark, "."): w.detach().cpu().half() for name, w in weights.items() if mark in name}
-    about = {"format": FORMAT, "artifact_sha256": sha256_of(artifact), "rank": rank, "config": dataclasses.asdict(cfg)}
+    tensors = {
+        name.replace(mark, "."): w.detach().cpu().half()
+        for name, w in weights.items()
+        if mark in name
+    }
+    about = {
+        "format": FORMAT,
+        "artifact_sha256": sha256_of(artifact),
+        "rank": rank,
+        "config": dataclasses.asdict(cfg),
+    }
     buffer = io.BytesIO()
     torch.save(about | {"tensors": tensors}, buffer)
     data = zlib.compress(buffer.getvalue(), 9)
@@ -129,7 +187,9 @@ def read_adapter(path: Path) -> dict[str, Any]:
     """Unpack an adapter without running code of the file."""
     unpacker = zlib.decompressobj()
     raw = unpacker.decompress(path.read_bytes(), MOST_BYTES)
-    payload = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True) if unpacker.eof else None
+    payload = (
+        torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True) if unpacker.eof else None
+    )
     if payload is None or payload["format"] != FORMAT:
         raise ValueError("truncated" if payload is None else f"its format is not {FORMAT!r}")
     return dict(payload)
@@ -148,36 +208,55 @@ def load_adapter(path: Path, model: tg.GPT, artifact: Path) -> dict[str, Any]:
     again = f"train one: python scripts/finetune.py {artifact}"
     try:
         about = read_adapter(path)
-        tensors, own, found = about.pop("tensors"), dict(matrices(model)), sha256_of(artifact)
+        tensors = about.pop("tensors")
+        own = dict(matrices(model))
+        found = sha256_of(artifact)
         if about["artifact_sha256"] == found:
-            updates = {name: tensors[f"{name}.lora_b"].float() @ tensors[f"{name}.lora_a"].float() for name in own}
-            if len(tensors) != 2 * len(own) or any(updates[n].shape != m.weight.shape for n, m in own.items()):
+            updates = {
+                name: tensors[f"{name}.lora_b"].float() @ tensors[f"{name}.lora_a"].float()
+                for name in own
+            }
+            if len(tensors) != 2 * len(own) or any(
+                updates[n].shape != m.weight.shape for n, m in own.items()
+            ):
                 raise ValueError("its updates do not fit the matrices")
-    except Exception as error:  # zlib, zipfile, pickle and torch each fail in their own ways on foreign bytes
+    except (
+        Exception
+    ) as error:  # zlib, zipfile, pickle and torch each fail in their own ways on foreign bytes
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise tg.UserError(
             f"adapter {path} is missing, damaged or not ours ({why}); copy it again, or {again}"
         ) from error
     if about["artifact_sha256"] != found:
         theirs = f"{about['artifact_sha256'][:12]}, that of {artifact} is {found[:12]}"
-        fail(f"adapter {path} belongs to another artifact: its SHA-256 is {theirs}; name that artifact, or {again}")
+        fail(
+            f"adapter {path} belongs to another artifact: its SHA-256 is {theirs}; name that "
+            f"artifact, or {again}"
+        )
     for name, module in own.items():
         module.weight.add_(updates[name].to(module.weight.device))
     return about
 
 
-# 2  FINE-TUNING -- the training loop of train_gpt.py over a frozen model ==============================================
+# ==============================================================================
+# 2  FINE-TUNING -- the training loop of train_gpt.py over a frozen model
+# ==============================================================================
 
 
 def configure(model: tg.GPT, env: Mapping[str, str]) -> tuple[tg.Config, dict[str, str], list[str]]:
-    """Take what a model is from the artifact, all else from the environment; as train_gpt.Config.from_env.
+    """Take what a model is from the artifact, all else from the environment; as
+    train_gpt.Config.from_env.
 
     Raises:
-        UserError: no DATA_PATH, a setting of the environment contradicts the artifact, or the loss needs a denoiser
+        UserError: no DATA_PATH, a setting of the environment contradicts the artifact, or the loss
+        needs a denoiser
             that it does not have.
     """
     if "DATA_PATH" not in env:
-        fail(f"DATA_PATH is not set, so there is no new text; name a folder of shards, made by: {tg.PREPARE}")
+        fail(
+            "DATA_PATH is not set, so there is no new text; name a folder of shards, made by: "
+            f"{tg.PREPARE}"
+        )
     default = tg.Config()
     made = ("init_from", "diffusion_anneal_frac")
     fixed = {name: getattr(default if name in made else model.cfg, name) for name in MODEL}
@@ -189,16 +268,30 @@ def configure(model: tg.GPT, env: Mapping[str, str]) -> tuple[tg.Config, dict[st
         except ValueError:
             same = False
         if not same:
-            faults.append(f"{name.upper()}={env[name.upper()]!r} is the artifact's, {fixed[name]!r}; leave it out")
+            faults.append(
+                f"{name.upper()}={env[name.upper()]!r} is the artifact's, {fixed[name]!r}; leave "
+                "it out"
+            )
     if faults:
         fail("\n".join(faults))
-    usual = {name.upper(): getattr(model.cfg, name) for name in ("recipe", "preset", "tokenizer_path")}
-    usual |= {"DIFFUSION_START_FRAC": "0", "DIFFUSION_START_STEP": "0"}  # its denoiser has begun long ago
-    text = {name.upper(): str(int(value)) if isinstance(value, bool) else str(value) for name, value in fixed.items()}
+    usual = {
+        name.upper(): getattr(model.cfg, name) for name in ("recipe", "preset", "tokenizer_path")
+    }
+    usual |= {
+        "DIFFUSION_START_FRAC": "0",
+        "DIFFUSION_START_STEP": "0",
+    }  # its denoiser has begun long ago
+    text = {
+        name.upper(): str(int(value)) if isinstance(value, bool) else str(value)
+        for name, value in fixed.items()
+    }
     cfg, source, warnings = tg.Config.from_env({**usual, **env, **text})
     if cfg.diffusion and not model.cfg.diffusion:
         why = "and this artifact has no denoiser (DIFFUSION_LOSS_WEIGHT=0)"
-        fail(f"RECIPE={cfg.recipe!r} trains windows, {why}; use RECIPE=ar, or give it one: INIT_FROM of train_gpt.py")
+        fail(
+            f"RECIPE={cfg.recipe!r} trains windows, {why}; use RECIPE=ar, or give it one: "
+            "INIT_FROM of train_gpt.py"
+        )
     return cfg, source | dict.fromkeys(MODEL, "artifact"), warnings
 
 
@@ -207,12 +300,19 @@ def bound_window(args: argparse.Namespace, cfg: tg.Config) -> int:
     T = cfg.train_seq_len
     size = args.window if args.window is not None else 16 if T % 16 == 0 else T
     if size < 1 or T % size:
-        fail(f"--window={size} must divide the {T} tokens of a row (TRAIN_SEQ_LEN); choose another, or leave it out")
+        fail(
+            f"--window={size} must divide the {T} tokens of a row (TRAIN_SEQ_LEN); choose another, "
+            "or leave it out"
+        )
     return int(size)
 
 
-def scores(model: tg.GPT, run: tg.Run, val: tg.TokenLoader, counter: tg.ByteCounter, size: int) -> dict[str, Any]:
-    """Score the validation split: exact bits per byte, and the bound with its standard error if there is a denoiser."""
+def scores(
+    model: tg.GPT, run: tg.Run, val: tg.TokenLoader, counter: tg.ByteCounter, size: int
+) -> dict[str, Any]:
+    """Score the validation split: exact bits per byte, and the bound with its standard error if
+    there is a denoiser.
+    """
     exact = tg.evaluate_bpb(model, run, val, counter)
     found: dict[str, Any] = {"val_bpb": exact["bpb"], "bound": None, "bound_se": None}
     if model.mask_emb is not None:  # RECIPE=ar trains no windows, but it moves them
@@ -222,23 +322,30 @@ def scores(model: tg.GPT, run: tg.Run, val: tg.TokenLoader, counter: tg.ByteCoun
 
 
 def finetune(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]:
-    """Train updates, write them, load them beside the artifact and score both; empty where this is not rank 0."""
+    """Train updates, write them, load them beside the artifact and score both; empty where this is
+    not rank 0.
+    """
     model, expected = tg.load_artifact(args.artifact, torch.device("cpu"))
     cfg, source, warnings = configure(model, env)
     size, sha256 = bound_window(args, cfg), sha256_of(args.artifact)
-    loader, val, counter = tg.TokenLoader(cfg, "train"), tg.TokenLoader(cfg, "val"), tg.ByteCounter(cfg)
+    loader = tg.TokenLoader(cfg, "train")
+    val = tg.TokenLoader(cfg, "val")
+    counter = tg.ByteCounter(cfg)
     if counter.sha256 != expected:
         fail(
             f"TOKENIZER_PATH={cfg.tokenizer_path!r} (SHA-256 {counter.sha256[:12]}) is not the tokenizer "
             f"{args.artifact} was trained with ({expected[:12]}); name that one, and prepare the text with it"
         )
-    name = f"{cfg.path('', '').name}_finetune_{sha256[:8]}_r{args.rank}"  # a checkpoint is of one artifact and rank
+    # A checkpoint is of one artifact and rank.
+    name = f"{cfg.path('', '').name}_finetune_{sha256[:8]}_r{args.rank}"
     cfg = dataclasses.replace(cfg, run_id=name)
     add_updates(model, args.rank, cfg.seed)
     model.cfg = cfg
     with tg.Run.start(cfg) as run:
         run.header(source, warnings)
-        run.log.event("data", train_tokens=loader.total, val_tokens=val.total, train_shards=len(loader.paths))
+        run.log.event(
+            "data", train_tokens=loader.total, val_tokens=val.total, train_shards=len(loader.paths)
+        )
         before = scores(model.to(run.device), run, val, counter, size)  # the updates are zero
         run.log.event("before", artifact=str(args.artifact), sha256=sha256, window=size, **before)
         state = tg.TrainState(cfg, run, loader, model)
@@ -250,9 +357,22 @@ def finetune(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]
         tuned, _ = tg.load_artifact(args.artifact, run.device)
         load_adapter(args.out, tuned, args.artifact)  # what is scored is the file
         after = scores(tuned, run, val, counter, size)
-        result = {"artifact": str(args.artifact), "adapter": str(args.out), "rank": args.rank, "recipe": cfg.recipe}
-        result |= {"adapter_bytes": args.out.stat().st_size, "artifact_bytes": args.artifact.stat().st_size}
-        result |= {"steps": state.step, "train_seconds": state.seconds, "window": size, "log": str(run.log.path)}
+        result = {
+            "artifact": str(args.artifact),
+            "adapter": str(args.out),
+            "rank": args.rank,
+            "recipe": cfg.recipe,
+        }
+        result |= {
+            "adapter_bytes": args.out.stat().st_size,
+            "artifact_bytes": args.artifact.stat().st_size,
+        }
+        result |= {
+            "steps": state.step,
+            "train_seconds": state.seconds,
+            "window": size,
+            "log": str(run.log.path),
+        }
         run.log.event("after", **after, **result)
         return {**result, "before": before, "after": after} if run.rank == 0 else {}
 
@@ -263,8 +383,13 @@ def show(result: dict[str, Any]) -> None:
     print(f"val_bpb               {before['val_bpb']:.4f} -> {after['val_bpb']:.4f}")
     if before["bound"] is not None:
         errors = f"s.e. {before['bound_se']:.4f}, {after['bound_se']:.4f}"
-        print(f"bound, window {result['window']:<7} {before['bound']:.4f} -> {after['bound']:.4f}  ({errors})")
-    print(f"adapter {result['adapter']} of {result['adapter_bytes']:,} bytes, rank {result['rank']}")
+        print(
+            f"bound, window {result['window']:<7} {before['bound']:.4f} -> {after['bound']:.4f}  "
+            f"({errors})"
+        )
+    print(
+        f"adapter {result['adapter']} of {result['adapter_bytes']:,} bytes, rank {result['rank']}"
+    )
     print(json.dumps(result, allow_nan=False))
 
 

@@ -1,12 +1,14 @@
 """Turn text into the token shards that train_gpt.py reads, with their tokenizer and a manifest.
 
-    python scripts/prepare_data.py                                           the Python standard library; no network
-    python scripts/prepare_data.py --source files --out data/books --tokenizer bpe.model 'books/*.jsonl.xz'
-    python scripts/prepare_data.py --source fineweb --train-shards 10        the challenge's published export
-    python scripts/prepare_data.py --source fineweb --variant sp8192 --repo OWNER/NAME      with another tokenizer
+    python scripts/prepare_data.py                 the Python standard library; no network
+    python scripts/prepare_data.py --source files --out data/books --tokenizer bpe.model \\
+        'books/*.jsonl.xz'
+    python scripts/prepare_data.py --source fineweb --train-shards 10      the challenge's export
+    python scripts/prepare_data.py --source fineweb --variant sp8192 --repo OWNER/NAME
 
-A shard is a header of 256 little-endian int32 (magic, version, number of tokens, zeros) and then that many uint16
-tokens; every document begins with BOS. The same text, settings and SentencePiece version give the same bytes.
+A shard is a header of 256 little-endian int32 (magic, version, number of tokens, zeros) and then
+that many uint16 tokens; every document begins with BOS. The same text, settings and SentencePiece
+version give the same bytes.
 """
 
 from __future__ import annotations
@@ -36,20 +38,23 @@ if TYPE_CHECKING:
     import numpy as np
     import sentencepiece as spm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # train_gpt.py lies beside this folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
 
 Item = TypeVar("Item")
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
-STAGING, DOWNLOADS = ".staging", ".download"  # folders inside --out that a finished command leaves no trace of
+STAGING, DOWNLOADS = ".staging", ".download"  # folders inside --out, removed at the end
 SETTINGS = "settings.json"  # in DOWNLOADS: what is being downloaded
 MAX_VOCAB = 65_535  # tokens are uint16
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 SAMPLE_BYTES = 8_000_000  # of training text that a tokenizer is fitted to; trains in seconds
 BATCH_BYTES = 4_000_000  # of text encoded at a time
-MAX_DOCUMENT = 16_000_000  # bytes; encoding takes about 45 bytes of memory for each byte of a document
+MAX_DOCUMENT = (
+    16_000_000  # bytes; encoding takes about 45 bytes of memory for each byte of a document
+)
 STDLIB_MAX_BYTES = 24_000_000
-SPACE_MARK = "\u2581"  # stands for a space inside SentencePiece, which therefore cannot tell it from one
+SPACE_MARK = "\u2581"  # a space inside SentencePiece, which cannot tell the two apart
 HUB_REPO, HUB_ROOT = "willdepueoai/parameter-golf", "datasets"  # of the challenge; its root folder
 VARIANTS = {"sp1024": 1024, "sp4096": 4096, "sp8192": 8192}  # pieces of the tokenizer
 
@@ -62,29 +67,59 @@ def fail(message: str) -> NoReturn:
 
 
 def reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
+    return (
+        getattr(error, "strerror", None)
+        or " ".join(str(error).split())[:300]
+        or type(error).__name__
+    )
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", choices=list(SOURCES), default="stdlib", help="where text comes from")
-    parser.add_argument("patterns", nargs="*", metavar="GLOB", help="files: JSONL with a text field, or plain text")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--source", choices=list(SOURCES), default="stdlib", help="where text comes from"
+    )
+    parser.add_argument(
+        "patterns", nargs="*", metavar="GLOB", help="files: JSONL with a text field, or plain text"
+    )
     parser.add_argument("--files", nargs="+", default=[], metavar="GLOB", help="the same as GLOB")
     parser.add_argument("--out", type=Path, help="folder to write; default ./data/SOURCE")
-    parser.add_argument("--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model, train none")
     parser.add_argument(
-        "--vocab-size", type=int, default=1024, help="pieces of a trained tokenizer (default %(default)s)"
+        "--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model, train none"
     )
-    parser.add_argument("--val-percent", type=float, help="share of documents held out (default: stdlib 5, files 2)")
     parser.add_argument(
-        "--shard-tokens", type=int, default=100_000_000, help="most tokens a shard (default %(default)s)"
+        "--vocab-size",
+        type=int,
+        default=1024,
+        help="pieces of a trained tokenizer (default %(default)s)",
     )
-    parser.add_argument("--max-bytes", type=int, help=f"stdlib: most bytes of text (default {STDLIB_MAX_BYTES})")
-    parser.add_argument("--train-shards", type=int, help="fineweb: how many training shards (default 1)")
-    parser.add_argument("--variant", choices=VARIANTS, help="fineweb: which tokenizer (default sp1024)")
-    parser.add_argument("--repo", metavar="OWNER/NAME", help=f"fineweb: dataset repository (default {HUB_REPO})")
-    parser.add_argument("--force", action="store_true", help="replace the shards of another manifest in --out")
+    parser.add_argument(
+        "--val-percent", type=float, help="share of documents held out (default: stdlib 5, files 2)"
+    )
+    parser.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=100_000_000,
+        help="most tokens a shard (default %(default)s)",
+    )
+    parser.add_argument(
+        "--max-bytes", type=int, help=f"stdlib: most bytes of text (default {STDLIB_MAX_BYTES})"
+    )
+    parser.add_argument(
+        "--train-shards", type=int, help="fineweb: how many training shards (default 1)"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace the shards of another manifest in --out"
+    )
+    parser.add_argument(
+        "--variant", choices=VARIANTS, help="fineweb: which tokenizer (default sp1024)"
+    )
+    parser.add_argument(
+        "--repo", metavar="OWNER/NAME", help=f"fineweb: dataset repository (default {HUB_REPO})"
+    )
     args = parser.parse_args(argv)
     args.patterns += args.files
     complete(parser, args)
@@ -92,7 +127,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Fill in defaults that depend on the source; exits with 2 on options that do not fit it or each other."""
+    """Fill in defaults that depend on the source; exits with 2 on options that do not fit."""
     of_source = {"patterns": "files", "max_bytes": "stdlib"}
     of_source |= dict.fromkeys(("train_shards", "variant", "repo"), "fineweb")
     for name, source in of_source.items():
@@ -102,9 +137,15 @@ def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.source == "files" and not args.patterns:
         parser.error("--source files needs at least one GLOB, as in 'books/*.jsonl'")
     if args.repo and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo):
-        parser.error(f"--repo={args.repo} must be OWNER/NAME of a dataset repository, as in {HUB_REPO}")
-    args.out = args.out or Path("data") / "_".join([args.source, *([args.variant] if args.variant else [])])
-    args.val_percent = {"stdlib": 5.0}.get(args.source, 2.0) if args.val_percent is None else args.val_percent
+        parser.error(
+            f"--repo={args.repo} must be OWNER/NAME of a dataset repository, as in {HUB_REPO}"
+        )
+    args.out = args.out or Path("data") / "_".join(
+        [args.source, *([args.variant] if args.variant else [])]
+    )
+    args.val_percent = (
+        {"stdlib": 5.0}.get(args.source, 2.0) if args.val_percent is None else args.val_percent
+    )
     args.max_bytes = STDLIB_MAX_BYTES if args.max_bytes is None else args.max_bytes
     args.train_shards = 1 if args.train_shards is None else args.train_shards
     for name, low, high in (
@@ -115,7 +156,9 @@ def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         ("train_shards", 1, 1_000_000),
     ):
         if not low <= getattr(args, name) <= high:
-            parser.error(f"--{name.replace('_', '-')}={getattr(args, name)} must lie in {low}..{high}")
+            parser.error(
+                f"--{name.replace('_', '-')}={getattr(args, name)} must lie in {low}..{high}"
+            )
 
 
 # ==============================================================================
@@ -144,7 +187,9 @@ class Corpus:
     skipped: dict[str, int] = field(default_factory=dict)
 
     def usable(self) -> Iterator[tuple[Document, bytes]]:
-        """Yield every document that has tokens, with the SHA-256 of its text; count the others in `skipped`."""
+        """Yield every document that has tokens, with the SHA-256 of its text; count the others in
+        `skipped`.
+        """
         empty = marked = 0
         for document in self.documents():
             if not document.text.strip():
@@ -157,11 +202,13 @@ class Corpus:
                 except UnicodeEncodeError as error:
                     char = hex(ord(document.text[error.start]))
                     fail(
-                        f"{document.place}: text holds half a surrogate pair ({char}), which is no character; remove it"
+                        f"{document.place}: text holds half a surrogate pair ({char}), which is no "
+                        "character; remove it"
                     )
                 if len(data) > MAX_DOCUMENT:
                     fail(
-                        f"{document.place}: one document of {len(data):,} bytes, more than {MAX_DOCUMENT:,}; cut it "
+                        f"{document.place}: one document of {len(data):,} bytes, more than "
+                        f"{MAX_DOCUMENT:,}; cut it "
                         "into several files or JSONL lines"
                     )
                 yield document, hashlib.sha256(data).digest()
@@ -176,18 +223,24 @@ def read_bytes(path: Path) -> bytes:
 
 
 def stdlib_corpus(root: Path, max_bytes: int, val_percent: float) -> Corpus:
-    """Collect the Python files and texts of a standard library, without duplicates, up to `max_bytes`.
+    """Collect the Python files and texts of a standard library, without duplicates, up to
+    `max_bytes`.
 
-    Documents come in order of the SHA-256 of their text, which is also the order they are dropped in at the cap, so
-    the choice and the mixture depend on the library alone. Files that are not UTF-8 are counted and left out.
+    Documents come in order of the SHA-256 of their text, which is also the order they are dropped
+    in at the cap, so the choice and the mixture depend on the library alone. Files that are not
+    UTF-8 are counted and left out.
     """
     chosen: dict[bytes, Document] = {}
     foreign = found = total = 0
     for path in sorted(root.rglob("*")):
         parts = path.relative_to(root).parts
-        if path.suffix not in (".py", ".rst", ".txt") or {"site-packages", "dist-packages"} & set(parts):
+        if path.suffix not in (".py", ".rst", ".txt") or {"site-packages", "dist-packages"} & set(
+            parts
+        ):
             continue
-        if parts[:3] == ("lib2to3", "tests", "data") or not path.is_file():  # files that are wrong on purpose
+        if (
+            parts[:3] == ("lib2to3", "tests", "data") or not path.is_file()
+        ):  # files that are wrong on purpose
             continue
         found += 1
         try:
@@ -226,9 +279,14 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     """List the files of all patterns, in the order of the patterns, each once."""
     paths: dict[Path, None] = {}
     for pattern in patterns:
-        matches = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
+        matches = sorted(
+            Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file()
+        )
         if not matches:
-            fail(f"GLOB {pattern!r} matches no file in {Path.cwd()}; check the spelling, and quote it in the shell")
+            fail(
+                f"GLOB {pattern!r} matches no file in {Path.cwd()}; check the spelling, and quote "
+                "it in the shell"
+            )
         paths |= dict.fromkeys(matches)
     return list(paths)
 
@@ -246,18 +304,29 @@ def read_jsonl(path: Path) -> Iterator[Document]:
         with open_jsonl(path) as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield Document(text_field(line, f"{path}, line {number}"), f"{path}, line {number}")
+                    yield Document(
+                        text_field(line, f"{path}, line {number}"), f"{path}, line {number}"
+                    )
     except (OSError, EOFError, lzma.LZMAError) as error:
-        fail(f"{path} cannot be read after line {number} ({reason(error)}); copy or compress it again")
+        fail(
+            f"{path} cannot be read after line {number} ({reason(error)}); copy or compress it "
+            "again"
+        )
 
 
 def text_field(line: bytes, place: str) -> str:
     try:
         row = json.loads(line)
     except ValueError as error:  # also where the bytes are not UTF-8
-        fail(f'{place}: not JSON ({reason(error)}); each line must be an object such as {{"text": "..."}}')
+        fail(
+            f'{place}: not JSON ({reason(error)}); each line must be an object such as {{"text": "..."}}'
+        )
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        held = f"fields {', '.join(map(repr, row)) or 'none'}" if isinstance(row, dict) else f"a {type(row).__name__}"
+        held = (
+            f"fields {', '.join(map(repr, row)) or 'none'}"
+            if isinstance(row, dict)
+            else f"a {type(row).__name__}"
+        )
         fail(f'{place}: holds {held}, needs a string field "text"; rename or add it')
     return str(row["text"])
 
@@ -270,7 +339,10 @@ def read_files(paths: Sequence[Path]) -> Iterator[Document]:
         try:
             yield Document(read_bytes(path).decode("utf-8"), str(path))
         except UnicodeDecodeError as error:
-            fail(f"{path} is not UTF-8 text (byte {error.start}); convert it, or leave it out of GLOB")
+            fail(
+                f"{path} is not UTF-8 text (byte {error.start}); convert it, or leave it out of "
+                "GLOB"
+            )
 
 
 def file_sha256(path: Path) -> str:
@@ -282,10 +354,16 @@ def file_sha256(path: Path) -> str:
 
 
 def files_corpus(patterns: Sequence[str], val_percent: float) -> Corpus:
-    """Read JSONL files (one document a line) and any other files (one document each), in the order named."""
+    """Read JSONL files (one document a line) and any other files (one document each), in the order
+    named.
+    """
     paths = find_files(patterns)
     digest = hashlib.sha256("".join(file_sha256(path) for path in paths).encode()).hexdigest()
-    inputs = {"files": len(paths), "bytes": sum(path.stat().st_size for path in paths), "sha256": digest}
+    inputs = {
+        "files": len(paths),
+        "bytes": sum(path.stat().st_size for path in paths),
+        "sha256": digest,
+    }
     limit = round(256 * val_percent / 100)
     return Corpus("files", lambda: read_files(paths), lambda key: key[0] < limit, inputs)
 
@@ -296,7 +374,8 @@ def files_corpus(patterns: Sequence[str], val_percent: float) -> Corpus:
 
 
 def training_sample(corpus: Corpus, max_bytes: int) -> list[str]:
-    """Choose training documents of about `max_bytes` in all, by hash, in one pass and bounded memory.
+    """Choose training documents of about `max_bytes` in all, by hash, in one pass and bounded
+    memory.
 
     Raises:
         UserError: a split is empty.
@@ -308,7 +387,8 @@ def training_sample(corpus: Corpus, max_bytes: int) -> list[str]:
         if corpus.is_val(key):
             continue
         size = len(document.text.encode())
-        # other bytes than the ones that split, or the sample would lean towards one end of the training part
+        # other bytes than the ones that split, or the sample would lean towards one end of the
+        # training part
         heapq.heappush(heap, (-int.from_bytes(key[8:16], "big"), size, document.text))
         total += size
         while total - heap[0][1] >= max_bytes:
@@ -320,8 +400,8 @@ def training_sample(corpus: Corpus, max_bytes: int) -> list[str]:
 def train_tokenizer(sample: Sequence[str], vocab_size: int) -> bytes:
     """Train a BPE that gives every text back unchanged, and return its model file.
 
-    A newline is a piece of its own and no other piece crosses it; runs of spaces may be pieces, for indentation; what
-    is outside the alphabet is spelled in UTF-8 bytes.
+    A newline is a piece of its own and no other piece crosses it; runs of spaces may be pieces, for
+    indentation; what is outside the alphabet is spelled in UTF-8 bytes.
     """
     import sentencepiece as spm
 
@@ -362,8 +442,10 @@ def train_tokenizer(sample: Sequence[str], vocab_size: int) -> bytes:
         )
     except (RuntimeError, OSError) as error:
         fail(
-            f"--vocab-size={vocab_size} does not fit this text ({reason(error).split('] ')[-1]}): 261 pieces are fixed "
-            "(4 control, 256 bytes, newline), each common character needs one, and merges are limited by the text; "
+            f"--vocab-size={vocab_size} does not fit this text ({reason(error).split('] ')[-1]}): "
+            "261 pieces are fixed "
+            "(4 control, 256 bytes, newline), each common character needs one, and merges are "
+            "limited by the text; "
             "change it or add text"
         )
     return model.getvalue()
@@ -378,12 +460,20 @@ def load_tokenizer(data: bytes, name: str) -> spm.SentencePieceProcessor:
     import sentencepiece as spm
 
     try:
-        tokenizer = spm.SentencePieceProcessor(model_proto=data or b"empty")  # without a model it would not complain
+        tokenizer = spm.SentencePieceProcessor(
+            model_proto=data or b"empty"
+        )  # without a model it would not complain
         size, bos = tokenizer.vocab_size(), tokenizer.bos_id()
     except (RuntimeError, OSError) as error:
-        fail(f"{name} is not a SentencePiece model ({reason(error)}); name another, or train one without --tokenizer")
+        fail(
+            f"{name} is not a SentencePiece model ({reason(error)}); name another, or train one "
+            "without --tokenizer"
+        )
     if size > MAX_VOCAB:
-        fail(f"{name} has {size:,} pieces, uint16 shards hold at most {MAX_VOCAB:,}; use a smaller vocabulary")
+        fail(
+            f"{name} has {size:,} pieces, uint16 shards hold at most {MAX_VOCAB:,}; use a smaller "
+            "vocabulary"
+        )
     if bos < 0:
         fail(f"{name} has no BOS piece, which opens every document; train it with bos_id=1")
     return tokenizer
@@ -395,24 +485,27 @@ def check_roundtrip(
     """Decode what was encoded and compare.
 
     Args:
-        tokenizer: the model that made `ids`.
-        batch: the documents.
-        ids: one int array a document.
-        exact: the text must come back unchanged. Otherwise the tokenizer may normalise it (fold white space, say),
+        tokenizer: the model that made `ids`. batch: the documents. ids: one int array a document.
+        exact: the text must come back unchanged. Otherwise the tokenizer may normalise it (fold
+        white space, say),
             but doing so again must change nothing.
     """
     texts, threads = tokenizer.decode(ids, num_threads=num_threads()), num_threads()
     expected = [document.text for document in batch]
     if not exact:
         expected = texts
-        texts = tokenizer.decode(tokenizer.encode(texts, out_type="numpy", num_threads=threads), num_threads=threads)
+        texts = tokenizer.decode(
+            tokenizer.encode(texts, out_type="numpy", num_threads=threads), num_threads=threads
+        )
     for document, before, after in zip(batch, expected, texts, strict=True):
         if before != after:
             pairs = enumerate(zip(before, after, strict=False))
             at = next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
             fail(
-                f"{document.place}: the tokenizer does not give the text back: {before[at : at + 20]!r} became "
-                f"{after[at : at + 20]!r} at character {at:,}; leave the document out or use another --tokenizer"
+                f"{document.place}: the tokenizer does not give the text back: "
+                f"{before[at : at + 20]!r} became "
+                f"{after[at : at + 20]!r} at character {at:,}; leave the document out or use "
+                "another --tokenizer"
             )
 
 
@@ -429,7 +522,9 @@ class ShardWriter:
     """Write the tokens of one split into consecutive shards of at most `limit` tokens."""
 
     def __init__(self, folder: Path, prefix: str, limit: int) -> None:
-        self.folder, self.prefix, self.limit = folder, prefix, limit
+        self.folder = folder
+        self.prefix = prefix
+        self.limit = limit
         self.file: IO[bytes] | None = None
         self.held = 0  # tokens in the open shard
         self.documents = self.tokens = self.bytes = 0
@@ -437,7 +532,11 @@ class ShardWriter:
 
     def add(self, tokens: np.ndarray[Any, Any], num_bytes: int) -> None:
         """Append one document, BOS included; it may run on into the next shard."""
-        self.documents, self.tokens, self.bytes = self.documents + 1, self.tokens + len(tokens), self.bytes + num_bytes
+        self.documents, self.tokens, self.bytes = (
+            self.documents + 1,
+            self.tokens + len(tokens),
+            self.bytes + num_bytes,
+        )
         while len(tokens):
             if self.file is None or self.held == self.limit:
                 self.open_next()
@@ -467,7 +566,9 @@ class ShardWriter:
     def abandon(self) -> None:
         """Let go of a shard that an error left open."""
         if self.file is not None:
-            with contextlib.suppress(OSError):  # the disk may be full: that is being reported already
+            with contextlib.suppress(
+                OSError
+            ):  # the disk may be full: that is being reported already
                 self.file.close()
 
 
@@ -485,7 +586,9 @@ def progress(items: Iterable[Item], label: str, unit: str) -> Iterator[Item]:
     """Pass items through, with a bar on a terminal."""
     from tqdm import tqdm
 
-    yield from tqdm(items, desc=label, unit=f" {unit}", disable=not sys.stderr.isatty(), file=sys.stderr)
+    yield from tqdm(
+        items, desc=label, unit=f" {unit}", disable=not sys.stderr.isatty(), file=sys.stderr
+    )
 
 
 def batches(items: Iterator[tuple[Document, bytes]]) -> Iterator[list[tuple[Document, bytes]]]:
@@ -503,7 +606,11 @@ def batches(items: Iterator[tuple[Document, bytes]]) -> Iterator[list[tuple[Docu
 
 
 def encode_corpus(
-    corpus: Corpus, tokenizer: spm.SentencePieceProcessor, exact: bool, folder: Path, shard_tokens: int
+    corpus: Corpus,
+    tokenizer: spm.SentencePieceProcessor,
+    exact: bool,
+    folder: Path,
+    shard_tokens: int,
 ) -> dict[str, ShardWriter]:
     """Write all shards of a corpus into a folder; return the closed writers of both splits.
 
@@ -512,14 +619,19 @@ def encode_corpus(
     """
     import numpy as np
 
-    writers = {split: ShardWriter(folder, f"{corpus.name}_{split}", shard_tokens) for split in ("train", "val")}
+    writers = {
+        split: ShardWriter(folder, f"{corpus.name}_{split}", shard_tokens)
+        for split in ("train", "val")
+    }
     bos = np.array([tokenizer.bos_id()])
     with contextlib.ExitStack() as stack:
         for writer in writers.values():
             stack.callback(writer.abandon)
         for batch in batches(progress(corpus.usable(), "encode", "documents")):
             documents = [document for document, _ in batch]
-            ids = tokenizer.encode([d.text for d in documents], out_type="numpy", num_threads=num_threads())
+            ids = tokenizer.encode(
+                [d.text for d in documents], out_type="numpy", num_threads=num_threads()
+            )
             check_roundtrip(tokenizer, documents, ids, exact)
             for (document, key), tokens in zip(batch, ids, strict=True):
                 writer = writers["val" if corpus.is_val(key) else "train"]
@@ -536,7 +648,8 @@ def check_splits(documents: dict[str, int]) -> None:
     for split, other, remedy in (("train", "val", "lower"), ("val", "train", "raise")):
         if not documents[split]:
             fail(
-                f"the {split} split is empty: all {documents[other]} documents fell into {other}; {remedy} "
+                f"the {split} split is empty: all {documents[other]} documents fell into {other}; "
+                f"{remedy} "
                 "--val-percent or add documents (a plain text file counts as one)"
             )
 
@@ -557,12 +670,18 @@ def build(corpus: Corpus, settings: dict[str, Any], args: argparse.Namespace) ->
         name = f"--tokenizer={args.tokenizer}" if args.tokenizer else "the new tokenizer"
         tokenizer = load_tokenizer(model, name)
         (staging / TOKENIZER).write_bytes(model)
-        writers = encode_corpus(corpus, tokenizer, args.tokenizer is None, staging, args.shard_tokens)
+        writers = encode_corpus(
+            corpus, tokenizer, args.tokenizer is None, staging, args.shard_tokens
+        )
         manifest = {
             "settings": settings,
-            "tokenizer": {"sha256": hashlib.sha256(model).hexdigest(), "vocab_size": tokenizer.vocab_size()},
+            "tokenizer": {
+                "sha256": hashlib.sha256(model).hexdigest(),
+                "vocab_size": tokenizer.vocab_size(),
+            },
             "splits": {
-                split: {"documents": w.documents, "tokens": w.tokens, "bytes": w.bytes} for split, w in writers.items()
+                split: {"documents": w.documents, "tokens": w.tokens, "bytes": w.bytes}
+                for split, w in writers.items()
             },
             "skipped": dict(sorted(corpus.skipped.items())),
             "files": {name: row for w in writers.values() for name, row in w.files.items()},
@@ -571,7 +690,8 @@ def build(corpus: Corpus, settings: dict[str, Any], args: argparse.Namespace) ->
         install(staging, args.out, list(manifest["files"]))
     except OSError as error:
         fail(
-            f"--out={args.out} could not be written ({reason(error)}); shards that were there are intact: free "
+            f"--out={args.out} could not be written ({reason(error)}); shards that were there are "
+            "intact: free "
             "space or name another folder"
         )
     finally:
@@ -607,10 +727,15 @@ def refuse_other(out: Path, old: dict[str, Any], settings: dict[str, Any]) -> No
     before = old.get("settings", {})
     if not shards_in(out) or before == settings:
         return
-    keys = [key for key in dict.fromkeys([*settings, *before]) if settings.get(key) != before.get(key)]
-    differing = "; ".join(f"{key} {short(before.get(key))} -> {short(settings.get(key))}" for key in keys)
+    keys = [
+        key for key in dict.fromkeys([*settings, *before]) if settings.get(key) != before.get(key)
+    ]
+    differing = "; ".join(
+        f"{key} {short(before.get(key))} -> {short(settings.get(key))}" for key in keys
+    )
     fail(
-        f"--out={out} already holds shards made otherwise ({differing if before else 'no manifest'}); name another "
+        f"--out={out} already holds shards made otherwise "
+        f"({differing if before else 'no manifest'}); name another "
         "folder, or replace them with --force"
     )
 
@@ -621,11 +746,21 @@ def short(value: Any) -> str:
 
 
 def is_complete(out: Path, old: dict[str, Any], settings: dict[str, Any]) -> bool:
-    """Do the manifest's settings, and every file it lists, agree with what is asked and what is there?"""
-    if old.get("settings") != settings or {path.name for path in shards_in(out)} != old.get("files", {}).keys():
+    """Do the manifest's settings, and every file it lists, agree with what is asked and what is
+    there?
+    """
+    if (
+        old.get("settings") != settings
+        or {path.name for path in shards_in(out)} != old.get("files", {}).keys()
+    ):
         return False
-    wanted = {name: row["sha256"] for name, row in old["files"].items()} | {TOKENIZER: old["tokenizer"]["sha256"]}
-    return all((out / name).is_file() and file_sha256(out / name) == digest for name, digest in wanted.items())
+    wanted = {name: row["sha256"] for name, row in old["files"].items()} | {
+        TOKENIZER: old["tokenizer"]["sha256"]
+    }
+    return all(
+        (out / name).is_file() and file_sha256(out / name) == digest
+        for name, digest in wanted.items()
+    )
 
 
 def make_corpus(corpus: Corpus, args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
@@ -633,7 +768,9 @@ def make_corpus(corpus: Corpus, args: argparse.Namespace) -> tuple[dict[str, Any
     settings = {
         "source": corpus.name,
         "vocab_size": None if args.tokenizer else args.vocab_size,
-        "tokenizer": hashlib.sha256(read_bytes(args.tokenizer)).hexdigest() if args.tokenizer else None,
+        "tokenizer": hashlib.sha256(read_bytes(args.tokenizer)).hexdigest()
+        if args.tokenizer
+        else None,
         "val_percent": args.val_percent,
         "shard_tokens": args.shard_tokens,
         "inputs": corpus.inputs,
@@ -647,7 +784,9 @@ def make_corpus(corpus: Corpus, args: argparse.Namespace) -> tuple[dict[str, Any
 
 
 def make_stdlib(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    return make_corpus(stdlib_corpus(Path(sysconfig.get_paths()["stdlib"]), args.max_bytes, args.val_percent), args)
+    return make_corpus(
+        stdlib_corpus(Path(sysconfig.get_paths()["stdlib"]), args.max_bytes, args.val_percent), args
+    )
 
 
 def make_files(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
@@ -683,7 +822,7 @@ class Published(NamedTuple):
 
 
 def fetch(out: Path, export: Export, remote: str, again: bool = False) -> Path:
-    """Download one file of the published export; an interrupted download continues where it stopped.
+    """Download one file of the published export; rerun to resume an interrupted download.
 
     Args:
         out: the --out folder, in which a hidden folder receives the file.
@@ -696,7 +835,10 @@ def fetch(out: Path, export: Export, remote: str, again: bool = False) -> Path:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        fail("--source fineweb needs the package huggingface_hub: pip install -r requirements-dev.txt")
+        fail(
+            "--source fineweb needs the package huggingface_hub: pip install -r "
+            "requirements-dev.txt"
+        )
     path = Path(HUB_ROOT) / remote
     try:
         return Path(
@@ -711,9 +853,12 @@ def fetch(out: Path, export: Export, remote: str, again: bool = False) -> Path:
                 )
             )
         )
-    except Exception as error:  # the hub, its HTTP library and the disk each have a family of errors
+    except (
+        Exception
+    ) as error:  # the hub, its HTTP library and the disk each have a family of errors
         fail(
-            f"{remote} of {export.repo} could not be downloaded ({reason(error)}); check network and disk space, then "
+            f"{remote} of {export.repo} could not be downloaded ({reason(error)}); check network "
+            "and disk space, then "
             "run the same command again: finished shards are kept"
         )
 
@@ -722,7 +867,8 @@ def refuse_missing(export: Export, where: str, held: Iterable[str]) -> NoReturn:
     """Say that a repository lacks a variant, where it was looked for, and what is there."""
     names = ", ".join(sorted(held)) or "none"
     fail(
-        f"--variant={export.variant}: {export.repo} has no dataset {export.dataset} (looked for in {where}; it holds: "
+        f"--variant={export.variant}: {export.repo} has no dataset {export.dataset} (looked for in "
+        f"{where}; it holds: "
         f"{names}); name another --variant, or another repository by --repo OWNER/NAME"
     )
 
@@ -739,22 +885,30 @@ def list_files(export: Export) -> list[str]:
 
 
 def listed_shards(export: Export, files: Sequence[str]) -> Published:
-    """Count the shards of a repository without a manifest by their names; UserError: there are none."""
+    """Count shards by their names where there is no manifest; UserError: there are none."""
     folder = f"datasets/{export.dataset}/"
-    train, val = (sum(name.startswith(f"{folder}fineweb_{split}_") for name in files) for split in ("train", "val"))
+    train, val = (
+        sum(name.startswith(f"{folder}fineweb_{split}_") for name in files)
+        for split in ("train", "val")
+    )
     if not train or not val:
-        refuse_missing(export, f"{HUB_ROOT}/{folder}", {n.split("/")[1] for n in files if n.startswith("datasets/")})
+        refuse_missing(
+            export,
+            f"{HUB_ROOT}/{folder}",
+            {n.split("/")[1] for n in files if n.startswith("datasets/")},
+        )
     if export.tokenizer not in files:
         models = ", ".join(name for name in files if name.endswith(".model")) or "none"
         fail(
-            f"--variant={export.variant}: {export.repo} has no {HUB_ROOT}/{export.tokenizer} (its models: {models}); "
+            f"--variant={export.variant}: {export.repo} has no {HUB_ROOT}/{export.tokenizer} (its "
+            f"models: {models}); "
             "the shards need their tokenizer: name another repository by --repo OWNER/NAME"
         )
     return Published(train, val, export.tokenizer)
 
 
 def published_shards(out: Path, export: Export) -> Published:
-    """Ask the export's manifest, or without one the list of files, for the shards and the tokenizer."""
+    """Ask the manifest, or without one the list of files, for the shards and the tokenizer."""
     from train_gpt import UserError
 
     try:
@@ -770,12 +924,21 @@ def published_shards(out: Path, export: Export) -> Published:
         if export.dataset not in rows:
             refuse_missing(export, f"{HUB_ROOT}/{MANIFEST}", rows)
         entry = rows[export.dataset]
-        models = [row for row in manifest.get("tokenizers", []) if row.get("name") == entry.get("tokenizer_name")]
-        tokenizer = str(models[0].get("model_path") or export.tokenizer) if models else export.tokenizer
-        return Published(int(entry["stats"]["files_train"]), int(entry["stats"]["files_val"]), tokenizer)
+        models = [
+            row
+            for row in manifest.get("tokenizers", [])
+            if row.get("name") == entry.get("tokenizer_name")
+        ]
+        tokenizer = (
+            str(models[0].get("model_path") or export.tokenizer) if models else export.tokenizer
+        )
+        return Published(
+            int(entry["stats"]["files_train"]), int(entry["stats"]["files_val"]), tokenizer
+        )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         fail(
-            f"the manifest of {export.repo} does not describe {export.dataset} as expected ({type(error).__name__}: "
+            f"the manifest of {export.repo} does not describe {export.dataset} as expected "
+            f"({type(error).__name__}: "
             f"{reason(error)}); the export has changed: use --source files"
         )
 
@@ -793,7 +956,11 @@ def shard_fault(path: Path) -> str:
     if len(found) < SHARD_HEADER or found.tobytes() != header(int(found[2])):
         return f"{path} is not a token shard"
     held = (size - found.nbytes) / 2
-    return "" if 0 < found[2] == held else f"{path} announces {found[2]:,} tokens but holds {held:,.1f}"
+    return (
+        ""
+        if 0 < found[2] == held
+        else f"{path} announces {found[2]:,} tokens but holds {held:,.1f}"
+    )
 
 
 def fetch_shard(out: Path, export: Export, name: str) -> None:
@@ -810,11 +977,16 @@ def fetch_shard(out: Path, export: Export, name: str) -> None:
         os.replace(fetch(out, export, f"datasets/{export.dataset}/{name}", again), out / name)
     if fault := shard_fault(out / name):
         (out / name).unlink()
-        fail(f"{export.repo} or the way from it damaged a file twice: {fault}; run the same command again later")
+        fail(
+            f"{export.repo} or the way from it damaged a file twice: {fault}; run the same "
+            "command again later"
+        )
 
 
 def describe_shards(out: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Count tokens and documents of downloaded shards for the manifest; bytes of text are not known."""
+    """Count tokens and documents of downloaded shards for the manifest; bytes of text are not
+    known.
+    """
     import numpy as np
 
     from train_gpt import SHARD_HEADER
@@ -827,7 +999,8 @@ def describe_shards(out: Path, names: Sequence[str]) -> dict[str, Any]:
         row: dict[str, Any] = splits[name.split("_")[1]]
         if (worst := int(tokens.max())) >= tokenizer.vocab_size():
             fail(
-                f"{out / name} holds token {worst}, its tokenizer has {tokenizer.vocab_size()} pieces: shards and "
+                f"{out / name} holds token {worst}, its tokenizer has {tokenizer.vocab_size()} "
+                "pieces: shards and "
                 "tokenizer are of different variants; name another --repo, or an empty --out"
             )
         row["tokens"] += len(tokens)
@@ -842,7 +1015,9 @@ def describe_shards(out: Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 def make_fineweb(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    """Download the full val split and the first --train-shards training shards; finished shards are kept."""
+    """Download the full val split and the first --train-shards training shards; finished shards are
+    kept.
+    """
     out, old = args.out, read_manifest(args.out)
     export = Export(args.repo or HUB_REPO, args.variant or "sp1024")
     settings = {"source": "fineweb", "repo": export.repo, "dataset": export.dataset}
@@ -854,7 +1029,8 @@ def make_fineweb(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     held = {path.name for path in out.glob("*_train_*.bin")}
     if not args.force and held - wanted:
         fail(
-            f"--train-shards={args.train_shards} is fewer than the {len(held)} that --out={out} holds, and training "
+            f"--train-shards={args.train_shards} is fewer than the {len(held)} that --out={out} "
+            "holds, and training "
             "reads all of a folder; name another folder, or remove the others with --force"
         )
     faults = [shard_fault(out / name) for name in old.get("files", {})]
@@ -863,7 +1039,10 @@ def make_fineweb(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     try:
         return download(out, export, settings, sorted(wanted), renew=begun != settings), False
     except OSError as error:
-        fail(f"--out={out} could not be written ({reason(error)}); finished shards are kept: free space and run again")
+        fail(
+            f"--out={out} could not be written ({reason(error)}); finished shards are kept: free "
+            "space and run again"
+        )
 
 
 def unfinished(out: Path) -> dict[str, Any]:
@@ -875,7 +1054,9 @@ def unfinished(out: Path) -> dict[str, Any]:
         return {}
 
 
-def download(out: Path, export: Export, settings: dict[str, Any], train: Sequence[str], renew: bool) -> dict[str, Any]:
+def download(
+    out: Path, export: Export, settings: dict[str, Any], train: Sequence[str], renew: bool
+) -> dict[str, Any]:
     """Fetch the tokenizer and all shards that are not there, and write the manifest last.
 
     Args:
@@ -887,8 +1068,8 @@ def download(out: Path, export: Export, settings: dict[str, Any], train: Sequenc
     """
     published = published_shards(out, export)
     if len(train) > published.num_train:
-        rule = f"is more than the {published.num_train} that {export.repo} publishes of {export.dataset}"
-        fail(f"--train-shards={len(train)} {rule}; lower it")
+        held = f"the {published.num_train} that {export.repo} publishes of {export.dataset}"
+        fail(f"--train-shards={len(train)} is more than {held}; lower it")
     names = [f"fineweb_val_{i:06d}.bin" for i in range(published.num_val)] + list(train)
     tokenizer = fetch(out, export, published.tokenizer)
     (out / DOWNLOADS / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
@@ -917,10 +1098,17 @@ def summary(manifest: dict[str, Any], out: Path, was_there: bool, seconds: float
     """Print sizes for people; return them for programs."""
     print(f"{out} was already complete" if was_there else f"{out} written in {seconds:.1f} s")
     for split, row in manifest["splits"].items():
-        text = f"{row['bytes']:>12,} bytes  {row['bytes'] / row['tokens']:.3f} bytes a token" if row["bytes"] else ""
+        text = (
+            f"{row['bytes']:>12,} bytes  {row['bytes'] / row['tokens']:.3f} bytes a token"
+            if row["bytes"]
+            else ""
+        )
         print(f"  {split:<6}{row['documents']:>10,} documents  {row['tokens']:>12,} tokens  {text}")
     if any(manifest["skipped"].values()):
-        print("  left out:", ", ".join(f"{count} {why}" for why, count in manifest["skipped"].items() if count))
+        print(
+            "  left out:",
+            ", ".join(f"{count} {why}" for why, count in manifest["skipped"].items() if count),
+        )
     vocab_size = manifest["tokenizer"]["vocab_size"]
     settings = f"DATA_PATH={out} TOKENIZER_PATH={out / TOKENIZER} VOCAB_SIZE={vocab_size}"
     print(f"train on it: {settings} python train_gpt.py")
@@ -928,7 +1116,11 @@ def summary(manifest: dict[str, Any], out: Path, was_there: bool, seconds: float
         "data_path": str(out),
         "tokenizer_path": str(out / TOKENIZER),
         "vocab_size": vocab_size,
-        **{f"{split}_{key}": value for split, row in manifest["splits"].items() for key, value in row.items()},
+        **{
+            f"{split}_{key}": value
+            for split, row in manifest["splits"].items()
+            for key, value in row.items()
+        },
         "was_complete": was_there,
         "seconds": round(seconds, 2),
     }

@@ -1,4 +1,6 @@
-"""Passes of one decoding, kept by a `Film`, and a page without outside resources that plays them in a browser."""
+"""Passes of one decoding, kept by a `Film`, and a page without outside resources that plays them in
+a browser.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class Unit(NamedTuple):
 
 
 def character(raw: bytes) -> tuple[str, int]:
-    """Return the first character and its number of bytes; bytes that make none are one replacement mark."""
+    """Return the first character and its number of bytes; bytes that make none are one replacement
+    mark.
+    """
     text = raw.decode(errors="replace")
     sizes = (n for n in range(1, len(raw) + 1) if raw[:n].decode(errors="replace") == text[0])
     return text[0], next(n for n in sizes if raw[n:].decode(errors="replace") == text[1:])
@@ -44,26 +48,42 @@ def join(tokenizer: Any, cells: Sequence[Cell]) -> list[Unit]:
     is_byte = [not cell.open and tokenizer.is_byte(cell.token) for cell in cells]
     units, i = list[Unit](), 0
     while i < len(cells):
-        run = itertools.takewhile(is_byte.__getitem__, range(i, min(i + 4, len(cells))))  # no character has more bytes
+        run = itertools.takewhile(
+            is_byte.__getitem__, range(i, min(i + 4, len(cells)))
+        )  # no character has more bytes
         raw = bytes(int(names[j][1:-1], 16) for j in run)
         text, size = character(raw) if raw else (names[i].replace(SPACE_MARK, " "), 1)
         own, label = cells[i : i + size], " ".join(names[i : i + size])
-        units.append(Unit(text, label, min(cell.p for cell in own), own[0].open, max(cell.at for cell in own)))
+        units.append(
+            Unit(
+                text, label, min(cell.p for cell in own), own[0].open, max(cell.at for cell in own)
+            )
+        )
         i += size
     return units
 
 
 def spell(tokenizer: Any, tokens: Iterable[int]) -> str:
     """Text of tokens in the middle of a text: unlike `decode` it keeps a leading space."""
-    return "".join(unit.text for unit in join(tokenizer, [Cell(token, 1.0, False, 0) for token in tokens]))
+    return "".join(
+        unit.text for unit in join(tokenizer, [Cell(token, 1.0, False, 0) for token in tokens])
+    )
 
 
 class Film:
-    """Keeps every pass over a span (the first row's); `decode` calls it. Its own time is kept apart."""
+    """Keeps every pass over a span (the first row's); `decode` calls it. Its own time is kept
+    apart.
+    """
 
-    def __init__(self, start: int, cells: Sequence[Cell], draw: Callable[[str, Sequence[Cell]], None] | None) -> None:
-        self.start, self.cells, self.draw = start, list(cells), draw
-        self.frames, self.passes, self.seconds = list[tuple[str, list[Cell]]](), 0, 0.0
+    def __init__(
+        self, start: int, cells: Sequence[Cell], draw: Callable[[str, Sequence[Cell]], None] | None
+    ) -> None:
+        self.start = start
+        self.cells = list(cells)
+        self.draw = draw
+        self.frames = list[tuple[str, list[Cell]]]()
+        self.passes = 0
+        self.seconds = 0.0
 
     def add(self, name: str) -> None:
         self.frames.append((name, list(self.cells)))
@@ -72,23 +92,33 @@ class Film:
 
     def put(self, name: str, tokens: Sequence[int], nats: Sequence[float]) -> None:
         """Add tokens that no pass over the span has chosen; there may be more nats than tokens."""
-        self.cells = [Cell(token, math.exp(-n), False, 0) for token, n in zip(tokens, nats, strict=False)]
+        self.cells = [
+            Cell(token, math.exp(-n), False, 0) for token, n in zip(tokens, nats, strict=False)
+        ]
         self.add(name)
 
     def __call__(self, *seen: Any) -> None:
-        """Take in positions, tokens, log-probabilities and what is still open after a pass: tensors (B, n)."""
+        """Take in positions, tokens, log-probabilities and what is still open after a pass: tensors
+        (B, n).
+        """
         began = time.perf_counter()
         self.passes += 1
         for place, token, log_p, still_open in zip(*(x[0].tolist() for x in seen), strict=True):
-            if 0 <= (i := place - self.start) < len(self.cells):  # windows show text around the span too
+            if (
+                0 <= (i := place - self.start) < len(self.cells)
+            ):  # windows show text around the span too
                 was = self.cells[i]
-                if still_open or was.open or was.token != token:  # else it stood, and its probability with it
+                if (
+                    still_open or was.open or was.token != token
+                ):  # else it stood, and its probability with it
                     self.cells[i] = Cell(token, math.exp(log_p), still_open, self.passes)
         self.add(f"pass {self.passes}")
         self.seconds += time.perf_counter() - began
 
     def reel(self, tokenizer: Any, count: int, **about: str) -> dict[str, Any]:
-        """Return what the page needs of the first `count` tokens, each unit once; about: title, note, before, after."""
+        """Return what the page needs of the first `count` tokens, each unit once; about: title,
+        note, before, after.
+        """
         index, frames = dict[Unit, int](), []
         for name, cells in self.frames:
             units = [unit._replace(p=round(unit.p, 4)) for unit in join(tokenizer, cells[:count])]

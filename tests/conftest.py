@@ -1,4 +1,6 @@
-"""Shared by all tests: tiny settings, tiny data, a run without log files, and `python train_gpt.py` in a process."""
+"""Shared by all tests: tiny settings, tiny data, a run without log files, and `python train_gpt.py`
+in a process.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ HARD_TEXTS = (
     "x",
 )
 
-MAIN = {name: tg.all_recipes()[name] for name in ("direct", "ar", "retrograde", "mdlm_30_70")}  # what all else varies
+MAIN = {
+    name: tg.all_recipes()[name] for name in ("direct", "ar", "retrograde", "mdlm_30_70")
+}  # what all else varies
 
 # Small sizes for every preset; with 64 tokens of vocabulary it needs no tokenizer. About 11,000 parameters.
 # fmt: off
@@ -52,12 +56,16 @@ TINY: dict[str, Any] = dict(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden from this run")
+    parser.addoption(
+        "--update-golden", action="store_true", help="rewrite tests/golden from this run"
+    )
 
 
 @pytest.fixture(autouse=True)
 def same_every_time() -> None:
-    """Tiny matrices are slower on several threads; a test's own random numbers must not depend on the one before."""
+    """Tiny matrices are slower on several threads; a test's own random numbers must not depend on
+    the one before.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
@@ -111,8 +119,9 @@ def recorded(run: tg.Run, name: str) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def randomise(model: tg.GPT, seed: int = 0, std: float = 0.3) -> tg.GPT:
-    """Give every parameter random values, whatever others there are: a fresh model's zeros would hide what reaches the
-    logits."""
+    """Give every parameter random values, whatever others there are: a fresh model's zeros would
+    hide what reaches the logits.
+    """
     for name, p in model.named_parameters():
         p.normal_(0, std, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed))
     return model.eval()
@@ -121,7 +130,9 @@ def randomise(model: tg.GPT, seed: int = 0, std: float = 0.3) -> tg.GPT:
 Called = tuple[int, str, str]  # of a script: status, what it printed, what it complained of
 
 
-def outcome(main: Callable[[list[str]], int], argv: list[str], capsys: pytest.CaptureFixture[str]) -> Called:
+def outcome(
+    main: Callable[[list[str]], int], argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> Called:
     """Run a script's `main` in this process."""
     try:
         status = main(argv)
@@ -140,7 +151,9 @@ def random_rows(batch: int, length: int, vocab: int, seed: int = 0) -> torch.Ten
     return torch.randint(0, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def write_shard(path: Path, tokens: Sequence[int], magic: int = 20240520, version: int = 1, count: int = -1) -> Path:
+def write_shard(
+    path: Path, tokens: Sequence[int], magic: int = 20240520, version: int = 1, count: int = -1
+) -> Path:
     """Write a shard byte by byte as the challenge defines it, not through our own constants."""
     header = np.zeros(256, dtype="<i4")
     header[:3] = magic, version, len(tokens) if count < 0 else count
@@ -159,19 +172,29 @@ def train_tokenizer(path: Path, texts: Sequence[str], **options: Any) -> spm.Sen
         minloglevel=2)
     # fmt: on
     with open(path, "wb") as file:
-        spm.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=file, **fixed | options)
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=file, **fixed | options
+        )
     return spm.SentencePieceProcessor(model_file=str(path))
 
 
-IDENTITY = dict(normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True)
+IDENTITY = dict(
+    normalization_rule_name="identity",
+    remove_extra_whitespaces=False,
+    allow_whitespace_only_pieces=True,
+)
 NMT_NFKC = dict(normalization_rule_name="nmt_nfkc")  # the challenge's: folds white space
 
 
 def program_like(count: int) -> list[str]:
     """Lines like those of a program, always the same: no test may move with the code that it tests."""
-    draw, lines, known = random.Random("program"), list[str](), WORDS.split()
+    draw = random.Random("program")
+    lines = list[str]()
+    known = WORDS.split()
     for i in range(count):
-        words = draw.choices(known, [1 / n for n in range(1, len(known) + 1)], k=8)  # as frequent as words are
+        words = draw.choices(
+            known, [1 / n for n in range(1, len(known) + 1)], k=8
+        )  # as frequent as words are
         form = "def {0}_{1}(self, {2}: {3}) -> {4}:" if i % 12 == 0 else draw.choice(FORMS)
         lines.append(form.format(*words, draw.randrange(100)))
     return lines
@@ -215,26 +238,48 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> To
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory, texts: list[str], tokenizers: Tokenizers) -> dict[str, Any]:
+def data(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], tokenizers: Tokenizers
+) -> dict[str, Any]:
     """Settings that name tiny shards, two to train on and one to validate on, and their tokenizer."""
-    folder, sp = tmp_path_factory.mktemp("shards"), spm.SentencePieceProcessor(model_file=str(tokenizers.identity))
+    folder = tmp_path_factory.mktemp("shards")
+    sp = spm.SentencePieceProcessor(model_file=str(tokenizers.identity))
     documents = [[BOS, *sp.encode(text)] for text in texts]
     flat = [token for document in documents[:-6] for token in document]
     write_shard(folder / "tiny_train_000000.bin", flat[:5000])
     write_shard(folder / "tiny_train_000001.bin", flat[5000:9000])
-    write_shard(folder / "tiny_val_000000.bin", [token for document in documents[-10:] for token in document])
-    return {"data_path": str(folder), "tokenizer_path": str(tokenizers.identity), "vocab_size": VOCAB}
+    write_shard(
+        folder / "tiny_val_000000.bin",
+        [token for document in documents[-10:] for token in document],
+    )
+    return {
+        "data_path": str(folder),
+        "tokenizer_path": str(tokenizers.identity),
+        "vocab_size": VOCAB,
+    }
 
 
 @pytest.fixture
 def launch(data: dict[str, Any], tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start `python train_gpt.py`, or another command, with settings as its environment; stop what is left after."""
+    """Start `python train_gpt.py`, or another command, with settings as its environment; stop what
+    is left after.
+    """
     started = list[subprocess.Popen[str]]()
 
-    def start(command: Sequence[str] = (), env: Mapping[str, str] | None = None, **values: Any) -> Any:
-        inherited = {k: v for k, v in os.environ.items() if k.lower() not in tg.Config.__dataclass_fields__}
-        merged = settings(values.pop("recipe", "direct")) | {"out_dir": tmp_path / "out"} | data | values
-        argv = [*command, str(ROOT / "train_gpt.py")] if command else [sys.executable, str(ROOT / "train_gpt.py")]
+    def start(
+        command: Sequence[str] = (), env: Mapping[str, str] | None = None, **values: Any
+    ) -> Any:
+        inherited = {
+            k: v for k, v in os.environ.items() if k.lower() not in tg.Config.__dataclass_fields__
+        }
+        merged = (
+            settings(values.pop("recipe", "direct")) | {"out_dir": tmp_path / "out"} | data | values
+        )
+        argv = (
+            [*command, str(ROOT / "train_gpt.py")]
+            if command
+            else [sys.executable, str(ROOT / "train_gpt.py")]
+        )
         started.append(
             subprocess.Popen(
                 argv,
@@ -258,7 +303,9 @@ def launch(data: dict[str, Any], tmp_path: Path) -> Iterator[Callable[..., subpr
 
 
 @pytest.fixture
-def run_main(launch: Callable[..., subprocess.Popen[str]]) -> Callable[..., subprocess.CompletedProcess[str]]:
+def run_main(
+    launch: Callable[..., subprocess.Popen[str]],
+) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `python train_gpt.py` to its end with settings as its environment."""
 
     def run(*args: Any, **values: Any) -> subprocess.CompletedProcess[str]:

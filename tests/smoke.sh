@@ -33,10 +33,10 @@ sample=("$python" scripts/sample.py --artifact "$work/out/final_model.int8.ptz" 
 "${sample[@]}" --demo "$work/data"
 "${sample[@]}" --prompt 'def area(' --suffix ' return' --tokens 8 --steps 2 --temperature 1
 "${sample[@]}" --tokens 8 --mode block --window 4 </dev/null
-"$python" scripts/report.py --logs "$work/out/logs"
+"$python" scripts/study/report.py --logs "$work/out/logs"
 
 unset ITERATIONS MAX_WALLCLOCK_SECONDS RUN_ID OUT_DIR PRESET  # the protocol's to set
-"$python" scripts/record.py 8xh100 --rehearse --baselines "" --seeds 1,2 --out "$work/record"
+"$python" scripts/study/record.py 8xh100 --rehearse --baselines "" --seeds 1,2 --out "$work/record"
 grep -q '"measured_here": {' "$work/record/logs/results.json"
 grep -q '"val_bpb": null' "$work/record/submission.json"
 grep -q '2 ranks' "$work/record/README.md"

@@ -1,4 +1,6 @@
-"""The artifact: what it loses is bounded, what it weighs is what is said, and nothing damaged or foreign gets in."""
+"""The artifact: what it loses is bounded, what it weighs is what is said, and nothing damaged or
+foreign gets in.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, ROOT, Recorder, make_run, randomise, recorded, settings, tiny
 from torch import Tensor
 
 import train_gpt as tg
+from tests.conftest import CPU, ROOT, Recorder, make_run, randomise, recorded, settings, tiny
 
 
 @pytest.fixture
@@ -63,12 +65,16 @@ def test_rows_are_rounded_to_half_a_step(levels: int) -> None:
     assert q.abs().max() == levels
     assert q[7].eq(0).all()
     error = (q * scale.float()[:, None] - w).abs()
-    coarse = levels * 2.0**-25  # half the distance of subnormal fp16 scales, times the largest level
+    coarse = (
+        levels * 2.0**-25
+    )  # half the distance of subnormal fp16 scales, times the largest level
     assert (error <= scale.float()[:, None] * 0.5001 + coarse).all()
     normal = w.abs().amax(1) > levels * 2.0**-14
     assert normal.sum() > 20
     assert (error <= scale.float()[:, None] * 0.5001)[normal].all()
-    torch.testing.assert_close(scale.float()[normal], w.abs().amax(1)[normal] / levels, rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        scale.float()[normal], w.abs().amax(1)[normal] / levels, rtol=1e-3, atol=0
+    )
 
 
 def test_what_comes_back_is_what_was_saved(tmp_path: Path, model: tg.GPT) -> None:
@@ -118,7 +124,9 @@ run = tg.Run(model.cfg, 0, 1, torch.device("cpu"), Quiet())
 loader, counter = tg.TokenLoader(model.cfg, "val"), tg.ByteCounter(model.cfg)
 print(json.dumps([tg.evaluate_bpb(model, run, loader, counter, size) for size in (0, 1, 4)]))
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     loaded, _ = tg.load_artifact(tmp_path / "a.ptz", CPU)
     loader, counter = tg.TokenLoader(cfg, "val"), tg.ByteCounter(cfg)
@@ -174,7 +182,11 @@ def test_code_in_a_file_does_not_run(tmp_path: Path, model: tg.GPT) -> None:
     path, mark = tmp_path / "a.ptz", tmp_path / "ran"
     save(path, model)
     whole = torch.load(io.BytesIO(zlib.decompress(path.read_bytes())), weights_only=True)
-    for payload in (Evil(mark), whole | {"config": Evil(mark)}, whole | {"tensors": {"tok_emb": Evil(mark)}}):
+    for payload in (
+        Evil(mark),
+        whole | {"config": Evil(mark)},
+        whole | {"tensors": {"tok_emb": Evil(mark)}},
+    ):
         path.write_bytes(packed(payload))
         torch.load(io.BytesIO(zlib.decompress(path.read_bytes())), weights_only=False)
         assert mark.is_dir()  # it is armed
@@ -248,7 +260,13 @@ def test_a_foreign_artifact_is_refused(
 def test_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.ptz"
     assert "No such file" in fault_of(path)
-    for raw in (b"", b"hello", zlib.compress(b"hello"), packed([1, 2]), packed({"format": tg.ARTIFACT_FORMAT})):
+    for raw in (
+        b"",
+        b"hello",
+        zlib.compress(b"hello"),
+        packed([1, 2]),
+        packed({"format": tg.ARTIFACT_FORMAT}),
+    ):
         path.write_bytes(raw)
         fault_of(path)
     fault_of(tmp_path)
@@ -280,7 +298,10 @@ def test_levels_are_coarsened_only_as_far_as_it_takes(
     scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code_bytes, model = (ROOT / "train_gpt.py").stat().st_size, big(export_scheme=scheme)
-    sizes = {n: code_bytes + len(tg.pack(weights_of(model), model.cfg, "abc", n)) for n in tg.SCHEMES[scheme][0]}
+    sizes = {
+        n: code_bytes + len(tg.pack(weights_of(model), model.cfg, "abc", n))
+        for n in tg.SCHEMES[scheme][0]
+    }
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
     assert len(set(sizes.values())) == len(sizes)
     for levels, total in sizes.items():
@@ -321,7 +342,13 @@ def test_a_full_disk_leaves_the_old_artifact(
     monkeypatch.setattr(call, full_disk)
     with pytest.raises(tg.UserError) as caught:
         save(path, model)
-    for named in (str(path), "artifact", "No space left on device", "bytes", "free space or set OUT_DIR"):
+    for named in (
+        str(path),
+        "artifact",
+        "No space left on device",
+        "bytes",
+        "free space or set OUT_DIR",
+    ):
         assert named in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["a.ptz"]
     assert path.read_bytes() == b"old"
@@ -360,7 +387,9 @@ try:
 except tg.UserError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert done.stderr == ""
     assert done.stdout.startswith("artifact new of 100,000 bytes was not written (File too large)")
     assert [p.name for p in tmp_path.iterdir()] == ["new"]

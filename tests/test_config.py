@@ -1,4 +1,6 @@
-"""Settings: where each comes from, that every fault is named at once, and that importing does nothing."""
+"""Settings: where each comes from, that every fault is named at once, and that importing does
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MAIN, ROOT, TINY, env_of, make_run, tiny
 
 import train_gpt as tg
+from tests.conftest import MAIN, ROOT, TINY, env_of, make_run, tiny
 
 # The environment that the predecessor published for its best run.
 LEGACY = {
@@ -39,8 +41,12 @@ def faults_of(**env: str) -> list[str]:
     return str(caught.value).splitlines()
 
 
-def test_default_is_overridden_by_recipe_then_preset_then_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tg.RECIPES, "r", {"num_layers": 2, "model_dim": 64, "seed": 5, "num_heads": 4})
+def test_default_is_overridden_by_recipe_then_preset_then_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(
+        tg.RECIPES, "r", {"num_layers": 2, "model_dim": 64, "seed": 5, "num_heads": 4}
+    )
     monkeypatch.setitem(tg.PRESETS, "p", {"model_dim": 128, "seed": 6})
     cfg, source, warnings = tg.Config.from_env({"RECIPE": "r", "PRESET": "p", "SEED": "7"})
     assert (cfg.num_layers, cfg.model_dim, cfg.seed, cfg.mlp_mult) == (2, 128, 7, 2)
@@ -110,7 +116,8 @@ def test_all_faults_are_reported_at_once() -> None:
         "MATRIX_LR='nan' must be a finite number",
         "DIFFUSION_CAUSAL='maybe' must be 0 or 1",
         "NUM_LAYERS=0 must be in [1, inf]",
-        "DIFFUSION_LOSS='elbow' must be one of: mean, elbo, middle, score_entropy, sedd_uniform, consistency",
+        "DIFFUSION_LOSS='elbow' must be one of: mean, elbo, middle, score_entropy, sedd_uniform, "
+        "consistency",
         "DIFFUSION_WINDOWS='7' must be sizes (or T) that divide TRAIN_SEQ_LEN=256",
         "MODEL_DIM=160 must be a multiple of 2 x NUM_HEADS=3",
         "NUM_HEADS=3 must be a multiple of NUM_KV_HEADS=2",
@@ -131,9 +138,13 @@ def test_an_unknown_row_names_the_closest_and_all(key: str) -> None:
     assert "closest: none" in faults_of(**{key: "~~~~"})[0]
 
 
-@pytest.mark.parametrize(("wrong", "meant"), [("NUM_HEAD", "NUM_HEADS"), ("MODEL_DIR", "MODEL_DIM"), ("SEEDS", "SEED")])
+@pytest.mark.parametrize(
+    ("wrong", "meant"), [("NUM_HEAD", "NUM_HEADS"), ("MODEL_DIR", "MODEL_DIM"), ("SEEDS", "SEED")]
+)
 def test_a_near_miss_is_warned_about(wrong: str, meant: str) -> None:
-    *_, warnings = tg.Config.from_env({wrong: "4", "HOME": "/", "PATH": "/bin", "OMP_NUM_THREADS": "1"})
+    *_, warnings = tg.Config.from_env(
+        {wrong: "4", "HOME": "/", "PATH": "/bin", "OMP_NUM_THREADS": "1"}
+    )
     assert warnings == [f"{wrong} is not a setting; did you mean {meant}?"]
 
 
@@ -158,9 +169,15 @@ def test_every_limit_holds(name: str, low: float | None, high: float | None) -> 
     ("overrides", "names"),
     [
         ({"num_heads": 3}, ("MODEL_DIM=16", "NUM_HEADS=3")),
-        ({"model_dim": 18}, ("MODEL_DIM=18", "NUM_HEADS=2")),  # an odd head: rotary pairs need two channels
+        (
+            {"model_dim": 18},
+            ("MODEL_DIM=18", "NUM_HEADS=2"),
+        ),  # an odd head: rotary pairs need two channels
         ({"num_heads": 4, "num_kv_heads": 3}, ("NUM_HEADS=4", "NUM_KV_HEADS=3")),
-        ({"train_batch_tokens": 100}, ("TRAIN_BATCH_TOKENS=100", "MICRO_BATCHES=2", "TRAIN_SEQ_LEN=16")),
+        (
+            {"train_batch_tokens": 100},
+            ("TRAIN_BATCH_TOKENS=100", "MICRO_BATCHES=2", "TRAIN_SEQ_LEN=16"),
+        ),
         ({"diffusion_windows": "5"}, ("DIFFUSION_WINDOWS='5'", "TRAIN_SEQ_LEN=16")),
         ({"diffusion_windows": "0"}, ("DIFFUSION_WINDOWS='0'", "TRAIN_SEQ_LEN=16")),
         ({"diffusion_windows": "-4"}, ("DIFFUSION_WINDOWS='-4'", "TRAIN_SEQ_LEN=16")),
@@ -171,7 +188,10 @@ def test_every_limit_holds(name: str, low: float | None, high: float | None) -> 
         ({"nelbo_windows": "0"}, ("NELBO_WINDOWS='0'", "TRAIN_SEQ_LEN=16")),
         ({"nelbo_windows": "-1"}, ("NELBO_WINDOWS='-1'", "TRAIN_SEQ_LEN=16")),
         ({"diffusion_regions": "iid:1,everywhere:1"}, ("DIFFUSION_REGIONS=", "iid", "spans")),
-        ({"diffusion_min_mask_ratio": 0.9, "diffusion_max_mask_ratio": 0.5}, ("DIFFUSION_MIN_MASK_RATIO=0.9",)),
+        (
+            {"diffusion_min_mask_ratio": 0.9, "diffusion_max_mask_ratio": 0.5},
+            ("DIFFUSION_MIN_MASK_RATIO=0.9",),
+        ),
         (
             {"diffusion_loss_weight": 0.0, "mercury_clean_loss_weight": 0.0},
             ("MERCURY_CLEAN_LOSS_WEIGHT", "DIFFUSION_LOSS_WEIGHT"),
@@ -181,7 +201,9 @@ def test_every_limit_holds(name: str, low: float | None, high: float | None) -> 
         ({"run_id": "../x"}, ("RUN_ID='../x'",)),
     ],
 )
-def test_settings_that_do_not_fit_together_are_named(overrides: dict[str, Any], names: tuple[str, ...]) -> None:
+def test_settings_that_do_not_fit_together_are_named(
+    overrides: dict[str, Any], names: tuple[str, ...]
+) -> None:
     with pytest.raises(tg.UserError) as caught:
         tiny(**overrides)
     assert len(str(caught.value).splitlines()) == 1
@@ -198,7 +220,10 @@ def test_the_predecessors_commands_run_its_recipe() -> None:
     for preset in tg.PRESETS:
         legacy, _, warnings = tg.Config.from_env(LEGACY | {"PRESET": preset})
         recipe, _, _ = tg.Config.from_env({"RECIPE": "retrograde", "PRESET": preset})
-        spans = {"diffusion_span_len": 64, "diffusion_spans_per_seq": 8}  # which its objective never reads
+        spans = {
+            "diffusion_span_len": 64,
+            "diffusion_spans_per_seq": 8,
+        }  # which its objective never reads
         assert legacy == dataclasses.replace(recipe, **spans)
         assert warnings == []
     assert tg.Config.from_env({"DIFFUSION_TRAIN_MODE": "none"})[0].recipe == "ar"
@@ -221,12 +246,16 @@ def test_the_name_of_a_run_follows_what_it_trains() -> None:
     cfg = tiny()
     free = {"nelbo_samples": 5, "out_dir": "elsewhere", "train_log_every": 7, "preset": "cpu"}
     assert (
-        dataclasses.replace(cfg, **free).path("checkpoints", ".pt").name == cfg.path("checkpoints", ".pt").name
+        dataclasses.replace(cfg, **free).path("checkpoints", ".pt").name
+        == cfg.path("checkpoints", ".pt").name
     )  # which a resumed run may change
     assert (
-        dataclasses.replace(cfg, matrix_lr=0.5).path("checkpoints", ".pt").name != cfg.path("checkpoints", ".pt").name
+        dataclasses.replace(cfg, matrix_lr=0.5).path("checkpoints", ".pt").name
+        != cfg.path("checkpoints", ".pt").name
     )
-    assert dataclasses.replace(cfg, run_id="mine").path("checkpoints", ".pt") == Path("checkpoints/mine.pt")
+    assert dataclasses.replace(cfg, run_id="mine").path("checkpoints", ".pt") == Path(
+        "checkpoints/mine.pt"
+    )
 
 
 @pytest.fixture
@@ -254,10 +283,17 @@ diffusion_windows = "8"
 """,
         encoding="utf-8",
     )
-    cfg, source, _ = tg.Config.from_env({"RECIPE": "top", "PRESET": "cpu", "DIFFUSION_SPAN_LEN": "16"})
+    cfg, source, _ = tg.Config.from_env(
+        {"RECIPE": "top", "PRESET": "cpu", "DIFFUSION_SPAN_LEN": "16"}
+    )
     assert (cfg.recipe, cfg.diffusion_causal, cfg.diffusion_loss_weight) == ("top", True, 0.5)
     assert (cfg.diffusion_windows, cfg.diffusion_span_len) == ("8", 16)
-    named = ("diffusion_causal", "mercury_clean_loss_weight", "diffusion_windows", "diffusion_span_len")
+    named = (
+        "diffusion_causal",
+        "mercury_clean_loss_weight",
+        "diffusion_windows",
+        "diffusion_span_len",
+    )
     assert [source[name] for name in named] == ["recipe top"] * 3 + ["env"]
     assert cfg.path("logs", ".txt").name.startswith("top_seed1337_")
     env = {"RECIPE": "ar", "PRESET": "cpu", "DIFFUSION_SPAN_LEN": "16", "DIFFUSION_WINDOWS": "8"}
@@ -299,7 +335,13 @@ def test_all_faults_of_the_ladder_are_named_at_once(rows: Path) -> None:
     text = "[rows.x]\nbase = 'y'\nwat = 1\nbeta1 = 0\n[rows.y]\nbase = 'x'\n[rows.z]\nbase = 'y'\n"
     rows.write_text(text, encoding="utf-8")
     faults = faults_of(RECIPE="x")
-    said = ("'x': base 'x' of 'y' makes a circle, x -> y -> x", "'x': wat", "'x': beta1", "'y': base 'y'", "'z': base ")
+    said = (
+        "'x': base 'x' of 'y' makes a circle, x -> y -> x",
+        "'x': wat",
+        "'x': beta1",
+        "'y': base 'y'",
+        "'z': base ",
+    )
     for fault, expected in zip(faults, said, strict=True):
         assert f"row {expected}" in fault
 
@@ -310,7 +352,9 @@ def test_the_program_alone_keeps_its_own_recipes(tmp_path: Path) -> None:
     def said(recipe: str) -> str:
         env = {"RECIPE": recipe, "DATA_PATH": "nowhere", "PATH": "/bin", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "train_gpt.py"]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 2
         return done.stderr
 
@@ -324,7 +368,9 @@ def test_the_program_alone_keeps_its_own_recipes(tmp_path: Path) -> None:
 def test_the_program_runs_a_row_by_its_name(tmp_path: Path) -> None:
     env = {"RECIPE": "td_late05", "DATA_PATH": "nowhere", "PATH": "/bin", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "train_gpt.py")]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+    )
     assert done.stderr.startswith("error: DATA_PATH='nowhere' holds no")
 
 
@@ -337,11 +383,16 @@ def test_a_recipe_is_a_row(monkeypatch: pytest.MonkeyPatch, data: dict[str, Any]
     run, before = make_run(cfg), tg.GPT(cfg).state_dict()
     state = tg.TrainState(cfg, run, tg.TokenLoader(cfg, "train"))
     for step in range(2):
-        sums = tg.train_step(state, tg.Objective(cfg, run, state.model), tg.Moment.at(cfg, step, 0.0))
+        sums = tg.train_step(
+            state, tg.Objective(cfg, run, state.model), tg.Moment.at(cfg, step, 0.0)
+        )
         assert bool(sums.isfinite().all())
         assert bool((sums > 0).all())  # both streams were trained
     after = state.model.state_dict()
-    assert all(not after[name].equal(before[name]) for name in ("tok_emb", "mask_emb", "blocks.0.fc.weight"))
+    assert all(
+        not after[name].equal(before[name])
+        for name in ("tok_emb", "mask_emb", "blocks.0.fc.weight")
+    )
 
 
 def test_import_starts_nothing(tmp_path: Path) -> None:
@@ -378,12 +429,16 @@ assert not torch.cuda.is_initialized()
 assert not torch.are_deterministic_algorithms_enabled()
 print("quiet")
 """
-    done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert (done.stdout, done.stderr) == ("quiet\n", "")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_the_program_alone_cannot_do_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_program_alone_cannot_do_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "scripts").mkdir()  # a folder of that name is not enough
     monkeypatch.setattr(tg, "SCRIPTS", tmp_path / "scripts")
     tiny("ar")
@@ -393,6 +448,7 @@ def test_what_the_program_alone_cannot_do_is_refused_at_once(tmp_path: Path, mon
         dict(diffusion_regions="iid,spans"), dict(diffusion_loss="consistency"), dict(init_from="a.ptz"),
     ):  # fmt: skip
         with pytest.raises(
-            tg.UserError, match="needs the folder scripts/ beside this program; copy it, too, or take the"
+            tg.UserError,
+            match="needs the folder scripts/ beside this program; copy it, too, or take the",
         ):
             tiny(**needed)

@@ -1,4 +1,6 @@
-"""Shards, the order of tokens, and bytes: what is read is what was written, and every fault is named."""
+"""Shards, the order of tokens, and bytes: what is read is what was written, and every fault is
+named.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from typing import Any
 import pytest
 import sentencepiece as spm
 import torch
-from conftest import (
+
+import train_gpt as tg
+from tests.conftest import (
     BOS,
     CPU,
     HARD_TEXTS,
@@ -23,8 +27,6 @@ from conftest import (
     train_tokenizer,
     write_shard,
 )
-
-import train_gpt as tg
 
 
 def shards(folder: Path, *parts: list[int], split: str = "train") -> tg.Config:
@@ -78,9 +80,21 @@ def damage_token(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "names"),
     [
-        (damage_magic, ("its header is [256, 20240521, 1], not [256, 20240520, 1]", "rebuild it: python scripts/")),
-        (damage_version, ("its header is [256, 20240520, 2], not [256, 20240520, 1]", "rebuild it")),
-        (damage_tail, ("announces 40 tokens but holds 38.5", "truncated", "copy or build it again")),
+        (
+            damage_magic,
+            (
+                "its header is [256, 20240521, 1], not [256, 20240520, 1]",
+                "rebuild it: python scripts/",
+            ),
+        ),
+        (
+            damage_version,
+            ("its header is [256, 20240520, 2], not [256, 20240520, 1]", "rebuild it"),
+        ),
+        (
+            damage_tail,
+            ("announces 40 tokens but holds 38.5", "truncated", "copy or build it again"),
+        ),
         (damage_header, ("its header is [250, 20240520, 1], not [256, 20240520, 1]", "rebuild it")),
         (damage_all, ("not a token shard: its header is [0], not [256", "rebuild it")),
         (damage_count, ("announces 39 tokens but holds 40", "copy or build it again")),
@@ -88,7 +102,9 @@ def damage_token(path: Path) -> None:
         (damage_token, ("holds token 64", "VOCAB_SIZE")),
     ],
 )
-def test_a_damaged_shard_is_named(tmp_path: Path, damage: Callable[[Path], None], names: tuple[str, ...]) -> None:
+def test_a_damaged_shard_is_named(
+    tmp_path: Path, damage: Callable[[Path], None], names: tuple[str, ...]
+) -> None:
     cfg = shards(tmp_path, list(range(40)), list(range(40)))
     assert tg.TokenLoader(cfg, "train").total == 80
     damage(tmp_path / "x_train_000001.bin")  # the second: all are looked at before training starts
@@ -116,7 +132,9 @@ def test_a_missing_split_is_named(tmp_path: Path, split: str) -> None:
     (tmp_path / f"x_{split}_000000.bin").mkdir()  # a folder is no shard
     assert fault_of(lambda: tg.TokenLoader(cfg, split)) == message
     missing = tiny(data_path=str(tmp_path / "nowhere"))
-    assert f"DATA_PATH={str(tmp_path / 'nowhere')!r}" in fault_of(lambda: tg.TokenLoader(missing, split))
+    assert f"DATA_PATH={str(tmp_path / 'nowhere')!r}" in fault_of(
+        lambda: tg.TokenLoader(missing, split)
+    )
 
 
 @pytest.mark.parametrize("count", [1, 15, 16])
@@ -142,14 +160,21 @@ def test_an_unreadable_tokenizer_is_named(tmp_path: Path, content: bytes | None)
 
 def test_a_tokenizer_of_another_size_is_named(data: dict[str, Any]) -> None:
     message = fault_of(lambda: tg.ByteCounter(tiny(**data | {"vocab_size": 401})))
-    assert message.startswith(f"VOCAB_SIZE=401 but TOKENIZER_PATH={data['tokenizer_path']!r} has 400 pieces")
+    assert message.startswith(
+        f"VOCAB_SIZE=401 but TOKENIZER_PATH={data['tokenizer_path']!r} has 400 pieces"
+    )
     assert "use the one the shards need" in message
 
 
 def test_main_prints_a_data_fault_without_a_traceback(
-    tmp_path: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    data: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    values = settings(**data | {"data_path": str(tmp_path / "nowhere"), "out_dir": str(tmp_path / "out")})
+    values = settings(
+        **data | {"data_path": str(tmp_path / "nowhere"), "out_dir": str(tmp_path / "out")}
+    )
     monkeypatch.setattr("os.environ", env_of(values))
     assert tg.main() == 2
     out, err = capsys.readouterr()
@@ -167,7 +192,10 @@ def test_rows_overlap_by_one_and_wrap_over_shards(tmp_path: Path) -> None:
         rows = loader.rows(start, 3, 4, CPU)
         assert rows.tolist() == [stream[start + 4 * i : start + 4 * i + 5] for i in range(3)]
         assert rows.dtype == torch.int64
-    assert loader.rows(20, 2, 100, CPU).tolist() == [stream[20:121], stream[120:221]]  # several times around
+    assert loader.rows(20, 2, 100, CPU).tolist() == [
+        stream[20:121],
+        stream[120:221],
+    ]  # several times around
 
 
 class Alone(tg.Run):
@@ -204,22 +232,26 @@ def test_ranks_share_every_batch_without_overlap(tmp_path: Path, world_size: int
             assert len(loader.asked) == 8 // world_size
             assert loader.position == (step + 1) * 128
         # Every row of the batch once, whatever the number of ranks.
-        assert sorted(start for part in asked for start in part) == [step * 128 + i * 16 for i in range(8)]
+        assert sorted(start for part in asked for start in part) == [
+            step * 128 + i * 16 for i in range(8)
+        ]
 
 
 def counted(sp: spm.SentencePieceProcessor, counter: tg.ByteCounter, text: str) -> tuple[int, int]:
     """Bytes as counted and as decoded, of one whole document."""
     tokens = torch.tensor([BOS, *sp.encode(text)])
-    return int(counter.count(tokens[:-1], tokens[1:]).sum()), len(sp.decode(tokens.tolist()).encode())
+    return int(counter.count(tokens[:-1], tokens[1:]).sum()), len(
+        sp.decode(tokens.tolist()).encode()
+    )
 
 
 @pytest.mark.parametrize("name", ["identity", "nmt_nfkc"])
-def test_bytes_are_those_of_the_decoded_text(name: str, tokenizers: Tokenizers, texts: list[str]) -> None:
+def test_bytes_are_those_of_the_decoded_text(
+    name: str, tokenizers: Tokenizers, texts: list[str]
+) -> None:
     path = getattr(tokenizers, name)
-    sp, counter = (
-        spm.SentencePieceProcessor(model_file=str(path)),
-        tg.ByteCounter(tiny(vocab_size=400, tokenizer_path=str(path))),
-    )
+    sp = spm.SentencePieceProcessor(model_file=str(path))
+    counter = tg.ByteCounter(tiny(vocab_size=400, tokenizer_path=str(path)))
     for text in [*texts, "".join(texts), *(a + b for a in HARD_TEXTS for b in HARD_TEXTS)]:
         count, decoded = counted(sp, counter, text)
         assert count == decoded, text[:60]
@@ -229,7 +261,9 @@ def test_bytes_are_those_of_the_decoded_text(name: str, tokenizers: Tokenizers, 
     assert any(sp.is_byte(token) for token in used)  # the hard texts do reach the byte fallback
 
 
-def test_bytes_of_a_tokenizer_that_adds_one_space_and_keeps_the_rest(tmp_path: Path, texts: list[str]) -> None:
+def test_bytes_of_a_tokenizer_that_adds_one_space_and_keeps_the_rest(
+    tmp_path: Path, texts: list[str]
+) -> None:
     sp = train_tokenizer(tmp_path / "t.model", texts, **IDENTITY | {"add_dummy_prefix": True})
     counter = tg.ByteCounter(tiny(vocab_size=400, tokenizer_path=str(tmp_path / "t.model")))
     for text in texts:
@@ -241,20 +275,31 @@ def test_a_piece_of_several_spaces(tokenizers: Tokenizers) -> None:
     counter = tg.ByteCounter(tiny(vocab_size=400, tokenizer_path=str(tokenizers.identity)))
     four = sp.piece_to_id("\u2581" * 4)
     assert sp.id_to_piece(four) == "\u2581" * 4
-    for prev in (BOS, four, sp.piece_to_id("<0x0A>")):  # indentation counts in full, at the start of a text too
+    for prev in (
+        BOS,
+        four,
+        sp.piece_to_id("<0x0A>"),
+    ):  # indentation counts in full, at the start of a text too
         assert counter.count(torch.tensor([[prev]]), torch.tensor([[four]])).tolist() == [[4]]
 
 
 def test_pieces_count_as_the_challenge_counts_them(tokenizers: Tokenizers) -> None:
     sp = spm.SentencePieceProcessor(model_file=str(tokenizers.nmt_nfkc))
     counter = tg.ByteCounter(tiny(vocab_size=400, tokenizer_path=str(tokenizers.nmt_nfkc)))
-    spaced = next(i for i in range(400) if len(sp.id_to_piece(i)) > 2 and sp.id_to_piece(i).startswith("\u2581"))
-    inner, byte, wide = sp.piece_to_id("e"), sp.piece_to_id("<0xE6>"), sp.piece_to_id("—")
+    spaced = next(
+        i
+        for i in range(400)
+        if len(sp.id_to_piece(i)) > 2 and sp.id_to_piece(i).startswith("\u2581")
+    )
+    inner = sp.piece_to_id("e")
+    byte = sp.piece_to_id("<0xE6>")
+    wide = sp.piece_to_id("—")
     length = len(sp.id_to_piece(spaced)) - 1
     assert not sp.is_unknown(wide)
     # fmt: off
     for prev, target, expected in (
-        (BOS, spaced, length), (0, spaced, length), (3, spaced, length),  # no space after a boundary
+        # No space after a boundary.
+        (BOS, spaced, length), (0, spaced, length), (3, spaced, length),
         (inner, spaced, length + 1), (byte, spaced, length + 1),
         (BOS, inner, 1), (inner, byte, 1), (inner, wide, 3),
         (inner, BOS, 0), (inner, 0, 0), (inner, 2, 0), (inner, 3, 0),  # control and unknown
@@ -265,4 +310,6 @@ def test_pieces_count_as_the_challenge_counts_them(tokenizers: Tokenizers) -> No
 
 def test_bits_per_byte_by_hand() -> None:
     assert tg.bits_per_byte(3 * math.log(2), 2) == pytest.approx(1.5, rel=1e-15)
-    assert tg.bits_per_byte(math.log(1024) * 10, 25) == pytest.approx(4.0, rel=1e-15)  # 10 tokens of 10 bits
+    assert tg.bits_per_byte(math.log(1024) * 10, 25) == pytest.approx(
+        4.0, rel=1e-15
+    )  # 10 tokens of 10 bits

@@ -1,4 +1,6 @@
-"""Decoding: the same tokens as without a cache, the passes that are claimed, and nothing read that must be found."""
+"""Decoding: the same tokens as without a cache, the passes that are claimed, and nothing read that
+must be found.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,14 @@ import functools
 import math
 from typing import Any
 
-import policy
 import pytest
 import torch
-from conftest import random_rows, randomise, tiny
-from objectives import expected_embedding
 from torch import Tensor
 
 import train_gpt as tg
+from scripts import policy
+from scripts.objectives import expected_embedding
+from tests.conftest import random_rows, randomise, tiny
 
 V = 64
 MODES = ["mask", "uniform", "hybrid", "gaussian"]
@@ -50,9 +52,13 @@ def windows_of(model: Spy) -> list[tuple[tg.Window, Tensor]]:
     return [(call[1], call[2]) for call in model.calls if call[0] == "window"]
 
 
-@pytest.mark.parametrize(("start", "stop", "length"), [(1, 12, 12), (5, 12, 12), (3, 9, 14), (11, 12, 12)])
+@pytest.mark.parametrize(
+    ("start", "stop", "length"), [(1, 12, 12), (5, 12, 12), (3, 9, 14), (11, 12, 12)]
+)
 @pytest.mark.parametrize("recipe", ["direct", "ar"])
-def test_greedy_decoding_equals_a_loop_without_a_cache(recipe: str, start: int, stop: int, length: int) -> None:
+def test_greedy_decoding_equals_a_loop_without_a_cache(
+    recipe: str, start: int, stop: int, length: int
+) -> None:
     model, ids = model_of(recipe), random_rows(3, length, V)
     expected = ids.clone()
     with torch.no_grad():
@@ -83,12 +89,16 @@ def test_given_text_stays_and_what_is_to_be_found_is_not_read(window: int, mode:
 
 @pytest.mark.parametrize("start", [1, 2, 6])
 @pytest.mark.parametrize("span", [1, 5, 8])
-@pytest.mark.parametrize(("window", "steps"), [(0, 1), (8, 1), (8, 3), (8, 99), (4, 2), (3, 3), (1, 1)])
+@pytest.mark.parametrize(
+    ("window", "steps"), [(0, 1), (8, 1), (8, 3), (8, 99), (4, 2), (3, 3), (1, 1)]
+)
 def test_the_number_of_passes_is_exact(start: int, span: int, window: int, steps: int) -> None:
     model, ids = model_of(), random_rows(2, start + span, V)
     found = tg.decode(model, ids, start, start + span, tg.Decoding(window, steps))
     sizes = [min(window, span - i) for i in range(0, span, window)] if window else []
-    expected = sum(min(steps, size) for size in sizes) + len(sizes) - 1 if window else span  # the last is not read
+    expected = (
+        sum(min(steps, size) for size in sizes) + len(sizes) - 1 if window else span
+    )  # the last is not read
     assert len(model.calls) == expected + 1  # the prompt
     assert int(found.forwards.max()) == expected
 
@@ -129,13 +139,24 @@ def test_the_most_confident_tokens_are_committed_first_and_for_good(span: int, s
 def test_one_token_a_pass() -> None:
     model, ids = model_of(), random_rows(2, 12, V)
     tg.decode(model, ids, 4, 12, tg.Decoding(8, 8))
-    assert [window.noisy.corrupted[0].sum().item() for window, _ in windows_of(model)] == [8, 7, 6, 5, 4, 3, 2, 1]
+    assert [window.noisy.corrupted[0].sum().item() for window, _ in windows_of(model)] == [
+        8,
+        7,
+        6,
+        5,
+        4,
+        3,
+        2,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("sampling", [{}, HOT])
 @pytest.mark.parametrize("mode", ["mask", "uniform"])
 @pytest.mark.parametrize("window", [0, 4, 8])
-def test_a_rows_result_does_not_depend_on_its_batch(window: int, mode: str, sampling: dict[str, Any]) -> None:
+def test_a_rows_result_does_not_depend_on_its_batch(
+    window: int, mode: str, sampling: dict[str, Any]
+) -> None:
     model, ids = model_of(diffusion_corruption_mode=mode), random_rows(4, 16, V)
     how = tg.Decoding(window, steps=3, **sampling)
     together = tg.decode(model, ids, 4, 12, how).ids
@@ -153,7 +174,8 @@ def test_a_rows_result_does_not_depend_on_its_batch(window: int, mode: str, samp
     ],
 )
 def test_a_rows_passes_do_not_depend_on_its_batch(how: tg.Decoding) -> None:
-    model, ids = model_of(), random_rows(1, 20, V).expand(5, -1) if how.temperature else random_rows(5, 20, V)
+    model = model_of()
+    ids = random_rows(1, 20, V).expand(5, -1) if how.temperature else random_rows(5, 20, V)
     together = tg.decode(model, ids, 4, 16, how)
     alone = [tg.decode(model, ids[: i + 1], 4, 16, how) for i in range(5)]
     assert together.ids.equal(torch.cat([found.ids[i:] for i, found in enumerate(alone)]))
@@ -172,18 +194,30 @@ def test_rows_and_seeds_draw_apart() -> None:
         assert not tg.generate(model, ids, 8, how._replace(seed=4)).ids.equal(hot)
 
 
-FILTERS: list[dict[str, Any]] = [{}, HOT, HOT | {"top_k": 3}, HOT | {"top_p": 0.6}, HOT | {"top_k": 9, "top_p": 0.9}]
+FILTERS: list[dict[str, Any]] = [
+    {},
+    HOT,
+    HOT | {"top_k": 3},
+    HOT | {"top_p": 0.6},
+    HOT | {"top_k": 9, "top_p": 0.9},
+]
 
 
 @pytest.mark.parametrize("sampling", FILTERS)
 @pytest.mark.parametrize(("window", "lookup"), [(0, 1), (1, 0), (4, 0), (4, 1), (7, 2), (30, 0)])
-def test_speculative_decoding_is_what_ar_would_have_said(window: int, lookup: int, sampling: dict[str, Any]) -> None:
+def test_speculative_decoding_is_what_ar_would_have_said(
+    window: int, lookup: int, sampling: dict[str, Any]
+) -> None:
     model, ids = model_of(), random_rows(40, 5, V)
     expected = tg.generate(model, ids, 11, tg.AR._replace(**sampling))
     model.calls.clear()
-    found = tg.generate(model, ids, 11, tg.Decoding(window, verify=True, propose=lookups(lookup), **sampling))
+    found = tg.generate(
+        model, ids, 11, tg.Decoding(window, verify=True, propose=lookups(lookup), **sampling)
+    )
     assert found.ids.equal(expected.ids)
-    assert len(expected.ids[:, 5:].unique(dim=0)) > 30  # rows differ, so they stop agreeing at different places
+    assert (
+        len(expected.ids[:, 5:].unique(dim=0)) > 30
+    )  # rows differ, so they stop agreeing at different places
     assert int(found.forwards.max()) == len(model.calls) - 1  # a cycle is one pass, drafts included
 
 
@@ -192,9 +226,14 @@ def test_speculative_decoding_is_what_ar_would_have_said(window: int, lookup: in
 def test_drafts_are_those_of_a_window_of_their_own(recipe: str, mode: str) -> None:
     model, ids = model_of(recipe, diffusion_corruption_mode=mode), random_rows(3, 9, V)
     _, past = model.clean(ids[:, :5])
-    room = [(torch.nn.functional.pad(k, (0, 0, 0, 40)), torch.nn.functional.pad(v, (0, 0, 0, 40))) for k, v in past]
+    room = [
+        (torch.nn.functional.pad(k, (0, 0, 0, 40)), torch.nn.functional.pad(v, (0, 0, 0, 40)))
+        for k, v in past
+    ]
     run = tg.Decoder(model, tg.AR, room, torch.zeros(3, 1, dtype=torch.int64))
-    at = torch.tensor([[4, 5, 6, 7]]).expand(3, -1)  # one token that stands, three proposals; drafts after each of them
+    at = torch.tensor([[4, 5, 6, 7]]).expand(
+        3, -1
+    )  # one token that stands, three proposals; drafts after each of them
     windows = torch.nn.functional.pad(ids.gather(1, at)[..., None], (0, 3))
     hole = torch.ones(3, 4, 3, dtype=torch.bool)
     with torch.no_grad():
@@ -214,7 +253,9 @@ def test_drafts_are_those_of_a_window_of_their_own(recipe: str, mode: str) -> No
             )
             past = model.clean(ids[:, : 4 + end])[1]
             mask = (torch.arange(8 + end) <= places[:, None]) | (not model.cfg.diffusion_causal)
-            expected = model.window(tg.Window(ids[:, None, 4 + end : 5 + end], alone, places, mask), past)[:, 0]
+            expected = model.window(
+                tg.Window(ids[:, None, 4 + end : 5 + end], alone, places, mask), past
+            )[:, 0]
             torch.testing.assert_close(guess[:, end], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -223,12 +264,16 @@ def test_sampling_has_the_exact_distribution_of_the_chain_rule(mode: str) -> Non
     model, rows = model_of(vocab_size=3), 6000
     prompt = torch.tensor([[1, 2]])
     every = torch.cartesian_prod(*[torch.arange(3)] * 3)  # (27, 3)
-    p = torch.exp(-tg.score(model, torch.cat((prompt.expand(27, -1), every), dim=1))[:, 1:].double().sum(1))
+    p = torch.exp(
+        -tg.score(model, torch.cat((prompt.expand(27, -1), every), dim=1))[:, 1:].double().sum(1)
+    )
     torch.testing.assert_close(p.sum(), torch.ones((), dtype=torch.float64))
     how = policy.MODES[mode]._replace(temperature=1.0, propose=lookups(int(mode == "speculative")))
     found = tg.generate(model, prompt.expand(rows, -1), 3, how).ids[:, 2:]
     count = torch.bincount((found * torch.tensor([9, 3, 1])).sum(1), minlength=27)
-    assert ((count - rows * p) ** 2 / (rows * p)).sum() < 64  # chi-square, 26 degrees of freedom: p = 5e-5
+    assert (
+        (count - rows * p) ** 2 / (rows * p)
+    ).sum() < 64  # chi-square, 26 degrees of freedom: p = 5e-5
 
 
 def test_lookup_proposes_what_followed_last_time() -> None:
@@ -250,13 +295,17 @@ def test_lookup_proposes_what_followed_last_time() -> None:
 def test_lookup_saves_passes_where_text_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("ar")
 
-    def clean(ids: Tensor, past: Any = None, at: Any = None) -> Any:  # after n comes n + 1, modulo 5
+    def clean(
+        ids: Tensor, past: Any = None, at: Any = None
+    ) -> Any:  # after n comes n + 1, modulo 5
         return torch.nn.functional.one_hot((ids + 1) % 5, V).float(), real(ids, past, at)[1]
 
     real = model.clean
     monkeypatch.setattr(model, "clean", clean)
     prompt = torch.tensor([[0, 1, 2, 3, 4, 0, 1]])
-    slow, fast = (tg.generate(model, prompt, 40, tg.AR._replace(propose=lookups(n))) for n in (0, 2))
+    slow, fast = (
+        tg.generate(model, prompt, 40, tg.AR._replace(propose=lookups(n))) for n in (0, 2)
+    )
     assert fast.ids.equal(slow.ids)
     assert slow.forwards.item() == 40
     assert fast.forwards.item() == 4  # 4, then 9, 16 and 16 proposals, and a token each
@@ -290,7 +339,9 @@ def test_an_edit_changes_what_is_improbable_and_nothing_else() -> None:
     assert found[:, :4].equal(ids[:, :4])
     assert found[:, 16:].equal(ids[:, 16:])
     other = torch.cat((ids[:, :16], (ids[:, 16:] + 1) % V), dim=1)
-    assert not policy.edit(model, other, 4, 16, how).ids[:, :16].equal(found[:, :16])  # it reads the text after
+    assert (
+        not policy.edit(model, other, 4, 16, how).ids[:, :16].equal(found[:, :16])
+    )  # it reads the text after
     nothing = policy.edit(model, ids, 4, 16, how._replace(redo=0.0))
     assert nothing.ids.equal(ids)
     assert not nothing.forwards.any()
@@ -307,7 +358,9 @@ def test_a_draft_of_ar_is_repaired() -> None:
 
 @pytest.mark.parametrize("mode", policy.MODES)
 def test_a_watcher_is_told_of_every_pass(mode: str) -> None:
-    model, ids, seen = model_of(), random_rows(2, 5, V), list[Any]()
+    model = model_of()
+    ids = random_rows(2, 5, V)
+    seen = list[Any]()
     how = policy.MODES[mode]._replace(watch=lambda *told: seen.append([x.clone() for x in told]))
     found = tg.generate(model, ids, 12, how).ids
     text, left = torch.full_like(found, -1), torch.ones_like(found, dtype=torch.bool)
@@ -319,7 +372,9 @@ def test_a_watcher_is_told_of_every_pass(mode: str) -> None:
         assert (log_p <= 0).all()
     assert text[:, 5:].equal(found[:, 5:]) or mode in ("ar", "speculative")
     assert not left[:, 5:].any() or mode == "speculative"
-    assert len(seen) == sum(call[0] == "window" or mode == "ar" for call in model.calls) - (mode == "ar") or mode in (
+    assert len(seen) == sum(call[0] == "window" or mode == "ar" for call in model.calls) - (
+        mode == "ar"
+    ) or mode in (
         "speculative",
         "draft_refine",
     )
@@ -334,12 +389,18 @@ def test_stretched_positions_are_read_as_near_ones() -> None:
 
 
 def test_a_right_draft_saves_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids, real = model_of(), random_rows(3, 5, V), tg.Decoder.denoise
+    model = model_of()
+    ids = random_rows(3, 5, V)
+    real = tg.Decoder.denoise
     expected = tg.generate(model, ids, 12).ids
 
-    def denoise(run: Any, clean: Any, at: Any, ids: Any, hole: Tensor, first: Tensor, *rest: Any) -> Any:
+    def denoise(
+        run: Any, clean: Any, at: Any, ids: Any, hole: Tensor, first: Tensor, *rest: Any
+    ) -> Any:
         logits, _ = real(run, clean, at, ids, hole, first, *rest)
-        places = first[..., None] + 1 + torch.arange(hole.shape[2])  # a drafter that knows, in row 0 up to token 8 only
+        places = (
+            first[..., None] + 1 + torch.arange(hole.shape[2])
+        )  # a drafter that knows, in row 0 up to token 8 only
         truth = torch.nn.functional.pad(expected, (0, 8))[torch.arange(3)[:, None, None], places]
         truth[0] += (places[0] > 8).long()
         return logits, torch.nn.functional.one_hot(truth % V, V).float() * 50
@@ -347,19 +408,28 @@ def test_a_right_draft_saves_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tg.Decoder, "denoise", denoise)
     found = tg.generate(model, ids, 12, tg.Decoding(4, verify=True))
     assert found.ids.equal(expected)
-    # Rows 1 and 2: a token, then a draft of one and a token each pass. Row 0: two such passes, then one token a pass.
+    # Rows 1 and 2: a token, then a draft of one and a token each pass. Row 0: two such passes, then
+    # one token a pass.
     assert found.forwards[:, 0].tolist() == [1 + 2 + 7, 7, 7]
 
 
 def test_drafts_share_the_noise_of_what_checks_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids, real = model_of(), random_rows(3, 5, V), tg.Decoder.denoise
+    model = model_of()
+    ids = random_rows(3, 5, V)
+    real = tg.Decoder.denoise
     expected = tg.generate(model, ids, 12, tg.AR._replace(**HOT)).ids
     with torch.no_grad():
-        truth = torch.nn.functional.pad(model.clean(expected)[0], (0, 0, 1, 8))  # at a place, logits of its own token
+        truth = torch.nn.functional.pad(
+            model.clean(expected)[0], (0, 0, 1, 8)
+        )  # at a place, logits of its own token
 
-    def denoise(run: Any, clean: Any, at: Any, ids: Any, hole: Tensor, first: Tensor, *rest: Any) -> Any:
+    def denoise(
+        run: Any, clean: Any, at: Any, ids: Any, hole: Tensor, first: Tensor, *rest: Any
+    ) -> Any:
         places = first[..., None] + 1 + torch.arange(hole.shape[2])
-        return real(run, clean, at, ids, hole, first, *rest)[0], truth[torch.arange(3)[:, None, None], places]
+        return real(run, clean, at, ids, hole, first, *rest)[0], truth[
+            torch.arange(3)[:, None, None], places
+        ]
 
     monkeypatch.setattr(tg.Decoder, "denoise", denoise)
     found = tg.generate(model, ids, 12, tg.Decoding(4, verify=True, **HOT))
@@ -372,7 +442,9 @@ def test_a_threshold_commits_what_is_sure_and_at_least_one(threshold: float) -> 
     model, ids = model_of(), random_rows(3, 12, V)
     tg.decode(model, ids, 4, 12, tg.Decoding(8, 8, threshold=threshold))
     passes = windows_of(model)
-    holes = [window.noisy.corrupted[:, 0] for window, _ in passes] + [torch.zeros(3, 8, dtype=torch.bool)]
+    holes = [window.noisy.corrupted[:, 0] for window, _ in passes] + [
+        torch.zeros(3, 8, dtype=torch.bool)
+    ]
     for i, (_, logits) in enumerate(passes):
         sure = holes[i] & (logits[:, 0].softmax(-1).amax(-1) >= threshold)
         committed = holes[i] & ~holes[i + 1]
@@ -404,14 +476,21 @@ def test_filters_keep_the_most_probable() -> None:
         return torch.bincount(tokens[0], minlength=5) / 4000
 
     assert (drawn()[:4] > 0).all()
-    for how, left in ((dict(top_k=2), 2), (dict(top_p=0.7), 2), (dict(top_p=0.3), 1), (dict(top_k=3, top_p=0.7), 2)):
+    for how, left in (
+        (dict(top_k=2), 2),
+        (dict(top_p=0.7), 2),
+        (dict(top_p=0.3), 1),
+        (dict(top_k=3, top_p=0.7), 2),
+    ):
         found = drawn(**how)
         assert not found[left:].any()
         torch.testing.assert_close(found[:left], p[:left] / p[:left].sum(), rtol=0, atol=0.03)
 
 
 def test_an_infill_follows_its_suffix() -> None:
-    model, prefix, suffix = model_of(), random_rows(8, 5, V), random_rows(8, 4, V, seed=1)
+    model = model_of()
+    prefix = random_rows(8, 5, V)
+    suffix = random_rows(8, 4, V, seed=1)
     found = tg.infill(model, prefix, suffix, 6, tg.Decoding(steps=6)).ids
     assert found.shape == (8, 15)
     assert found[:, :5].equal(prefix)
@@ -431,7 +510,9 @@ def test_what_fills_a_hole_is_what_was_trained() -> None:
         for window, _ in windows_of(model):
             put = window.noisy.xt[window.noisy.corrupted]
             assert (put == V).all() if masked else (put < V).all()
-            assert window.noisy.suspect.all() == (mode != "mask" or bool(window.noisy.corrupted.all()))
+            assert window.noisy.suspect.all() == (
+                mode != "mask" or bool(window.noisy.corrupted.all())
+            )
 
 
 def test_the_last_prediction_is_fed_back_where_that_was_trained() -> None:
@@ -450,7 +531,9 @@ def test_the_last_prediction_is_fed_back_where_that_was_trained() -> None:
 def test_an_expected_embedding_is_the_mean_under_the_prediction() -> None:
     model = model_of()
     sure = torch.full((3, V), -1e9).scatter(1, torch.tensor([[5], [0], [63]]), 0.0)
-    torch.testing.assert_close(expected_embedding(model, sure), tg.rms_norm(model.tok_emb)[[5, 0, 63]])
+    torch.testing.assert_close(
+        expected_embedding(model, sure), tg.rms_norm(model.tok_emb)[[5, 0, 63]]
+    )
     mean = tg.rms_norm(model.tok_emb).mean(0)
     torch.testing.assert_close(expected_embedding(model, torch.zeros(V)), mean)
 
@@ -463,9 +546,15 @@ def test_sampling_follows_the_distribution(temperature: float) -> None:
     expected = (logits.double() / temperature).softmax(-1) * count
     found = torch.bincount(tokens.flatten(), minlength=5)
     assert found[4] == 0
-    assert ((found - expected) ** 2 / expected)[:4].sum() < 25  # chi-square, 3 degrees of freedom: p = 1e-5
-    assert log_p.equal(logits.double().log_softmax(-1)[tokens])  # confidence is the model's own, untempered
-    neighbours = torch.bincount((tokens[:, :-1] * 5 + tokens[:, 1:]).flatten(), minlength=25).view(5, 5)
+    assert ((found - expected) ** 2 / expected)[
+        :4
+    ].sum() < 25  # chi-square, 3 degrees of freedom: p = 1e-5
+    assert log_p.equal(
+        logits.double().log_softmax(-1)[tokens]
+    )  # confidence is the model's own, untempered
+    neighbours = torch.bincount((tokens[:, :-1] * 5 + tokens[:, 1:]).flatten(), minlength=25).view(
+        5, 5
+    )
     p = expected / count
     joint = p[:, None] * p * neighbours.sum()
     assert ((neighbours - joint) ** 2 / joint)[:4, :4].sum() < 60  # 15 degrees of freedom
@@ -475,7 +564,9 @@ def test_temperature_zero_takes_the_likeliest() -> None:
     logits = torch.randn(4, 7, V)
     tokens, log_p = tg.pick(logits, tg.Decoding(), torch.zeros(4, 7, dtype=torch.int64))
     assert tokens.equal(logits.argmax(-1))
-    torch.testing.assert_close(log_p, logits.double().log_softmax(-1).amax(-1), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        log_p, logits.double().log_softmax(-1).amax(-1), atol=1e-6, rtol=1e-6
+    )
     cold, _ = tg.pick(logits, tg.Decoding(temperature=1e-3), tg.derive(torch.arange(28)).view(4, 7))
     assert cold.equal(tokens)
 
@@ -517,5 +608,7 @@ def test_kept_keys_change_nothing_where_they_depend_on_their_own_tokens_only(
     assert kept.forwards.equal(whole.forwards)
     read = [12 + suffix if w.only is None else w.only.shape[1] for w, _ in windows_of(model)]
     assert read[0] == 12 + suffix  # the first pass leaves the keys that later ones read
-    changed = 11 - 11 * (steps - 2) // steps  # each, the one before it, and the one after where pairs are inputs
+    changed = (
+        11 - 11 * (steps - 2) // steps
+    )  # each, the one before it, and the one after where pairs are inputs
     assert read[-1] <= min((3 if pairs else 2) * changed, 12 + suffix - (steps > 2))

@@ -13,15 +13,21 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import read_events, tiny
 
 import train_gpt as tg
+from tests.conftest import read_events, tiny
 
 Launch = Callable[..., subprocess.Popen[str]]
 
 
 def torchrun(ranks: int) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+    ]
 
 
 def test_the_number_of_ranks_moves_no_result(
@@ -31,7 +37,12 @@ def test_the_number_of_ranks_moves_no_result(
     for ranks in (1, 2):
         out = tmp_path / f"out{ranks}"
         done = run_main(
-            torchrun(ranks), out_dir=out, micro_batches=4, iterations=6, val_loss_every=3, nelbo_windows="4"
+            torchrun(ranks),
+            out_dir=out,
+            micro_batches=4,
+            iterations=6,
+            val_loss_every=3,
+            nelbo_windows="4",
         )
         assert done.returncode == 0, done.stderr
         events[ranks] = read_events(out)  # one log, written by rank 0
@@ -54,15 +65,23 @@ def test_the_number_of_ranks_moves_no_result(
     assert header["world_size"] == 2
 
 
-def test_ranks_that_do_not_divide_the_batch_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ranks_that_do_not_divide_the_batch_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     cfg = tiny(micro_batches=4, out_dir=str(tmp_path / "out"))
-    with pytest.raises(tg.UserError, match="WORLD_SIZE=3 must divide MICRO_BATCHES=4"), tg.Run.start(cfg):
+    with (
+        pytest.raises(tg.UserError, match="WORLD_SIZE=3 must divide MICRO_BATCHES=4"),
+        tg.Run.start(cfg),
+    ):
         pass
     assert not torch.distributed.is_initialized()
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("WORLD_SIZE", "two")
-    with pytest.raises(tg.UserError, match="WORLD_SIZE='two' must be a whole number"), tg.Run.start(cfg):
+    with (
+        pytest.raises(tg.UserError, match="WORLD_SIZE='two' must be a whole number"),
+        tg.Run.start(cfg),
+    ):
         pass
 
 
@@ -84,7 +103,9 @@ def steps_of(log: Path) -> int:
 
 
 def test_a_rank_that_dies_ends_the_others_with_a_message(launch: Launch, tmp_path: Path) -> None:
-    settings: dict[str, Any] = dict(micro_batches=4, iterations=100_000, checkpoint_seconds=0.05, run_id="r")
+    settings: dict[str, Any] = dict(
+        micro_batches=4, iterations=100_000, checkpoint_seconds=0.05, run_id="r"
+    )
     process = launch(torchrun(2), **settings)
     log, deadline = tmp_path / "out" / "logs" / "r.jsonl", time.monotonic() + 60
     while steps_of(log) < 5:
@@ -96,5 +117,7 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(launch: Launch, tmp_pat
     assert process.returncode not in (0, None)
     told = [line for line in err.splitlines() if "RESUME=auto" in line]
     assert told, err
-    assert any("rank 0 lost another rank" in line or "rank 0: ended by a signal" in line for line in told)
+    assert any(
+        "rank 0 lost another rank" in line or "rank 0: ended by a signal" in line for line in told
+    )
     assert torch.load(tmp_path / "out" / "checkpoints" / "r.pt", weights_only=True)["step"] > 0

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, MAIN, make_run, random_rows, randomise, recorded, tiny
 from torch import Tensor
 
 import train_gpt as tg
+from tests.conftest import CPU, MAIN, make_run, random_rows, randomise, recorded, tiny
 
 MODES = ["mask", "uniform", "hybrid", "gaussian"]
 
 
-def evaluation(recipe: str = "direct", **overrides: Any) -> tuple[tg.GPT, tg.Run, tg.TokenLoader, tg.ByteCounter]:
+def evaluation(
+    recipe: str = "direct", **overrides: Any
+) -> tuple[tg.GPT, tg.Run, tg.TokenLoader, tg.ByteCounter]:
     """What evaluate_bpb needs, around a model of random weights."""
     cfg = tiny(recipe, **{"bigram_vocab_size": 50} | overrides)
     model = randomise(tg.GPT(cfg), std=0.2)
@@ -26,9 +28,16 @@ def evaluation(recipe: str = "direct", **overrides: Any) -> tuple[tg.GPT, tg.Run
 
 @pytest.mark.parametrize(
     ("recipe", "size"),
-    [(recipe, size) for recipe in MAIN for size in (0, 1, 4, 16) if not size or tiny(recipe).diffusion],
+    [
+        (recipe, size)
+        for recipe in MAIN
+        for size in (0, 1, 4, 16)
+        if not size or tiny(recipe).diffusion
+    ],
 )
-def test_the_uniform_predictor_scores_the_size_of_the_vocabulary(recipe: str, size: int, data: dict[str, Any]) -> None:
+def test_the_uniform_predictor_scores_the_size_of_the_vocabulary(
+    recipe: str, size: int, data: dict[str, Any]
+) -> None:
     model, run, loader, counter = evaluation(recipe, **data)
     with torch.no_grad():
         for p in model.parameters():
@@ -45,7 +54,9 @@ def test_the_uniform_predictor_scores_the_size_of_the_vocabulary(recipe: str, si
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_uniform_predictor_is_scored_alike_under_every_noise(mode: str, data: dict[str, Any]) -> None:
+def test_the_uniform_predictor_is_scored_alike_under_every_noise(
+    mode: str, data: dict[str, Any]
+) -> None:
     model, run, loader, counter = evaluation(diffusion_corruption_mode=mode, **data)
     with torch.no_grad():
         for p in model.parameters():
@@ -65,7 +76,9 @@ def test_the_exact_score_is_the_chain_rule() -> None:
     assert found.shape == (2, 8)
     for i in range(8):
         log_p = model.clean(ids[:, : i + 1])[0][:, -1].log_softmax(-1)
-        torch.testing.assert_close(found[:, i], -log_p.gather(-1, ids[:, i + 1 : i + 2])[:, 0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            found[:, i], -log_p.gather(-1, ids[:, i + 1 : i + 2])[:, 0], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_the_score_of_a_split_adds_up(data: dict[str, Any]) -> None:
@@ -80,36 +93,57 @@ def test_the_score_of_a_split_adds_up(data: dict[str, Any]) -> None:
 
 
 # A model small enough to write its distribution down: windows of 3 tokens out of 3.
-T3, S3, V3 = 6, 3, 3
+T3 = 6
+S3 = 3
+V3 = 3
 ORDERS = list(itertools.permutations(range(S3)))
 
 
 def small_model(mode: str = "mask", **overrides: Any) -> tg.GPT:
-    small = dict(vocab_size=V3, train_seq_len=T3, train_batch_tokens=2 * T3, parallel_eval_examples=0)
-    windows = dict(bigram_vocab_size=50, diffusion_windows="3", nelbo_windows="1,3", diffusion_corruption_mode=mode)
+    small = dict(
+        vocab_size=V3, train_seq_len=T3, train_batch_tokens=2 * T3, parallel_eval_examples=0
+    )
+    windows = dict(
+        bigram_vocab_size=50,
+        diffusion_windows="3",
+        nelbo_windows="1,3",
+        diffusion_corruption_mode=mode,
+    )
     return randomise(tg.GPT(tiny(**small | windows | overrides)), std=0.4)
 
 
 @torch.no_grad()
 def masked_set_nll(model: tg.GPT, rows: Tensor, window: int) -> Tensor:
-    """Nats of each token of one window under every set of masked tokens, (B, 2^S, S), by the cut-off cache."""
+    """Nats of each token of one window under every set of masked tokens, (B, 2^S, S), by the
+    cut-off cache.
+    """
     start = window * S3
     past = model.clean(rows[:, :start])[1] if start else None
     x0, sets = rows[:, start + 1 : start + 1 + S3], []
     for masked_set in range(2**S3):
-        masked = torch.tensor([bool(masked_set >> i & 1) for i in range(S3)]).expand(len(rows), 1, S3)
-        suspect = masked if model.cfg.diffusion_corruption_mode == "mask" else torch.ones_like(masked)
+        masked = torch.tensor([bool(masked_set >> i & 1) for i in range(S3)]).expand(
+            len(rows), 1, S3
+        )
+        suspect = (
+            masked if model.cfg.diffusion_corruption_mode == "mask" else torch.ones_like(masked)
+        )
         t = masked.float().mean(-1).clamp_min(1e-6)
         noisy = tg.Corruption(torch.where(masked, V3, x0[:, None]), masked, suspect, t)
         positions = torch.arange(start, start + S3 + 1)
-        mask = (torch.arange(start + S3 + 1) <= positions[:, None]) | (not model.cfg.diffusion_causal)
-        logits = model.window(tg.Window(rows[:, None, start : start + 1], noisy, positions, mask), past)[:, 0]
+        mask = (torch.arange(start + S3 + 1) <= positions[:, None]) | (
+            not model.cfg.diffusion_causal
+        )
+        logits = model.window(
+            tg.Window(rows[:, None, start : start + 1], noisy, positions, mask), past
+        )[:, 0]
         sets.append(-logits.double().log_softmax(-1).gather(-1, x0[..., None])[..., 0])
     return torch.stack(sets, dim=1)
 
 
 def order_nll(nll: Tensor) -> Tensor:
-    """Nats of the window under each order, (B, orders): each token given those before it in the order."""
+    """Nats of the window under each order, (B, orders): each token given those before it in the
+    order.
+    """
     columns = []
     for order in ORDERS:
         open_set, total = 2**S3 - 1, torch.zeros(len(nll), dtype=torch.float64)
@@ -124,13 +158,15 @@ def order_nll(nll: Tensor) -> Tensor:
 @pytest.mark.parametrize("mode", ["mask", "hybrid", "uniform"])
 def test_the_bound_is_the_exact_any_order_bound(mode: str, overrides: dict[str, Any]) -> None:
     model, copies = small_model(mode, **overrides), 3000
-    row, mask = random_rows(1, T3 + 1, V3, seed=4), tg.window_mask(T3, S3, model.cfg.diffusion_causal, CPU)
+    row = random_rows(1, T3 + 1, V3, seed=4)
+    mask = tg.window_mask(T3, S3, model.cfg.diffusion_causal, CPU)
     keys = tg.derive(torch.arange(copies)[:, None], 9, torch.arange(T3 // S3))
     sampled = tg.window_bounds(model, row.expand(copies, -1), keys, S3, 2, mask).mean(0)  # (B, W)
     error = sampled.std(0) / math.sqrt(copies)
     for window in range(T3 // S3):
         orders = order_nll(masked_set_nll(model, row, window))[0]
-        bound, exact = orders.mean().item(), -(torch.logsumexp(-orders, 0) - math.log(len(ORDERS))).item()
+        bound = orders.mean().item()
+        exact = -(torch.logsumexp(-orders, 0) - math.log(len(ORDERS))).item()
         assert exact < bound - 1e-3  # orders disagree, so that a bound is not the likelihood
         assert error[window] < 0.02 * bound
         assert abs(sampled[:, window].mean() - bound) < 4.5 * error[window]
@@ -146,16 +182,23 @@ def test_the_distribution_that_is_bounded_sums_to_one(mode: str) -> None:
 
 
 class Table:
-    """A model that knows the distribution of texts, and reads in a window all that is not masked, or nothing."""
+    """A model that knows the distribution of texts, and reads in a window all that is not masked,
+    or nothing.
+    """
 
     def __init__(self, p: Tensor, texts: Tensor, cfg: tg.Config, reads_window: bool) -> None:
-        self.p, self.texts, self.cfg, self.reads_window = p, texts, cfg, reads_window
+        self.p = p
+        self.texts = texts
+        self.cfg = cfg
+        self.reads_window = reads_window
 
     def clean(self, ids: Tensor) -> tuple[None, Tensor]:
         return None, ids
 
     def window(self, window: tg.Window, past: Tensor) -> Tensor:
-        """Logits of the true conditionals; positions of the text begin at 1, after a token that is always the same."""
+        """Logits of the true conditionals; positions of the text begin at 1, after a token that is
+        always the same.
+        """
         xt, size = window.noisy.xt, window.noisy.xt.shape[-1]
         logits = torch.zeros(*xt.shape, V3)
         for w in range(xt.shape[1]):
@@ -163,7 +206,9 @@ class Table:
             known[:, : w * size] = past[:, 1 : w * size + 1]
             if self.reads_window:
                 known[:, w * size : (w + 1) * size] = torch.where(xt[:, w] == V3, -1, xt[:, w])
-            fits = ((self.texts == known[:, None]) | (known[:, None] < 0)).all(-1) * self.p  # (B, texts)
+            fits = ((self.texts == known[:, None]) | (known[:, None] < 0)).all(
+                -1
+            ) * self.p  # (B, texts)
             for i in range(size):
                 of = torch.nn.functional.one_hot(self.texts[:, w * size + i], V3).double()
                 logits[:, w, i] = (fits @ of / fits.sum(-1, keepdim=True)).log().float()
@@ -172,8 +217,10 @@ class Table:
 
 @pytest.mark.parametrize("reads_window", [False, True])
 def test_a_bound_over_blocks_is_at_most_that_over_the_whole_row(reads_window: bool) -> None:
-    """By enumeration: with the true conditionals every bound is the entropy, and blocks lose nothing; a denoiser that
-    reads only what stands before its window loses the less, the smaller the windows are."""
+    """By enumeration: with the true conditionals every bound is the entropy, and blocks lose
+    nothing; a denoiser that reads only what stands before its window loses the less, the smaller
+    the windows are.
+    """
     T, samples = 4, 64
     texts = torch.tensor(list(itertools.product(range(V3), repeat=T)))
     p = torch.softmax(2 * torch.randn(len(texts), dtype=torch.float64), 0)
@@ -220,7 +267,9 @@ class Spy(tg.GPT):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_bound_never_sees_what_it_scores(mode: str) -> None:
-    model, size, samples = randomise(Spy(tiny(diffusion_corruption_mode=mode))), 4, 6
+    model = randomise(Spy(tiny(diffusion_corruption_mode=mode)))
+    size = 4
+    samples = 6
     rows, mask = random_rows(3, 17, 64), tg.window_mask(16, 4, False, CPU)
     keys = tg.derive(torch.arange(3)[:, None], torch.arange(4))
     numbers = set()
@@ -239,8 +288,12 @@ def test_the_bound_never_sees_what_it_scores(mode: str) -> None:
     assert numbers == {1, 2, 3, 4}  # of tokens hidden at once
 
 
-@pytest.mark.parametrize("overrides", [{}, {"diffusion_shift": False}, {"diffusion_corruption_mode": "hybrid"}])
-def test_windows_of_one_token_are_scored_exactly(overrides: dict[str, Any], data: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "overrides", [{}, {"diffusion_shift": False}, {"diffusion_corruption_mode": "hybrid"}]
+)
+def test_windows_of_one_token_are_scored_exactly(
+    overrides: dict[str, Any], data: dict[str, Any]
+) -> None:
     model, run, loader, counter = evaluation(**data, **overrides)
     rows = torch.cat([loader.rows(i * 16, 1, 16, CPU) for i in starts_of(loader, 8)])
     total = 0.0
@@ -248,7 +301,9 @@ def test_windows_of_one_token_are_scored_exactly(overrides: dict[str, Any], data
         for i in range(16):  # left to right, the noisy mode alone
             past = model.clean(rows[:, :i])[1] if i else None
             yes = torch.ones(len(rows), 1, 1, dtype=torch.bool)
-            noisy = tg.Corruption(torch.full((len(rows), 1, 1), 400), yes, yes, torch.ones(len(rows), 1))
+            noisy = tg.Corruption(
+                torch.full((len(rows), 1, 1), 400), yes, yes, torch.ones(len(rows), 1)
+            )
             everything = torch.ones(2, i + 2, dtype=torch.bool)
             window = tg.Window(rows[:, None, i : i + 1], noisy, torch.arange(i, i + 2), everything)
             log_p = model.window(window, past)[:, 0, 0].log_softmax(-1)
@@ -274,11 +329,15 @@ def test_neither_batch_nor_world_size_moves_a_score(size: int, data: dict[str, A
     expected = tg.evaluate_bpb(model, run, loader, counter, size)
     for tokens in (1, 48, 100_000):
         other = make_run(dataclasses.replace(run.cfg, val_batch_size=tokens))
-        assert tg.evaluate_bpb(model, other, loader, counter, size) == pytest.approx(expected, rel=1e-6)
+        assert tg.evaluate_bpb(model, other, loader, counter, size) == pytest.approx(
+            expected, rel=1e-6
+        )
     for world_size in (2, 3, 50):  # 50 ranks: some have no row at all
         ranks = type("Ranks", (OneOf,), {})
         for rank in range(world_size):
-            found = tg.evaluate_bpb(model, ranks(**vars(make_run(run.cfg, rank, world_size))), loader, counter, size)
+            found = tg.evaluate_bpb(
+                model, ranks(**vars(make_run(run.cfg, rank, world_size))), loader, counter, size
+            )
             assert rank or found["tokens"] < expected["tokens"]
         assert found == pytest.approx(expected, rel=1e-6)
 
@@ -308,14 +367,23 @@ def test_rows_of_a_bound_are_evenly_spaced_over_the_split(data: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("stride", [1, 5, 16, 99])
-def test_a_sliding_score_gives_every_token_its_longest_context(stride: int, data: dict[str, Any]) -> None:
+def test_a_sliding_score_gives_every_token_its_longest_context(
+    stride: int, data: dict[str, Any]
+) -> None:
     model, run, loader, counter = evaluation(**data, val_batch_size=80)
-    loader.shards, loader.ends, loader.total = [loader.shards[0][:70]], [70], 70  # 69 tokens to predict
+    loader.shards, loader.ends, loader.total = (
+        [loader.shards[0][:70]],
+        [70],
+        70,
+    )  # 69 tokens to predict
     found = tg.evaluate_bpb(model, run, loader, counter, stride=stride)
     stride = min(stride, 16)
     rows = (69 - 16) // stride + 1
-    text, ends = torch.tensor(loader.shards[0].astype("int64")), [16 + stride * i for i in range(rows)]
-    nats, num_bytes, scored = 0.0, 0, 0
+    text = torch.tensor(loader.shards[0].astype("int64"))
+    ends = [16 + stride * i for i in range(rows)]
+    nats = 0.0
+    num_bytes = 0
+    scored = 0
     for place in range(1, ends[-1] + 1):  # the first row that reaches it has the longest context
         end = next(end for end in ends if end >= place)
         nats += tg.score(model, text[None, end - 16 : end + 1])[0, place - 1 - end].item()
@@ -327,7 +395,9 @@ def test_a_sliding_score_gives_every_token_its_longest_context(stride: int, data
         assert found["bpb"] == tg.evaluate_bpb(model, run, loader, counter)["bpb"]
     ranks = type("Ranks", (OneOf,), {})
     for rank in range(3):
-        shared = tg.evaluate_bpb(model, ranks(**vars(make_run(run.cfg, rank, 3))), loader, counter, stride=stride)
+        shared = tg.evaluate_bpb(
+            model, ranks(**vars(make_run(run.cfg, rank, 3))), loader, counter, stride=stride
+        )
     assert shared == pytest.approx(found, rel=1e-6)
 
 
@@ -353,9 +423,15 @@ def test_a_bound_converges_and_knows_its_error(data: dict[str, Any]) -> None:
 def test_parallel_decoding_is_judged_by_decoded_tokens_alone(
     data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = tiny(**data, parallel_eval_examples=4, parallel_eval_span_len="4,2", parallel_eval_steps="1,2,4")
-    run, loader, calls = make_run(cfg), tg.TokenLoader(cfg, "val"), list[tuple[Any, ...]]()
-    readings = itertools.cycle([0, 0, 0, 1, 1, 4, 4, 6])  # a warm-up that must not count, then 1, 3 and 2 seconds
+    cfg = tiny(
+        **data, parallel_eval_examples=4, parallel_eval_span_len="4,2", parallel_eval_steps="1,2,4"
+    )
+    run = make_run(cfg)
+    loader = tg.TokenLoader(cfg, "val")
+    calls = list[tuple[Any, ...]]()
+    readings = itertools.cycle(
+        [0, 0, 0, 1, 1, 4, 4, 6]
+    )  # a warm-up that must not count, then 1, 3 and 2 seconds
     monkeypatch.setattr(run, "clock", lambda: next(readings))
 
     def decode(model: tg.GPT, ids: Tensor, start: int, stop: int, how: tg.Decoding) -> tg.Decoded:
@@ -373,7 +449,9 @@ def test_parallel_decoding_is_judged_by_decoded_tokens_alone(
     expected = []
     for span, steps in ((4, (1, 2, 4)), (2, (1, 2))):
         expected.append(("continuation", span, span, "ar_cached"))
-        expected += [(task, span, n, "refine") for task in ("continuation", "infill") for n in steps]
+        expected += [
+            (task, span, n, "refine") for task in ("continuation", "infill") for n in steps
+        ]
     assert named == expected
     for line in lines:
         assert line["tokens"] == 4 * line["span"]
@@ -382,7 +460,9 @@ def test_parallel_decoding_is_judged_by_decoded_tokens_alone(
         assert line["forwards"] == 7
         assert line["tok_per_sec"] == line["tokens"] / 2  # by the median of what is timed
     assert len(calls) == 4 * len(lines)  # a warm-up and three that are timed
-    for (shape, start, stop, window, steps), (task, span, n, mode) in zip(calls[::4], named, strict=True):
+    for (shape, start, stop, window, steps), (task, span, n, mode) in zip(
+        calls[::4], named, strict=True
+    ):
         assert shape == (4, 4 + span + (4 if task == "infill" else 0))
         assert (start, stop) == (4, 4 + span)
         assert (window, steps) == ((1 << 30, n) if mode == "refine" else (0, 8))

@@ -1,4 +1,6 @@
-"""finetune.py: only low-rank updates train, their file is small and belongs to one artifact, and bad input is named."""
+"""finetune.py: only low-rank updates train, their file is small and belongs to one artifact, and
+bad input is named.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import finetune
-import likelihood
 import pytest
-import sample
 import torch
-from conftest import (
+
+import train_gpt as tg
+from scripts import finetune, sample
+from scripts.bench import likelihood
+from tests.conftest import (
     CPU,
     Called,
     Recorder,
@@ -30,12 +33,12 @@ from conftest import (
     tiny,
 )
 
-import train_gpt as tg
-
 MARK = ".parametrizations.weight."
 
 
-def export(path: Path, data: dict[str, Any], recipe: str = "direct", seed: int = 0, **overrides: Any) -> Path:
+def export(
+    path: Path, data: dict[str, Any], recipe: str = "direct", seed: int = 0, **overrides: Any
+) -> Path:
     cfg = tiny(recipe, **data, **{"train_seq_len": 64, "train_batch_tokens": 256, **overrides})
     weights = dict(randomise(tg.GPT(cfg), seed, 0.1).named_parameters())
     tg.save_artifact(path, weights, cfg, tg.ByteCounter(cfg).sha256, Recorder())
@@ -58,9 +61,17 @@ def call(
     """Run the command in a folder of its own; settings by keyword, None leaves one out."""
 
     def run(*argv: str, artifact: Path = artifact, **values: Any) -> Called:
-        taken = {name for name in finetune.MODEL if name not in values}  # the artifact's, and not the environment's
-        usual = settings(train_batch_tokens=256, out_dir=str(tmp_path / "out"), nelbo_sequences=4, **data)
-        merged = {k: v for k, v in (usual | {"recipe": None} | values).items() if v is not None and k not in taken}
+        taken = {
+            name for name in finetune.MODEL if name not in values
+        }  # the artifact's, and not the environment's
+        usual = settings(
+            train_batch_tokens=256, out_dir=str(tmp_path / "out"), nelbo_sequences=4, **data
+        )
+        merged = {
+            k: v
+            for k, v in (usual | {"recipe": None} | values).items()
+            if v is not None and k not in taken
+        }
         monkeypatch.setattr("os.environ", env_of(merged))
         monkeypatch.chdir(tmp_path)
         return outcome(finetune.main, [str(artifact), *argv], capsys)
@@ -70,7 +81,9 @@ def call(
 
 def scored(model: tg.GPT, data: dict[str, Any], size: int = 0) -> float:
     cfg = tiny(**data, train_seq_len=64, train_batch_tokens=256, nelbo_sequences=4)
-    values = tg.evaluate_bpb(model, make_run(cfg), tg.TokenLoader(cfg, "val"), tg.ByteCounter(cfg), size)
+    values = tg.evaluate_bpb(
+        model, make_run(cfg), tg.TokenLoader(cfg, "val"), tg.ByteCounter(cfg), size
+    )
     return float(values["bpb"])
 
 
@@ -96,7 +109,11 @@ def save(path: Path, model: tg.GPT, artifact: Path, rank: int = 3) -> Path:
 
 @pytest.mark.parametrize("recipe", [None, "ar", "retrograde"])
 def test_it_lowers_the_loss_of_new_text_and_leaves_the_artifact(
-    call: Callable[..., Called], artifact: Path, data: dict[str, Any], tmp_path: Path, recipe: str | None
+    call: Callable[..., Called],
+    artifact: Path,
+    data: dict[str, Any],
+    tmp_path: Path,
+    recipe: str | None,
 ) -> None:
     bytes_before = artifact.read_bytes()
     more = dict(recipe=recipe, iterations=30, adapter_lr=0.02, diffusion_start_frac=None)
@@ -135,8 +152,12 @@ def test_an_artifact_without_a_denoiser_is_tuned_as_what_it_is(
     assert "use RECIPE=ar" in err
 
 
-def test_nothing_but_the_updates_trains(artifact: Path, data: dict[str, Any], tmp_path: Path) -> None:
-    cfg = tiny(**data, train_seq_len=64, train_batch_tokens=256, ema_decay=0.5, out_dir=str(tmp_path))
+def test_nothing_but_the_updates_trains(
+    artifact: Path, data: dict[str, Any], tmp_path: Path
+) -> None:
+    cfg = tiny(
+        **data, train_seq_len=64, train_batch_tokens=256, ema_decay=0.5, out_dir=str(tmp_path)
+    )
     model, _ = tg.load_artifact(artifact, CPU)
     names = [name for name, _ in finetune.matrices(model)]
     assert len(names) == 6 * cfg.num_layers
@@ -184,8 +205,12 @@ def test_it_goes_on_from_its_checkpoint(call: Callable[..., Called], tmp_path: P
     assert len(list((tmp_path / "out" / "checkpoints").iterdir())) == 2
 
 
-@pytest.mark.filterwarnings("ignore")  # the tracer hides a warning of its own, which turning it into an error defeats
-def test_a_compiled_stream_is_one_whole_graph(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings(
+    "ignore"
+)  # the tracer hides a warning of its own, which turning it into an error defeats
+def test_a_compiled_stream_is_one_whole_graph(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     cfg = tiny(vocab_size=400, train_seq_len=64, train_batch_tokens=256)
@@ -193,7 +218,9 @@ def test_a_compiled_stream_is_one_whole_graph(artifact: Path, monkeypatch: pytes
     for compiled in (False, True):
         run, model = make_run(cfg), updated(artifact)
         run.compile = compiled
-        loss, _ = tg.Objective(cfg, run, model)(random_rows(2, 65, 400), 0, 8, tg.Moment(5, 0.9, 1.0))
+        loss, _ = tg.Objective(cfg, run, model)(
+            random_rows(2, 65, 400), 0, 8, tg.Moment(5, 0.9, 1.0)
+        )
         loss.backward()  # type: ignore[no-untyped-call]
         totals.append([p.grad.sum().item() for p in model.parameters() if p.grad is not None])
     assert len(totals[0]) == 2 * 6 * cfg.num_layers
@@ -210,9 +237,13 @@ def test_what_is_loaded_is_what_was_trained(artifact: Path, tmp_path: Path) -> N
     rows = random_rows(2, 64, 400)
     plain = tg.score(loaded, rows)
     finetune.load_adapter(path, loaded, artifact)
-    torch.testing.assert_close(tg.score(loaded, rows), tg.score(model, rows), rtol=1e-2, atol=2e-3)  # fp16
+    torch.testing.assert_close(
+        tg.score(loaded, rows), tg.score(model, rows), rtol=1e-2, atol=2e-3
+    )  # fp16
     assert (tg.score(loaded, rows) - plain).abs().max() > 0.05
-    assert not any(MARK in name for name in loaded.state_dict())  # folded in: decoding costs nothing more
+    assert not any(
+        MARK in name for name in loaded.state_dict()
+    )  # folded in: decoding costs nothing more
 
 
 def fault_of(path: Path, artifact: Path) -> str:
@@ -225,11 +256,17 @@ def fault_of(path: Path, artifact: Path) -> str:
     return str(caught.value)
 
 
-def test_an_adapter_of_another_artifact_is_refused(artifact: Path, data: dict[str, Any], tmp_path: Path) -> None:
+def test_an_adapter_of_another_artifact_is_refused(
+    artifact: Path, data: dict[str, Any], tmp_path: Path
+) -> None:
     other = export(tmp_path / "other.ptz", data, seed=1)
     path = save(tmp_path / "a.ptz", updated(artifact), artifact)
     message = fault_of(path, other)
-    for named in ("belongs to another artifact", finetune.sha256_of(artifact)[:12], finetune.sha256_of(other)[:12]):
+    for named in (
+        "belongs to another artifact",
+        finetune.sha256_of(artifact)[:12],
+        finetune.sha256_of(other)[:12],
+    ):
         assert named in message
     wide = export(tmp_path / "wide.ptz", data, model_dim=32)
     assert "belongs to another artifact" in fault_of(path, wide)
@@ -258,7 +295,10 @@ def test_a_damaged_adapter_is_refused(artifact: Path, tmp_path: Path) -> None:
         packed([1]),
         packed({}),
     ]
-    contents += [packed(payload | change) for change in ({"format": "x"}, {"tensors": lacking}, {"tensors": more})]
+    contents += [
+        packed(payload | change)
+        for change in ({"format": "x"}, {"tensors": lacking}, {"tensors": more})
+    ]
     contents += [packed(payload | {"tensors": cut}), artifact.read_bytes()]
     for content in contents:
         path.write_bytes(content)
@@ -270,10 +310,15 @@ def test_a_damaged_adapter_is_refused(artifact: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, -3, 9])
-def test_a_rank_that_is_none_is_named(call: Callable[..., Called], rank: int, tmp_path: Path) -> None:
+def test_a_rank_that_is_none_is_named(
+    call: Callable[..., Called], rank: int, tmp_path: Path
+) -> None:
     status, out, err = call("--rank", str(rank))
     assert (status, out) == (2, "")
-    assert f"error: --rank={rank} (or LORA_RANK) must be in [1, 8], the smallest dimension of this model's" in err
+    assert (
+        f"error: --rank={rank} (or LORA_RANK) must be in [1, 8], the smallest dimension of this "
+        "model's" in err
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -284,7 +329,11 @@ def test_bad_input_is_named_with_a_remedy(
     empty.mkdir()
     cases: list[tuple[dict[str, Any], list[str], list[str]]] = [
         ({"data_path": None}, [], ["DATA_PATH is not set", "prepare_data.py"]),
-        ({"data_path": str(empty)}, [], [f"DATA_PATH={str(empty)!r} holds no *_train_*.bin", "prepare_data.py"]),
+        (
+            {"data_path": str(empty)},
+            [],
+            [f"DATA_PATH={str(empty)!r} holds no *_train_*.bin", "prepare_data.py"],
+        ),
         (
             {"tokenizer_path": str(tokenizers.nmt_nfkc)},
             [],
@@ -316,10 +365,23 @@ def test_bad_input_is_named_with_a_remedy(
 # ---- the other commands ----
 
 
-def test_sample_decodes_with_an_adapter(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sample_decodes_with_an_adapter(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = updated(artifact)
     path = save(tmp_path / "a.ptz", model, artifact)
-    argv = ["--artifact", str(artifact), "--device", "cpu", "--prompt", "def f", "--tokens", "24", "--temperature", "1"]
+    argv = [
+        "--artifact",
+        str(artifact),
+        "--device",
+        "cpu",
+        "--prompt",
+        "def f",
+        "--tokens",
+        "24",
+        "--temperature",
+        "1",
+    ]
     texts = []
     for more in ([], ["--adapter", str(path)]):
         assert sample.main([*argv, *more]) == 0
@@ -328,7 +390,9 @@ def test_sample_decodes_with_an_adapter(artifact: Path, tmp_path: Path, capsys: 
     at = sample.load(artifact, None, CPU, path)
     ids = [at.tokenizer.bos_id(), *at.tokenizer.encode("def f")]
     how = tg.AR._replace(temperature=1.0, end=at.tokenizer.bos_id())
-    assert texts[1] == at.tokenizer.decode(tg.generate(at.model, torch.tensor([ids]), 24, how).ids[0].tolist())
+    assert texts[1] == at.tokenizer.decode(
+        tg.generate(at.model, torch.tensor([ids]), 24, how).ids[0].tolist()
+    )
     assert sample.main([*argv, "--adapter", str(tmp_path / "none.ptz")]) == 2
     assert "none.ptz is missing" in capsys.readouterr().err
 
@@ -337,7 +401,18 @@ def test_likelihood_scores_with_an_adapter(
     artifact: Path, tmp_path: Path, data: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = save(tmp_path / "a.ptz", updated(artifact), artifact)
-    argv = ["--artifact", str(artifact), "--device", "cpu", "--rows", "4", "--windows", "16", "--samples", "2"]
+    argv = [
+        "--artifact",
+        str(artifact),
+        "--device",
+        "cpu",
+        "--rows",
+        "4",
+        "--windows",
+        "16",
+        "--samples",
+        "2",
+    ]
     found = []
     for more in ([], ["--adapter", str(path)]):
         assert likelihood.main([*argv, *more]) == 0
@@ -351,9 +426,13 @@ def test_likelihood_scores_with_an_adapter(
     )
 
 
-def test_the_rank_comes_from_the_environment_too(call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rank_comes_from_the_environment_too(
+    call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert facts(call(iterations=1, lora_rank=2))["rank"] == 2
-    assert facts(call("--rank", "3", iterations=1, lora_rank=2))["rank"] == 3  # the command line says more
+    assert (
+        facts(call("--rank", "3", iterations=1, lora_rank=2))["rank"] == 3
+    )  # the command line says more
     monkeypatch.setenv("LORA_RANK", "two")
     with pytest.raises(SystemExit, match="2"):
         finetune.parse_args(["final_model.int8.ptz"])

@@ -1,4 +1,6 @@
-"""flops.py: operations are those that a profiler counts, and a log says what share of the device's best they are."""
+"""flops.py: operations are those that a profiler counts, and a log says what share of the device's
+best they are.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, make_run, random_rows, recorded, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as tg
+from tests.conftest import CPU, make_run, random_rows, recorded, tiny
 
 per_token, peak = (tg.beside("flops.py", name) for name in ("per_token", "peak"))
 
@@ -32,7 +34,10 @@ def test_operations_are_those_that_a_profiler_counts(size: int, overrides: dict[
     cfg = tiny(time_embed_dim=0, train_batch_tokens=128, **overrides)  # 4 rows a part
     objective = tg.Objective(cfg, make_run(cfg), tg.GPT(cfg))
     rows = random_rows(4, 17, 64)
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
         objective(rows, 0, size, tg.Moment(0, 1.0, 1.0))[0].backward()  # type: ignore[no-untyped-call]
     counts = counter.get_flop_counts()["Global"]
     attention = sum(n for op, n in counts.items() if "bmm" in str(op))
@@ -65,7 +70,11 @@ def test_the_log_says_what_share_of_the_device_is_used(data: dict[str, Any]) -> 
 
 
 def test_a_listed_device_counts_by_its_data_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
-    listed = [("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L40S", 362e12)]
+    listed = [
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA L40S", 362e12),
+    ]
     for name, expected in listed:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert peak(f"cuda:{name}") == expected
@@ -76,7 +85,9 @@ def test_a_device_that_is_not_listed_has_no_share(monkeypatch: pytest.MonkeyPatc
     assert math.isnan(peak("cuda:0"))
 
 
-def test_a_program_alone_trains_without_a_share(data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_alone_trains_without_a_share(
+    data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tg, "SCRIPTS", tg.SCRIPTS / "nowhere")
     cfg = tiny(**data)
     run = make_run(cfg)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, MAIN, random_rows, randomise, tiny
 from torch import Tensor
 
 import train_gpt as tg
+from tests.conftest import CPU, MAIN, random_rows, randomise, tiny
 
 T, V = 16, 64
 RECIPES_WITH_DENOISER = [name for name in MAIN if tiny(name).diffusion]
@@ -27,7 +27,9 @@ def window_of(
     keys = tg.derive(torch.arange(len(rows))[:, None], 1, torch.arange(x0.shape[1]))
     corrupted = tg.uniform(keys, size) < share
     noisy = tg.apply_noise(x0, corrupted, torch.full(x0.shape[:2], 0.6), keys, cfg, 1.0)
-    return tg.Window(before, noisy, positions, tg.window_mask(T, size, cfg.diffusion_causal, CPU), previous), x0
+    return tg.Window(
+        before, noisy, positions, tg.window_mask(T, size, cfg.diffusion_causal, CPU), previous
+    ), x0
 
 
 def test_the_baseline_has_the_challenges_number_of_parameters() -> None:
@@ -47,7 +49,9 @@ def test_an_untied_model_predicts_through_its_own_matrix() -> None:
         untied.lm_head[3] += 1
     moved = (untied.clean(ids)[0] != before).any(0).any(0)
     assert moved.tolist() == [token == 3 for token in range(64)]
-    fresh = tg.GPT(tiny(tie_embeddings=False))  # as the challenge starts it: a wide embedding, a zero output matrix
+    fresh = tg.GPT(
+        tiny(tie_embeddings=False)
+    )  # as the challenge starts it: a wide embedding, a zero output matrix
     assert 0.9 < fresh.tok_emb.std() < 1.1
     assert not fresh.clean(ids)[0].any()
 
@@ -66,7 +70,9 @@ def test_predictions_are_distributions(recipe: str) -> None:
         assert outputs[1].shape == (*x0.shape, V)  # [MASK] is never predicted
     for out in outputs:
         assert out.abs().max() < model.cfg.logit_softcap
-        assert out.double().log_softmax(-1).exp().sum(-1).allclose(torch.ones((), dtype=torch.float64))
+        assert (
+            out.double().log_softmax(-1).exp().sum(-1).allclose(torch.ones((), dtype=torch.float64))
+        )
 
 
 def plain_attention(model: tg.GPT, layer: int, h: Tensor, values: Tensor) -> Tensor:
@@ -89,7 +95,9 @@ def plain_attention(model: tg.GPT, layer: int, h: Tensor, values: Tensor) -> Ten
         for head in range(cfg.num_heads):
             mine, shared = (slice(n * size, (n + 1) * size) for n in (head, head // group))
             q = turned(w["c_q"][mine] @ h[t], t) * gain[head]
-            scores = torch.stack([q @ turned(w["c_k"][shared] @ h[i], i) / size**0.5 for i in range(t + 1)])
+            scores = torch.stack(
+                [q @ turned(w["c_k"][shared] @ h[i], i) / size**0.5 for i in range(t + 1)]
+            )
             heads.append(scores.softmax(0) @ values[: t + 1, shared])
         out.append(w["proj"] @ torch.cat(heads))
     return torch.stack(out)
@@ -98,9 +106,12 @@ def plain_attention(model: tg.GPT, layer: int, h: Tensor, values: Tensor) -> Ten
 @torch.no_grad()
 @pytest.mark.parametrize(("value_residual", "pairs"), [(False, 0), (True, 0), (False, 50)])
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 4])
-def test_the_clean_stream_is_the_baseline_spelt_out(num_layers: int, value_residual: bool, pairs: int) -> None:
+def test_the_clean_stream_is_the_baseline_spelt_out(
+    num_layers: int, value_residual: bool, pairs: int
+) -> None:
     shape = dict(num_layers=num_layers, num_heads=4, num_kv_heads=2, bigram_vocab_size=pairs)
-    model, ids = model_of(**shape, logit_softcap=3.0, value_residual=value_residual), random_rows(1, 7, V)
+    model = model_of(**shape, logit_softcap=3.0, value_residual=value_residual)
+    ids = random_rows(1, 7, V)
     p = dict(model.named_parameters())
     assert ("value_mix" in p) == value_residual
     assert ("bigram_emb" in p) == (pairs > 0)
@@ -110,9 +121,16 @@ def test_the_clean_stream_is_the_baseline_spelt_out(num_layers: int, value_resid
 
     x = norm(p["tok_emb"][ids[0]])
     if pairs:  # each token but the first, with the one before it
-        x = x + torch.stack([torch.zeros(16), *(p["bigram_emb"][tg.derive(*ids[0, i : i + 2]) % 50] for i in range(6))])
+        x = x + torch.stack(
+            [
+                torch.zeros(16),
+                *(p["bigram_emb"][tg.derive(*ids[0, i : i + 2]) % 50] for i in range(6)),
+            ]
+        )
     first = x
-    skips, down, values = [], num_layers // 2, x
+    skips = []
+    down = num_layers // 2
+    values = x
     for i in range(num_layers):
         if i >= down and skips:  # the second half reads what the first half left, last in first out
             x = x + p["skip_weights"][i - down] * skips.pop()
@@ -134,11 +152,15 @@ def test_the_clean_stream_is_the_baseline_spelt_out(num_layers: int, value_resid
 
 @torch.no_grad()
 def test_a_pair_is_an_input_only_where_both_tokens_are_known() -> None:
-    """In two windows that touch, after clean text that the cache holds: the token before a window is the cached one."""
+    """In two windows that touch, after clean text that the cache holds: the token before a window
+    is the cached one.
+    """
     model, text = model_of(), random_rows(1, 8, V)
     ids = torch.tensor([[9, 3, V, 5, 6, 7, V, V]])  # at 3 .. 6, then at 2 .. 5
     places = torch.tensor([3, 4, 5, 6, 2, 3, 4, 5])
-    found, _ = model.pairs(torch.zeros(1, 8, 16), ids, places, [(text[:, None, :, None],) * 2], None)
+    found, _ = model.pairs(
+        torch.zeros(1, 8, 16), ids, places, [(text[:, None, :, None],) * 2], None
+    )
     known = {0: (text[0, 2], 9), 1: (9, 3), 4: (text[0, 1], 6), 5: (6, 7)}
     for i in range(8):
         before, token = (torch.as_tensor(x) for x in known.get(i, (0, 0)))
@@ -151,7 +173,9 @@ def test_a_pair_is_an_input_only_where_both_tokens_are_known() -> None:
 def test_a_cached_pass_equals_the_full_pass(cuts: tuple[int, ...], value_residual: bool) -> None:
     model, ids = model_of(value_residual=value_residual), random_rows(3, T, V)
     full, full_kvs = model.clean(ids)
-    left = [k.new_full((3, k.shape[1], T + 5, k.shape[3]), 9.0) for k, _ in full_kvs]  # by an earlier draft
+    left = [
+        k.new_full((3, k.shape[1], T + 5, k.shape[3]), 9.0) for k, _ in full_kvs
+    ]  # by an earlier draft
     past = [(k.clone(), k.clone()) for k in left]
     parts = []
     for start, stop in zip((0, *cuts), (*cuts, T), strict=True):
@@ -170,14 +194,18 @@ def test_rows_of_a_batch_may_stand_at_different_places() -> None:
     past = [(k.clone(), v.clone()) for k, v in kvs]
     at = torch.tensor([[4], [9]]) + torch.arange(3)
     found = model.clean(ids.gather(1, at), past, at)[0]
-    torch.testing.assert_close(found, full.gather(1, at[..., None].expand_as(found)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found, full.gather(1, at[..., None].expand_as(found)), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("mode", ["mask", "hybrid", "gaussian"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("size", [1, 4, 16])
-def test_all_windows_at_once_equal_one_at_a_time(size: int, shift: bool, causal: bool, mode: str) -> None:
+def test_all_windows_at_once_equal_one_at_a_time(
+    size: int, shift: bool, causal: bool, mode: str
+) -> None:
     model = model_of(
         diffusion_shift=shift,
         diffusion_causal=causal,
@@ -186,7 +214,9 @@ def test_all_windows_at_once_equal_one_at_a_time(size: int, shift: bool, causal:
         value_residual=shift,
     )
     rows = random_rows(2, T + 1, V)
-    previous = torch.randn(2, T // size, size, model.cfg.model_dim, generator=torch.Generator().manual_seed(5))
+    previous = torch.randn(
+        2, T // size, size, model.cfg.model_dim, generator=torch.Generator().manual_seed(5)
+    )
     window, _ = window_of(model.cfg, rows, size, previous=previous)
     kvs = model.clean(rows[:, :-1])[1]
     tiled = model.window(window, kvs)
@@ -195,8 +225,12 @@ def test_all_windows_at_once_equal_one_at_a_time(size: int, shift: bool, causal:
         noisy = tg.Corruption(*(x if x is None else x[:, w : w + 1] for x in window.noisy))
         positions = torch.arange(w * size, (w + 1) * size + 1)
         mask = (torch.arange((w + 1) * size + 1) <= positions[:, None]) | (not causal)
-        alone = tg.Window(window.before[:, w : w + 1], noisy, positions, mask, previous[:, w : w + 1])
-        torch.testing.assert_close(model.window(alone, past)[:, 0], tiled[:, w], rtol=1e-4, atol=1e-4)
+        alone = tg.Window(
+            window.before[:, w : w + 1], noisy, positions, mask, previous[:, w : w + 1]
+        )
+        torch.testing.assert_close(
+            model.window(alone, past)[:, 0], tiled[:, w], rtol=1e-4, atol=1e-4
+        )
 
 
 @torch.no_grad()
@@ -206,9 +240,13 @@ def test_a_window_without_suspects_is_the_clean_stream(size: int, mode: str) -> 
     model = model_of(diffusion_causal=True, self_condition="soft", diffusion_corruption_mode=mode)
     model.tok_emb.mul_(0.01)  # so small that a norm of a norm would be another number
     rows = random_rows(2, T + 1, V)
-    window, x0 = window_of(model.cfg, rows, size, share=0.0, previous=torch.randn(2, T // size, size, 16))
+    window, x0 = window_of(
+        model.cfg, rows, size, share=0.0, previous=torch.randn(2, T // size, size, 16)
+    )
     logits, kvs = model.clean(rows[:, :-1])
-    torch.testing.assert_close(model.window(window, kvs), logits.view(*x0.shape, V), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model.window(window, kvs), logits.view(*x0.shape, V), rtol=1e-4, atol=1e-4
+    )
 
 
 def extras_of(model: tg.GPT) -> list[tuple[str, Tensor]]:
@@ -222,8 +260,12 @@ def test_only_suspect_tokens_meet_time_and_self_conditioning() -> None:
     window, _ = window_of(model.cfg, rows, 4, previous=previous)
     kvs = model.clean(rows[:, :-1])[1]
     before, clean = model.window(window, kvs), model.clean(rows)[0]
-    # With causal attention a token is moved by suspects up to itself; shifted, input o - 1 predicts token o.
-    upto = torch.cat((torch.zeros(2, 4, 1, dtype=torch.bool), window.noisy.suspect.cumsum(-1)[..., :-1] > 0), dim=-1)
+    # With causal attention a token is moved by suspects up to itself; shifted, input o - 1 predicts
+    # token o.
+    upto = torch.cat(
+        (torch.zeros(2, 4, 1, dtype=torch.bool), window.noisy.suspect.cumsum(-1)[..., :-1] > 0),
+        dim=-1,
+    )
     assert upto.any()
     assert not upto.all()
     extras = extras_of(model)
@@ -244,7 +286,9 @@ def test_only_suspect_tokens_meet_time_and_self_conditioning() -> None:
 
 
 def test_a_fresh_denoiser_starts_as_the_clean_stream() -> None:
-    """Zero-initialised look-ahead, time and self-conditioning change nothing until they are trained."""
+    """Zero-initialised look-ahead, time and self-conditioning change nothing until they are
+    trained.
+    """
     model = randomise(tg.GPT(tiny(self_condition="soft")))
     rows = random_rows(2, T + 1, V)
     window, _ = window_of(model.cfg, rows, 4, previous=torch.randn(2, 4, 4, 16))
@@ -264,8 +308,12 @@ def test_a_fresh_denoiser_starts_as_the_clean_stream() -> None:
     assert model.window(later, kvs).equal(before)
 
 
-def gradients(recipe: str = "direct", through_cache: bool = True, **overrides: Any) -> dict[str, Tensor | None]:
-    """Gradients of the windows' loss alone; the keys and values are detached if `through_cache` is off."""
+def gradients(
+    recipe: str = "direct", through_cache: bool = True, **overrides: Any
+) -> dict[str, Tensor | None]:
+    """Gradients of the windows' loss alone; the keys and values are detached if `through_cache` is
+    off.
+    """
     model = model_of(recipe, **overrides)
     rows = random_rows(2, T + 1, V)
     window, x0 = window_of(model.cfg, rows, 4)
@@ -279,12 +327,20 @@ OWN = ("time_proj", "mask_emb", "ahead_gain", "ahead_proj")  # what only windows
 
 
 def test_the_windows_loss_reaches_every_weight_through_windows_and_through_clean_keys() -> None:
-    apart, whole = gradients(through_cache=False, value_residual=True), gradients(value_residual=True)
+    apart = gradients(through_cache=False, value_residual=True)
+    whole = gradients(value_residual=True)
     for name, grad in apart.items():
         assert grad is not None, name
         assert grad.abs().sum() > 0, name
-    through_keys = {name for name, grad in whole.items() if grad is not None and not grad.equal(apart[name])}  # type: ignore[arg-type]
-    assert {"tok_emb", "blocks.0.attn.c_k.weight", "blocks.1.attn.c_v.weight", "blocks.0.fc.weight"} <= through_keys
+    through_keys = {
+        name for name, grad in whole.items() if grad is not None and not grad.equal(apart[name])
+    }  # type: ignore[arg-type]
+    assert {
+        "tok_emb",
+        "blocks.0.attn.c_k.weight",
+        "blocks.1.attn.c_v.weight",
+        "blocks.0.fc.weight",
+    } <= through_keys
     assert not through_keys & set(OWN)
 
 
@@ -295,7 +351,8 @@ def test_every_recipe_starts_from_the_same_shared_weights() -> None:
         assert other.keys() > first.keys()
         for name, p in first.items():
             assert p.equal(other[name]), name
-    again, seeded = dict(tg.GPT(tiny("ar")).named_parameters()), dict(tg.GPT(tiny("ar", seed=1)).named_parameters())
+    again = dict(tg.GPT(tiny("ar")).named_parameters())
+    seeded = dict(tg.GPT(tiny("ar", seed=1)).named_parameters())
     assert all(p.equal(again[name]) for name, p in first.items())
     assert not first["tok_emb"].equal(seeded["tok_emb"])
     assert not first["blocks.0.fc.weight"].equal(first["blocks.1.fc.weight"])
@@ -314,7 +371,10 @@ def test_initial_weights_are_those_of_the_baseline() -> None:
             assert (p == 1).all(), name
     assert (model.get_parameter("blocks.0.attn.q_gain") == 1.5).all()
     assert model.get_parameter("blocks.0.resid_mix").mean(1).tolist() == [1, 0]
-    assert tg.GPT(tiny(num_layers=3, value_residual=True)).get_parameter("value_mix").tolist() == [[1, 0.5]] * 2
+    assert (
+        tg.GPT(tiny(num_layers=3, value_residual=True)).get_parameter("value_mix").tolist()
+        == [[1, 0.5]] * 2
+    )
 
 
 def test_a_clean_stream_alone_cannot_denoise() -> None:
@@ -324,9 +384,12 @@ def test_a_clean_stream_alone_cannot_denoise() -> None:
         model.window(window, None)
 
 
-def test_gaussian_noise_takes_an_embedding_to_pure_noise_in_steps_of_its_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variance-preserving process on embeddings: sqrt(1 - t) e + sqrt(t) noise, clean at 0 and without a trace of
-    the token at 1 (arXiv:2205.14217, arXiv:2211.15089)."""
+def test_gaussian_noise_takes_an_embedding_to_pure_noise_in_steps_of_its_level(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The variance-preserving process on embeddings: sqrt(1 - t) e + sqrt(t) noise, clean at 0 and
+    without a trace of the token at 1 (arXiv:2205.14217, arXiv:2211.15089).
+    """
     cfg = tiny(diffusion_corruption_mode="gaussian", look_ahead=0, time_embed_dim=0)
     model, x0 = randomise(tg.GPT(cfg)), random_rows(3, 4, 64)[:, None]
     everywhere, keys = torch.ones_like(x0, dtype=torch.bool), torch.arange(3)[:, None]
@@ -341,12 +404,17 @@ def test_gaussian_noise_takes_an_embedding_to_pure_noise_in_steps_of_its_level(m
     for level in (1e-9, 0.25, 0.5, 0.75, 1.0):
         noisy = tg.apply_noise(x0, everywhere, torch.full((3, 1), level), keys, cfg, 0.0)
         assert noisy.noise is not None
-        model.read(tg.Window(x0[..., :1], noisy, torch.arange(5), torch.ones(5, 5, dtype=torch.bool)), None)
+        model.read(
+            tg.Window(x0[..., :1], noisy, torch.arange(5), torch.ones(5, 5, dtype=torch.bool)), None
+        )
         expected = tg.rms_norm((1 - level) ** 0.5 * own + level**0.5 * noisy.noise[:, 0])
         torch.testing.assert_close(seen.pop(), expected, rtol=1e-4, atol=1e-4)
         if level < 1e-6:
             torch.testing.assert_close(expected, own, rtol=1e-3, atol=1e-3)
     other = tg.apply_noise((x0 + 1) % 64, everywhere, torch.ones(3, 1), keys, cfg, 0.0)
     for corruption in (noisy, other):
-        model.read(tg.Window(x0[..., :1], corruption, torch.arange(5), torch.ones(5, 5, dtype=torch.bool)), None)
+        model.read(
+            tg.Window(x0[..., :1], corruption, torch.arange(5), torch.ones(5, 5, dtype=torch.bool)),
+            None,
+        )
     assert seen[0].equal(seen[1])

@@ -7,14 +7,14 @@ import itertools
 import math
 from typing import Any
 
-import objectives
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_rows, tiny
 from torch import Tensor
 
 import train_gpt as tg
+from scripts import objectives
+from tests.conftest import random_rows, tiny
 
 V = 64
 LOSSES: dict[str, Any] = tg.LOSSES | objectives.LOSSES
@@ -31,7 +31,12 @@ def close_to_share(hits: Tensor, share: float) -> bool:
 
 
 def test_derive_is_splitmix64() -> None:
-    published = (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC)  # of seed 0
+    published = (
+        0xE220A8397B1DCDAF,
+        0x6E789E6AA1B965F4,
+        0x06C45D188009454F,
+        0xF88BB8A8724C81EC,
+    )  # of seed 0
     assert [x % 2**64 for x in tg.derive(torch.arange(4), 0).tolist()] == list(published)
 
 
@@ -39,7 +44,9 @@ def test_derived_keys_depend_on_every_part_and_their_order() -> None:
     keys = torch.tensor([0, 1, -1, 2**62])
     assert tg.derive(keys, 3, 4).equal(tg.derive(tg.derive(keys, 3), 4))
     assert not (tg.derive(keys, 3, 4) == tg.derive(keys, 4, 3)).any()
-    grid = tg.derive(torch.arange(64)[:, None, None], 7, torch.arange(64)[:, None], torch.arange(64))
+    grid = tg.derive(
+        torch.arange(64)[:, None, None], 7, torch.arange(64)[:, None], torch.arange(64)
+    )
     assert grid.unique().numel() == 64**3
 
 
@@ -56,7 +63,9 @@ def test_uniforms_are_uniform(dtype: torch.dtype, shape: tuple[int, int]) -> Non
     assert abs(u.mean() - 0.5) < 5 / math.sqrt(12 * n)
     assert abs(u.var() - 1 / 12) < 5 / math.sqrt(180 * n)
     counts = torch.histc(u, 50, 0, 1)
-    assert ((counts - n / 50) ** 2 / (n / 50)).sum() < 49 + 5 * math.sqrt(98)  # chi-square, 49 degrees of freedom
+    assert ((counts - n / 50) ** 2 / (n / 50)).sum() < 49 + 5 * math.sqrt(
+        98
+    )  # chi-square, 49 degrees of freedom
 
 
 def test_uniforms_fill_their_whole_mantissa() -> None:
@@ -93,7 +102,9 @@ def levels(count: int, start: int = 0, ramp: float = 0.0, **overrides: Any) -> T
 def discrepancy(u: Tensor) -> float:
     """Star discrepancy of points in [0, 1]: the largest error of any share [0, x)."""
     u, n = u.double().sort().values, u.numel()
-    return max((torch.arange(1, n + 1) / n - u).max().item(), (u - torch.arange(n) / n).max().item())
+    return max(
+        (torch.arange(1, n + 1) / n - u).max().item(), (u - torch.arange(n) / n).max().item()
+    )
 
 
 @pytest.mark.parametrize("rate", ["uniform", "fixed"])
@@ -122,10 +133,14 @@ def test_the_share_of_fully_corrupted_windows(share: float) -> None:
 
 
 def test_a_progressive_rate_goes_from_min_to_max() -> None:
-    rising = dict(diffusion_rate="fixed", diffusion_min_mask_ratio=0.25, diffusion_max_mask_ratio=0.35)
+    rising = dict(
+        diffusion_rate="fixed", diffusion_min_mask_ratio=0.25, diffusion_max_mask_ratio=0.35
+    )
     for ramp, expected in ((0.0, 0.25), (0.5, 0.30), (1.0, 0.35)):
         assert levels(5, ramp=ramp, **rising).tolist() == pytest.approx([expected] * 5, abs=1e-6)
-        assert levels(5, ramp=ramp, **rising, diffusion_progressive=False).tolist() == pytest.approx([0.35] * 5)
+        assert levels(
+            5, ramp=ramp, **rising, diffusion_progressive=False
+        ).tolist() == pytest.approx([0.35] * 5)
 
 
 def region(name: str, size: int, count: int = 4000, **overrides: Any) -> tuple[Tensor, Tensor]:
@@ -169,7 +184,9 @@ def test_infill_marks_one_run_and_leaves_text_after_it(size: int) -> None:
         assert found == length
         assert start + found < size or length == size
         starts.add((start, length))
-    assert starts >= {(start, length) for length in range(1, size) for start in range(size - length)}  # every one
+    assert starts >= {
+        (start, length) for length in range(1, size) for start in range(size - length)
+    }  # every one
 
 
 @pytest.mark.parametrize(("size", "span"), [(16, 3), (16, 1), (2, 8)])
@@ -197,7 +214,9 @@ def test_level_one_corrupts_everything(name: str, mode: str) -> None:
 
 def test_regions_are_mixed_by_their_shares() -> None:
     cfg = tiny(diffusion_regions="continuation:3,infill:1")
-    noisy = tg.corrupt(random_rows(4000, 8, V)[:, None], torch.full((4000, 1), 0.5), keys_of(4000), cfg)
+    noisy = tg.corrupt(
+        random_rows(4000, 8, V)[:, None], torch.full((4000, 1), 0.5), keys_of(4000), cfg
+    )
     assert (noisy.corrupted.sum(-1) == 4).all()
     assert close_to_share(noisy.corrupted[..., -1], 0.75)  # only a continuation reaches the end
 
@@ -209,7 +228,8 @@ def corruption(mode: str, rows: int = 2000, **overrides: Any) -> tuple[Tensor, t
 
 
 @pytest.mark.parametrize(
-    ("mode", "share"), [("mask", 1.0), ("uniform", 0.0), ("hybrid", 0.5), ("hybrid", 0.1), ("hybrid", 1.0)]
+    ("mode", "share"),
+    [("mask", 1.0), ("uniform", 0.0), ("hybrid", 0.5), ("hybrid", 0.1), ("hybrid", 1.0)],
 )
 def test_what_replaces_a_token(mode: str, share: float) -> None:
     x0, noisy = corruption(mode, diffusion_hybrid_mask_prob=share)
@@ -222,7 +242,9 @@ def test_what_replaces_a_token(mode: str, share: float) -> None:
         counts = torch.bincount(drawn, minlength=V)
         assert len(counts) == V  # [MASK] is the one id past the vocabulary
         assert ((counts - len(drawn) / V) ** 2 / (len(drawn) / V)).sum() < 63 + 5 * math.sqrt(126)
-        assert close_to_share(drawn == x0[noisy.corrupted][put != V], 1 / V)  # the truth is as likely as any other
+        assert close_to_share(
+            drawn == x0[noisy.corrupted][put != V], 1 / V
+        )  # the truth is as likely as any other
 
 
 def test_only_masks_tell_which_token_is_wrong() -> None:
@@ -251,7 +273,9 @@ def test_gaussian_noise_is_standard_normal() -> None:
 @pytest.mark.parametrize("mode", ["mask", "uniform", "hybrid", "gaussian"])
 def test_a_windows_noise_does_not_depend_on_its_batch(mode: str) -> None:
     cfg = tiny(diffusion_corruption_mode=mode, diffusion_regions="iid,spans,continuation,infill")
-    x0, t, keys = random_rows(9, 16, V).view(9, 2, 8), torch.linspace(0.1, 1, 18).view(9, 2), keys_of(9, 2)
+    x0 = random_rows(9, 16, V).view(9, 2, 8)
+    t = torch.linspace(0.1, 1, 18).view(9, 2)
+    keys = keys_of(9, 2)
     together = tg.corrupt(x0, t, keys, cfg)
     some = torch.tensor([7, 2])
     apart = tg.corrupt(x0[some], t[some], keys[some], cfg)
@@ -263,7 +287,9 @@ S3, V3 = 3, 4
 
 
 def any_order_nll(logits: Tensor, x0: Tensor) -> float:
-    """Mean over all orders of the chain rule, nats, for a predictor given by logits (2^S, S, V) of each masked set."""
+    """Mean over all orders of the chain rule, nats, for a predictor given by logits (2^S, S, V) of
+    each masked set.
+    """
     nll, total = tg.token_nll(logits, x0.expand(2**S3, S3)), 0.0
     for order in itertools.permutations(range(S3)):
         open_set = 2**S3 - 1
@@ -274,17 +300,22 @@ def any_order_nll(logits: Tensor, x0: Tensor) -> float:
 
 
 def test_the_elbo_loss_is_the_any_order_likelihood() -> None:
-    cfg = tiny(vocab_size=V3, diffusion_regions="iid", diffusion_full_prob=0.0, diffusion_loss_clip=1e9)
+    cfg = tiny(
+        vocab_size=V3, diffusion_regions="iid", diffusion_full_prob=0.0, diffusion_loss_clip=1e9
+    )
     count, groups = 20_000, 20
     table = torch.randn(2**S3, S3, V3, generator=torch.Generator().manual_seed(1)) * 2
     x0, estimates = torch.tensor([2, 0, 3]), []
     for group in range(groups):
         keys, windows = keys_of(1, count, seed=group), group * count + torch.arange(count)[None]
-        noisy = tg.corrupt(x0.expand(1, count, S3), tg.noise_level(cfg, keys, windows, 0.0), keys, cfg)
+        noisy = tg.corrupt(
+            x0.expand(1, count, S3), tg.noise_level(cfg, keys, windows, 0.0), keys, cfg
+        )
         masked_set = (noisy.corrupted * torch.tensor([1, 2, 4])).sum(-1)
         logits = table[masked_set]
         estimates.append(S3 * tg.losses(logits, logits, x0.expand(1, count, S3), noisy, cfg).item())
-    mean, error = torch.tensor(estimates).mean().item(), torch.tensor(estimates).std().item() / math.sqrt(groups)
+    mean = torch.tensor(estimates).mean().item()
+    error = torch.tensor(estimates).std().item() / math.sqrt(groups)
     exact = any_order_nll(table, x0)
     assert error < 0.01 * exact
     assert abs(mean - exact) < 4 * error
@@ -334,7 +365,9 @@ def test_every_loss_is_a_row() -> None:
 def test_consistency_is_the_divergence_from_the_clean_stream() -> None:
     logits, x0, noisy, cfg = by_hand(diffusion_loss="consistency")
     assert tg.losses(logits, logits, x0, noisy, cfg).item() == pytest.approx(0, abs=1e-6)
-    assert tg.losses(logits + 3, logits, x0, noisy, cfg).item() == pytest.approx(0, abs=1e-6)  # the same distribution
+    assert tg.losses(logits + 3, logits, x0, noisy, cfg).item() == pytest.approx(
+        0, abs=1e-6
+    )  # the same distribution
     clean = torch.randn(logits.shape, generator=torch.Generator().manual_seed(9))
     divergence = F.kl_div(logits.log_softmax(-1), clean.softmax(-1), reduction="none").sum(-1)
     found = tg.losses(logits, clean, x0, noisy, cfg).item()
@@ -366,7 +399,9 @@ PRIOR = torch.tensor([0.45, 0.3, 0.2, 0.05], dtype=torch.float64)
 
 
 def joint(t: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Under uniform noise at level t: p(xt | x0), (V0, Vt); p(x0 | xt), (Vt, V0); p(y) / p(xt), (Vt, Vy)."""
+    """Under uniform noise at level t: p(xt | x0), (V0, Vt); p(x0 | xt), (Vt, V0); p(y) / p(xt),
+    (Vt, Vy).
+    """
     kernel = (1 - t) * torch.eye(4, dtype=torch.float64) + t / 4
     both, marginal = PRIOR[:, None] * kernel, PRIOR @ kernel
     return kernel, (both / marginal).T, marginal / marginal[:, None]
@@ -375,7 +410,10 @@ def joint(t: float) -> tuple[Tensor, Tensor, Tensor]:
 def expected_sedd(table: Tensor, t: float) -> Tensor:
     """Mean loss of a predictor with logits table (Vt, V) over x0 and xt, times its weight."""
     kernel, *_ = joint(t)
-    x0, xt = (x.flatten()[:, None, None] for x in torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"))
+    x0, xt = (
+        x.flatten()[:, None, None]
+        for x in torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
+    )
     everywhere = torch.ones_like(x0, dtype=torch.bool)
     noisy = tg.Corruption(xt, everywhere, everywhere, torch.full((16, 1), t, dtype=torch.float64))
     nats = objectives.sedd_uniform(table[xt], x0, torch.empty(0), noisy).view(4, 4)
@@ -384,7 +422,9 @@ def expected_sedd(table: Tensor, t: float) -> Tensor:
 
 
 def by_the_paper(score: Tensor, t: float) -> Tensor:
-    """Equation 9 of arXiv:2310.16834, term by term: scores (Vt, Vy), the rate of uniform noise 1 / ((1 - t) V)."""
+    """Equation 9 of arXiv:2310.16834, term by term: scores (Vt, Vy), the rate of uniform noise 1 /
+    ((1 - t) V).
+    """
     kernel, *_ = joint(t)
     total = torch.zeros((), dtype=torch.float64)
     for x0, xt, y in itertools.product(range(4), repeat=3):
@@ -409,28 +449,39 @@ def test_uniform_score_entropy_is_least_at_the_true_ratios(t: float) -> None:
         table = best.detach() + torch.randn(4, 4, generator=generator, dtype=torch.float64) * 0.3
         q = table.softmax(-1)
         kernel, *_ = joint(t)
-        score = torch.einsum("xz,zy,zx->xy", q, kernel, 1 / kernel)  # the mean of p(y | x0) / p(xt | x0)
-        assert expected_sedd(table, t).item() == pytest.approx(by_the_paper(score, t).item(), rel=1e-9)
+        score = torch.einsum(
+            "xz,zy,zx->xy", q, kernel, 1 / kernel
+        )  # the mean of p(y | x0) / p(xt | x0)
+        assert expected_sedd(table, t).item() == pytest.approx(
+            by_the_paper(score, t).item(), rel=1e-9
+        )
         assert expected_sedd(table, t) - least > 1e-9
 
 
 def test_uniform_score_entropy_bounds_the_likelihood() -> None:
-    """Over all t its mean under the exact scores is the entropy of the data, as the bound is tight there."""
+    """Over all t its mean under the exact scores is the entropy of the data, as the bound is tight
+    there.
+    """
     u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     points = (3 * u**2 - 2 * u**3, 6 * u * (1 - u) / 4000)  # denser at both ends
     total = sum(
-        expected_sedd(joint(t)[1].log(), t).item() * w for t, w in zip(*(x.tolist() for x in points), strict=True)
+        expected_sedd(joint(t)[1].log(), t).item() * w
+        for t, w in zip(*(x.tolist() for x in points), strict=True)
     )
     assert total == pytest.approx(-(PRIOR * PRIOR.log()).sum().item(), rel=1e-4)
 
 
 def test_score_entropy_of_masks_is_the_papers() -> None:
-    """Equation 9 for absorbing noise: from [MASK], at level t, each token comes back at a rate of 1 / t."""
+    """Equation 9 for absorbing noise: from [MASK], at level t, each token comes back at a rate of 1
+    / t.
+    """
     logits = torch.randn(4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for t, x0 in itertools.product((0.1, 0.5, 0.9), range(4)):
         score = (logits - math.log(4)).exp() * (1 - t) / t
         ratio = F.one_hot(torch.tensor(x0), 4).double() * (1 - t) / t
-        entropy = score - ratio * score.log() + torch.where(ratio > 0, ratio * (ratio.log() - 1), 0.0)
+        entropy = (
+            score - ratio * score.log() + torch.where(ratio > 0, ratio * (ratio.log() - 1), 0.0)
+        )
         weight = LOSSES["score_entropy"][1](torch.tensor(t, dtype=torch.float64), 1e9)
         rate = 1 / (1 - t)  # sigma' of the log-linear schedule
         nats = objectives.score_entropy(logits[None], torch.tensor([x0])).item() * weight.item()
@@ -438,12 +489,16 @@ def test_score_entropy_of_masks_is_the_papers() -> None:
 
 
 def test_uniform_score_entropy_is_finite_and_counts_every_token() -> None:
-    cfg = tiny(diffusion_corruption_mode="uniform", diffusion_loss="sedd_uniform", diffusion_regions="iid")
+    cfg = tiny(
+        diffusion_corruption_mode="uniform", diffusion_loss="sedd_uniform", diffusion_regions="iid"
+    )
     x0 = random_rows(64, 16, V)[:, None]
     for t in (1e-6, 1e-3, 0.5, 1 - 1e-7, 1.0):
         noisy = tg.corrupt(x0, torch.full((64, 1), t), keys_of(64), cfg)
         for scale in (0.0, 1.0, 30.0):
-            signs = torch.randn(64, 1, 16, V, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
+            signs = torch.randn(64, 1, 16, V, generator=torch.Generator().manual_seed(1)).clamp(
+                -1, 1
+            )
             logits = (signs * scale).requires_grad_()
             loss = tg.losses(logits, logits, x0, noisy, cfg)
             loss.backward()
@@ -451,16 +506,26 @@ def test_uniform_score_entropy_is_finite_and_counts_every_token() -> None:
             assert loss > 0 if t < 0.9 else loss > -1e-6
             assert logits.grad.isfinite().all()
             reached = logits.grad.abs().sum(-1) > 0
-            assert reached.all() or scale == 30 or t > 0.9, (t, scale)  # tokens that were kept among them
+            assert reached.all() or scale == 30 or t > 0.9, (
+                t,
+                scale,
+            )  # tokens that were kept among them
     noisy = tg.corrupt(x0, torch.full((64, 1), 0.95), keys_of(64), cfg)
     values = [
-        tg.losses(logits, logits, x0, noisy, dataclasses.replace(cfg, diffusion_loss_clip=clip)).item()
+        tg.losses(
+            logits, logits, x0, noisy, dataclasses.replace(cfg, diffusion_loss_clip=clip)
+        ).item()
         for clip in (5.0, 10.0, 1e9)
     ]
-    assert [value / values[0] for value in values] == pytest.approx([1, 2, 4], rel=1e-4)  # 1 / (1 - 0.95) is 20
+    assert [value / values[0] for value in values] == pytest.approx(
+        [1, 2, 4], rel=1e-4
+    )  # 1 / (1 - 0.95) is 20
 
 
 def test_uniform_score_entropy_needs_uniform_noise() -> None:
     for mode in ("mask", "hybrid", "gaussian"):
-        with pytest.raises(tg.UserError, match=f"DIFFUSION_LOSS='sedd_uniform' .*DIFFUSION_CORRUPTION_MODE='{mode}'"):
+        with pytest.raises(
+            tg.UserError,
+            match=f"DIFFUSION_LOSS='sedd_uniform' .*DIFFUSION_CORRUPTION_MODE='{mode}'",
+        ):
             tiny(diffusion_loss="sedd_uniform", diffusion_corruption_mode=mode)

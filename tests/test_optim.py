@@ -1,4 +1,6 @@
-"""Optimizers and schedules: every parameter trains, by the rule and at the rate that its group says."""
+"""Optimizers and schedules: every parameter trains, by the rule and at the rate that its group
+says.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MAIN, make_run, random_rows, tiny
 from torch import Tensor, nn
 
 import train_gpt as tg
+from tests.conftest import MAIN, make_run, random_rows, tiny
 
 
 class NoData(tg.TokenLoader):
@@ -19,7 +21,9 @@ class NoData(tg.TokenLoader):
     def __init__(self) -> None:
         self.position = 0
 
-    def rows(self, start: int, num_rows: int, seq_len: int, device: torch.device = tg.CPU) -> Tensor:
+    def rows(
+        self, start: int, num_rows: int, seq_len: int, device: torch.device = tg.CPU
+    ) -> Tensor:
         return random_rows(num_rows, seq_len + 1, 64, seed=start)
 
 
@@ -34,7 +38,9 @@ def test_every_parameter_is_in_one_group(recipe: str, self_condition: str) -> No
     state = state_of(recipe, self_condition=self_condition)
     expected = {id(p): name for name, p in state.model.named_parameters()}
     grouped = [id(p) for group in tg.assign_groups(state.model).values() for p in group]
-    optimized = [id(p) for group in state.adam.param_groups for p in group["params"]] + [id(p) for p in state.matrices]
+    optimized = [id(p) for group in state.adam.param_groups for p in group["params"]] + [
+        id(p) for p in state.matrices
+    ]
     assert sorted(grouped) == sorted(expected)
     assert sorted(optimized) == sorted(expected)
 
@@ -42,12 +48,17 @@ def test_every_parameter_is_in_one_group(recipe: str, self_condition: str) -> No
 def test_groups_hold_what_their_names_say() -> None:
     state = state_of(self_condition="soft", tied_embed_lr=0.1, adapter_lr=0.2, scalar_lr=0.3)
     names = {id(p): name for name, p in state.model.named_parameters()}
-    groups = {group: {names[id(p)] for p in params} for group, params in tg.assign_groups(state.model).items()}
+    groups = {
+        group: {names[id(p)] for p in params}
+        for group, params in tg.assign_groups(state.model).items()
+    }
     assert groups["embed"] == {"tok_emb", "mask_emb"}
     assert groups["adapter"] == {n for n in names.values() if "time_proj" in n or n == "self_cond"}
     matrices = {n for n in names.values() if n.endswith(".weight")} | {"ahead_proj"}
     assert groups["matrix"] == matrices == {names[id(p)] for p in state.matrices}
-    rates = {names[id(p)]: group["base_lr"] for group in state.adam.param_groups for p in group["params"]}
+    rates = {
+        names[id(p)]: group["base_lr"] for group in state.adam.param_groups for p in group["params"]
+    }
     for group, rate in (("embed", 0.1), ("adapter", 0.2), ("scalar", 0.3)):
         assert {rates[name] for name in groups[group]} == {rate}
 
@@ -76,7 +87,9 @@ def test_orthogonalize_moves_singular_values_to_one(shape: tuple[int, ...], scal
     values = torch.linalg.svdvals(x)
     assert values.min() > 0.6
     assert values.max() < 1.3
-    u, _, vh = torch.linalg.svd(g, full_matrices=False)  # and leaves singular vectors where they are
+    u, _, vh = torch.linalg.svd(
+        g, full_matrices=False
+    )  # and leaves singular vectors where they are
     core = u.mT @ x @ vh.mT
     assert (core - torch.diag_embed(core.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-3
     torch.testing.assert_close(tg.orthogonalize(g.mT, 5), x.mT)
@@ -94,10 +107,16 @@ def newton_schulz(g: Tensor, steps: int) -> Tensor:
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("shape", [(6, 18), (18, 6)])
 def test_muon_by_hand(shape: tuple[int, int], decay: float) -> None:
-    cfg, momentum, rate = tiny(muon_weight_decay=decay, muon_backend_steps=5), 0.9, 0.02
+    cfg = tiny(muon_weight_decay=decay, muon_backend_steps=5)
+    momentum = 0.9
+    rate = 0.02
     other = nn.Parameter(torch.randn(4, 4))  # of another shape, in between
     start = torch.randn(2, *shape)
-    params = [nn.Parameter(start[0].clone()), other, nn.Parameter(start[1].clone())]  # two are stepped together
+    params = [
+        nn.Parameter(start[0].clone()),
+        other,
+        nn.Parameter(start[1].clone()),
+    ]  # two are stepped together
     buffers = [torch.zeros_like(p) for p in params]
     expected, velocity = start.double(), torch.zeros(2, *shape, dtype=torch.float64)
     for _ in range(3):
@@ -107,9 +126,13 @@ def test_muon_by_hand(shape: tuple[int, int], decay: float) -> None:
         tg.muon_step(params, buffers, rate, momentum, cfg)
         velocity = momentum * velocity + grads
         update = torch.stack([newton_schulz(g, 5) for g in grads + momentum * velocity])
-        expected = expected * (1 - rate * decay) - rate * max(1, shape[0] / shape[1]) ** 0.5 * update
+        expected = (
+            expected * (1 - rate * decay) - rate * max(1, shape[0] / shape[1]) ** 0.5 * update
+        )
         for i, j in ((0, 0), (2, 1)):
-            torch.testing.assert_close(params[i].detach().double(), expected[j], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                params[i].detach().double(), expected[j], rtol=1e-4, atol=1e-5
+            )
             grad = params[i].grad
             assert grad is not None
             assert grad.equal(grads[j])  # the gradient is read, not changed
@@ -120,7 +143,9 @@ def test_the_rate_is_full_and_then_falls_to_zero() -> None:
     rates = [tg.Moment.at(cfg, step, 12.3).rate for step in range(101)]
     assert rates[:81] == [1.0] * 81
     assert rates[81:] == pytest.approx([(100 - step) / 20 for step in range(81, 101)], abs=1e-6)
-    short = tiny(iterations=100, warmdown_iters=1000, warmdown_frac=0.4)  # the share caps a long warm-down
+    short = tiny(
+        iterations=100, warmdown_iters=1000, warmdown_frac=0.4
+    )  # the share caps a long warm-down
     assert [tg.Moment.at(short, step, 0).rate for step in (60, 80)] == pytest.approx([1.0, 0.5])
     for none in (tiny(warmdown_iters=0), tiny(warmdown_frac=0.0)):
         assert tg.Moment.at(none, 7, 0).rate == 1.0
@@ -146,14 +171,20 @@ def test_the_clock_decides_when_it_ends_the_run_first() -> None:
 
 def test_momentum_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = list[float]()
-    monkeypatch.setattr(tg, "muon_step", lambda params, buffers, lr, momentum, cfg: seen.append(momentum))
-    state = state_of("ar", muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=10)
+    monkeypatch.setattr(
+        tg, "muon_step", lambda params, buffers, lr, momentum, cfg: seen.append(momentum)
+    )
+    state = state_of(
+        "ar", muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=10
+    )
     for step in (0, 5, 10, 11, 500):
         state.update(tg.Moment(step, 0.5, 1.0))
     assert seen == pytest.approx([0.85, 0.90, 0.95, 0.95, 0.95])
 
 
-def test_an_update_sets_every_rate_and_forgets_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_update_sets_every_rate_and_forgets_the_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen = list[float]()
     monkeypatch.setattr(tg, "muon_step", lambda params, buffers, lr, momentum, cfg: seen.append(lr))
     state = state_of(matrix_lr=0.5)
@@ -170,7 +201,9 @@ def test_an_update_sets_every_rate_and_forgets_the_gradients(monkeypatch: pytest
 def test_the_gradient_is_clipped_as_a_whole() -> None:
     state, seen = state_of("ar", grad_clip_norm=0.5), list[float]()
     params = list(state.model.parameters())
-    state.adam.register_step_pre_hook(lambda *_: seen.extend(p.grad.square().sum().item() for p in params))
+    state.adam.register_step_pre_hook(
+        lambda *_: seen.extend(p.grad.square().sum().item() for p in params)
+    )
     for p in params:
         p.grad = torch.ones_like(p)
     state.update(tg.Moment(0, 0.0, 1.0))
@@ -186,7 +219,8 @@ def test_the_average_of_weights_is_kept_in_fp32_and_exported() -> None:
         tg.train_step(state, objective, tg.Moment.at(state.cfg, step, 0.0))
         decay = min(0.25, (1 + step) / (10 + step))  # early averages forget the initial weights
         expected = [
-            decay * e + (1 - decay) * p.detach() for e, p in zip(expected, state.model.parameters(), strict=True)
+            decay * e + (1 - decay) * p.detach()
+            for e, p in zip(expected, state.model.parameters(), strict=True)
         ]
     assert (1 + 0) / (10 + 0) < 0.25 < (1 + 5) / (10 + 5)  # both were met
     exported = state.weights()

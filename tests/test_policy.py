@@ -1,16 +1,18 @@
-"""scripts/policy.py: measures by hand, the guard against mode ar, and the choice from tables of which all is known."""
+"""scripts/policy.py: measures by hand, the guard against mode ar, and the choice from tables of
+which all is known.
+"""
 
 from __future__ import annotations
 
 import math
 
-import policy
 import pytest
 import torch
-from conftest import random_rows, randomise, tiny
-from policy import LIMITS, Limits, Measured, Quality
 
 import train_gpt as tg
+from scripts import policy
+from scripts.policy import LIMITS, Limits, Measured, Quality
+from tests.conftest import random_rows, randomise, tiny
 
 V = 32
 BLOCK = tg.Decoding(window=4, steps=2)
@@ -32,7 +34,12 @@ def found(**values: list[float]) -> Quality:
     [
         ([3, 3, 3, 3, 3], 0.0, 0.25, 1.0),
         ([1, 2, 3, 4], 2.0, 1.0, 0.0),
-        ([1, 2, 1, 2, 1, 9], -(3 * math.log2(1 / 2) + 2 * math.log2(1 / 3) + math.log2(1 / 6)) / 6, 3 / 5, 5 / 6),
+        (
+            [1, 2, 1, 2, 1, 9],
+            -(3 * math.log2(1 / 2) + 2 * math.log2(1 / 3) + math.log2(1 / 6)) / 6,
+            3 / 5,
+            5 / 6,
+        ),
         ([9, 1, 2, 1, 8, 8], None, 1.0, 2 / 6),  # 1 2 1 is not twice in full
         ([*range(8), *range(8)], 3.0, 8 / 15, 1.0),
         ([*range(9), *range(9)], math.log2(9), 9 / 17, 0.0),  # a longer period than is looked for
@@ -41,7 +48,9 @@ def found(**values: list[float]) -> Quality:
         ([], 0.0, 1.0, 0.0),
     ],
 )
-def test_measures_by_hand(tokens: list[int], entropy: float | None, distinct: float, repeat: float) -> None:
+def test_measures_by_hand(
+    tokens: list[int], entropy: float | None, distinct: float, repeat: float
+) -> None:
     assert policy.distinct(tokens) == pytest.approx(distinct)
     assert policy.repeat(tokens) == pytest.approx(repeat)
     if entropy is not None:
@@ -69,16 +78,25 @@ def test_tokens_after_the_end_do_not_count() -> None:
     assert ended.repeat[0] < whole.repeat[0]
 
 
-def test_a_row_of_one_token_is_refused_however_likely_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_of_one_token_is_refused_however_likely_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, ids = model_of(), torch.cat((torch.full((1, 20), 3), torch.arange(20)[None]))
     monkeypatch.setattr(policy, "score", lambda model, ids: torch.zeros(len(ids), ids.shape[1] - 1))
     monkeypatch.setattr(policy, "decode", lambda *_: tg.Decoded(ids, ids))
     got = policy.quality(model, ids, 4, 20)
-    for lax in (Limits(repeat=1, distinct=0), Limits(entropy=0, distinct=0), Limits(entropy=0, repeat=1)):
+    for lax in (
+        Limits(repeat=1, distinct=0),
+        Limits(entropy=0, distinct=0),
+        Limits(entropy=0, repeat=1),
+    ):
         assert [verdict.tolist() for verdict in policy.judge(got, V, lax)] == [[True, False]] * 2
     assert not policy.judge(got, V, Limits(entropy=0, distinct=0, repeat=1))[1].any()
     measured = policy.measure(model, ids, 4, 20, "ar", tg.AR)
-    assert (measured.nats, measured.repetitive) == (pytest.approx(math.log(V) / 2), 0.5)  # the other row: 0 nats
+    assert (measured.nats, measured.repetitive) == (
+        pytest.approx(math.log(V) / 2),
+        0.5,
+    )  # the other row: 0 nats
 
 
 def test_limits_at_their_edges() -> None:
@@ -89,7 +107,9 @@ def test_limits_at_their_edges() -> None:
         repetitive, outside = policy.judge(found(**{name: values}), V)
         assert outside.tolist() == [False, True, True][: len(values)], name
         assert repetitive.equal(outside) or (name == "nats" and not repetitive.any())
-    assert policy.judge(found(entropy=[2.6], tokens=[4 * V]), V)[1].tolist() == [False]  # of log2 V bits at most
+    assert policy.judge(found(entropy=[2.6], tokens=[4 * V]), V)[1].tolist() == [
+        False
+    ]  # of log2 V bits at most
 
 
 def half(nats: torch.Tensor) -> Limits:
@@ -149,18 +169,33 @@ def test_selection_from_a_table() -> None:
 
 def test_a_target_out_of_reach_names_the_closest() -> None:
     with pytest.raises(
-        tg.UserError, match=r"no mode keeps to seconds=0\.5; the closest is refine in 8 passes: 1 s, 5\."
+        tg.UserError,
+        match=r"no mode keeps to seconds=0\.5; the closest is refine in 8 passes: 1 s, 5\.",
     ):
         policy.select(TABLE, seconds=0.5)
-    with pytest.raises(tg.UserError, match=r"no mode keeps to nats=1; the closest is ar: 4 s, 2\.0000 nats a token"):
+    with pytest.raises(
+        tg.UserError, match=r"no mode keeps to nats=1; the closest is ar: 4 s, 2\.0000 nats a token"
+    ):
         policy.select(TABLE, nats=1)
 
 
 def test_candidates_can_read_what_there_is() -> None:
-    modes = [{mode for mode, _ in policy.candidates(d, s, 9)} for d, s in ((1, 0), (1, 1), (0, 0), (0, 1))]
-    assert modes == [set(policy.MODES), set(policy.MODES) - {"ar", "speculative"}, {"ar", "speculative"}, set()]
+    modes = [
+        {mode for mode, _ in policy.candidates(d, s, 9)}
+        for d, s in ((1, 0), (1, 1), (0, 0), (0, 1))
+    ]
+    assert modes == [
+        set(policy.MODES),
+        set(policy.MODES) - {"ar", "speculative"},
+        {"ar", "speculative"},
+        set(),
+    ]
     assert {how.window for _, how in policy.candidates(False, False, 9)} == {0}
-    steps = [how.steps for mode, how in policy.candidates(True, True, 9, HOT) if mode == "refine" and how.seed == 5]
+    steps = [
+        how.steps
+        for mode, how in policy.candidates(True, True, 9, HOT)
+        if mode == "refine" and how.seed == 5
+    ]
     assert steps == [1, 2, 4, 8]
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import prepare_data as prep
 import pytest
 import sentencepiece as spm
 
 import train_gpt as tg
+from scripts import prepare_data as prep
 
 BOS = 1
 VOCAB = "400"
@@ -36,7 +36,10 @@ HARD_TEXTS = [
 def sentence(i: int) -> str:
     words = ["value", "return", "index", "total", "while", "number", "string", "result"]
     chosen = [words[(i * k + k) % len(words)] for k in range(1, 9)]
-    return f"def name_{i}(x):\n    {' '.join(chosen)} = {i * 37}\n        # {' '.join(reversed(chosen))}\n"
+    return (
+        f"def name_{i}(x):\n    {' '.join(chosen)} = {i * 37}\n        # "
+        f"{' '.join(reversed(chosen))}\n"
+    )
 
 
 @pytest.fixture
@@ -57,7 +60,9 @@ def stdlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def jsonl(tmp_path: Path) -> Path:
     """400 documents, enough for both splits at 2 percent."""
     path = tmp_path / "docs.jsonl"
-    path.write_text("".join(json.dumps({"text": sentence(i)}) + "\n" for i in range(400)), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"text": sentence(i)}) + "\n" for i in range(400)), encoding="utf-8"
+    )
     return path
 
 
@@ -130,7 +135,9 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return run
 
 
-def test_stdlib_text_comes_back_byte_for_byte_and_splits_are_disjoint(stdlib: Path, tmp_path: Path) -> None:
+def test_stdlib_text_comes_back_byte_for_byte_and_splits_are_disjoint(
+    stdlib: Path, tmp_path: Path
+) -> None:
     run_ok("--out", tmp_path / "out", "--vocab-size", VOCAB)
     train, val = texts_of(tmp_path / "out", "train"), texts_of(tmp_path / "out", "val")
     expected = {path.read_bytes().decode() for path in stdlib.rglob("*") if path.is_file()}
@@ -156,20 +163,30 @@ def test_the_manifest_counts_what_the_shards_hold(stdlib: Path, tmp_path: Path) 
         assert manifest["splits"][split] == expected
     for name, row in manifest["files"].items():
         assert hashlib.sha256((out / name).read_bytes()).hexdigest() == row["sha256"]
-    assert hashlib.sha256((out / "tokenizer.model").read_bytes()).hexdigest() == manifest["tokenizer"]["sha256"]
+    assert (
+        hashlib.sha256((out / "tokenizer.model").read_bytes()).hexdigest()
+        == manifest["tokenizer"]["sha256"]
+    )
     assert str(tmp_path) not in (out / "manifest.json").read_text(encoding="utf-8")
 
 
 def test_training_counts_the_same_bytes(stdlib: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run_ok("--out", out, "--vocab-size", VOCAB)
-    counter = tg.ByteCounter(tg.Config(vocab_size=int(VOCAB), tokenizer_path=str(out / "tokenizer.model")))
+    counter = tg.ByteCounter(
+        tg.Config(vocab_size=int(VOCAB), tokenizer_path=str(out / "tokenizer.model"))
+    )
     for split in ("train", "val"):
         tokens = tg.torch.from_numpy(tokens_of(out, split).astype(np.int64))
-        assert int(counter.count(tokens[:-1], tokens[1:]).sum()) == manifest_of(out)["splits"][split]["bytes"]
+        assert (
+            int(counter.count(tokens[:-1], tokens[1:]).sum())
+            == manifest_of(out)["splits"][split]["bytes"]
+        )
 
 
-def test_the_tokenizer_keeps_newlines_and_indentation_as_pieces(stdlib: Path, tmp_path: Path) -> None:
+def test_the_tokenizer_keeps_newlines_and_indentation_as_pieces(
+    stdlib: Path, tmp_path: Path
+) -> None:
     run_ok("--out", tmp_path / "out", "--vocab-size", VOCAB)
     tokenizer = spm.SentencePieceProcessor(model_file=str(tmp_path / "out" / "tokenizer.model"))
     pieces = [tokenizer.id_to_piece(i) for i in range(tokenizer.vocab_size())]
@@ -184,7 +201,12 @@ def test_two_runs_give_the_same_bytes(stdlib: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         run_ok("--out", tmp_path / name, "--vocab-size", VOCAB)
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert names == ["manifest.json", "stdlib_train_000000.bin", "stdlib_val_000000.bin", "tokenizer.model"]
+    assert names == [
+        "manifest.json",
+        "stdlib_train_000000.bin",
+        "stdlib_val_000000.bin",
+        "tokenizer.model",
+    ]
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -216,7 +238,10 @@ def test_the_cap_takes_documents_in_order_of_their_hash(stdlib: Path) -> None:
 
 
 def test_a_second_run_changes_nothing_and_says_so(
-    stdlib: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    stdlib: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run_ok("--out", tmp_path / "out", "--vocab-size", VOCAB)
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -264,7 +289,9 @@ def test_other_settings_need_force_and_leave_no_old_shard(
     assert len(list(out.glob("*_train_*.bin"))) == 1
 
 
-def test_shards_without_a_manifest_are_not_overwritten(stdlib: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
+def test_shards_without_a_manifest_are_not_overwritten(
+    stdlib: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
     shard = tmp_path / "out" / "mine_train_000000.bin"
     shard.parent.mkdir()
     shard.write_bytes(b"precious")
@@ -279,24 +306,46 @@ def test_cutting_into_shards_does_not_change_the_stream(stdlib: Path, tmp_path: 
     run_ok("--out", tmp_path / "one", "--vocab-size", VOCAB)
     run_ok("--out", tmp_path / "many", "--vocab-size", VOCAB, "--shard-tokens", 100)
     for split in ("train", "val"):
-        assert np.array_equal(tokens_of(tmp_path / "one", split), tokens_of(tmp_path / "many", split))
-    sizes = [row["tokens"] for name, row in manifest_of(tmp_path / "many")["files"].items() if "train" in name]
+        assert np.array_equal(
+            tokens_of(tmp_path / "one", split), tokens_of(tmp_path / "many", split)
+        )
+    sizes = [
+        row["tokens"]
+        for name, row in manifest_of(tmp_path / "many")["files"].items()
+        if "train" in name
+    ]
     assert len(sizes) > 10
     assert set(sizes[:-1]) == {100}
     assert 0 < sizes[-1] <= 100
 
 
-def test_files_of_every_kind_are_read_and_split_by_the_first_byte(tmp_path: Path, jsonl: Path) -> None:
-    hard = [json.dumps({"text": text, "id": i}, ensure_ascii=bool(i % 2)) for i, text in enumerate(HARD_TEXTS[1:])]
+def test_files_of_every_kind_are_read_and_split_by_the_first_byte(
+    tmp_path: Path, jsonl: Path
+) -> None:
+    hard = [
+        json.dumps({"text": text, "id": i}, ensure_ascii=bool(i % 2))
+        for i, text in enumerate(HARD_TEXTS[1:])
+    ]
     with gzip.open(tmp_path / "some.jsonl.gz", "wt", encoding="utf-8") as file:
         file.write("\n".join(hard[:3]))
     with lzma.open(tmp_path / "more.jsonl.xz", "wt", encoding="utf-8") as file:
         file.write("\n\n".join(hard[3:]) + "\n")
-    edge = next(sentence(i) for i in range(400, 9999) if hashlib.sha256(sentence(i).encode()).digest()[0] == 5)
+    edge = next(
+        sentence(i)
+        for i in range(400, 9999)
+        if hashlib.sha256(sentence(i).encode()).digest()[0] == 5
+    )
     (tmp_path / "plain_0.txt").write_bytes(HARD_TEXTS[0].encode())
     (tmp_path / "plain_1.txt").write_bytes(edge.encode())
     out = tmp_path / "out"
-    arguments = ["--source", "files", tmp_path / "*.jsonl", tmp_path / "some*", "--files", tmp_path / "more*"]
+    arguments = [
+        "--source",
+        "files",
+        tmp_path / "*.jsonl",
+        tmp_path / "some*",
+        "--files",
+        tmp_path / "more*",
+    ]
     run_ok(*arguments, tmp_path / "plain_?.txt", "--out", out, "--vocab-size", "450")
     train, val = texts_of(out, "train"), texts_of(out, "val")
     expected = [sentence(i) for i in range(400)] + [*HARD_TEXTS, edge]
@@ -319,17 +368,25 @@ def test_a_tokenizer_brought_along_is_kept_and_may_fold_white_space(
 
 
 def test_a_lossy_tokenizer_of_our_own_is_refused(
-    jsonl: Path, tmp_path: Path, folding_tokenizer: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    jsonl: Path,
+    tmp_path: Path,
+    folding_tokenizer: Path,
+    fails: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(prep, "train_tokenizer", lambda *_: folding_tokenizer.read_bytes())
     message = fails("--source", "files", jsonl, "--out", tmp_path / "out")
     assert f"{jsonl}, line 1: the tokenizer does not give the text back" in message
 
 
-def test_the_tokenizer_sees_training_text_only(stdlib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tokenizer_sees_training_text_only(
+    stdlib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[str] = []
     train = prep.train_tokenizer
-    monkeypatch.setattr(prep, "train_tokenizer", lambda sample, size: (seen.extend(sample), train(sample, size))[1])
+    monkeypatch.setattr(
+        prep, "train_tokenizer", lambda sample, size: (seen.extend(sample), train(sample, size))[1]
+    )
     run_ok("--out", tmp_path / "out", "--vocab-size", VOCAB, "--val-percent", "30")
     assert len(texts_of(tmp_path / "out", "val")) > 10
     assert sorted(seen) == sorted(texts_of(tmp_path / "out", "train"))
@@ -354,13 +411,21 @@ def write(path: Path, data: str | bytes) -> Path:
     ("name", "content", "expected"),
     [
         ("a.jsonl", '{"text": "ok"}\n{"text": \n', "a.jsonl, line 2: not JSON"),
-        ("a.jsonl", '{"text": "ok"}\n\n{"body": "x", "id": 1}\n', "a.jsonl, line 3: holds fields 'body', 'id'"),
+        (
+            "a.jsonl",
+            '{"text": "ok"}\n\n{"body": "x", "id": 1}\n',
+            "a.jsonl, line 3: holds fields 'body', 'id'",
+        ),
         ("a.jsonl", '{"text": 5}\n', 'needs a string field "text"'),
         ("a.jsonl", '["text"]\n', "a.jsonl, line 1: holds a list"),
         ("a.jsonl", '{"text": "\\ud800 half"}\n', "half a surrogate pair (0xd800)"),
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl, line 1: not JSON"),
         ("a.txt", b"abc\xff", "not UTF-8 text (byte 3)"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9)[:-9], "a.jsonl.gz cannot be read after line"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "x"}\n' * 9)[:-9],
+            "a.jsonl.gz cannot be read after line",
+        ),
         ("a.jsonl.xz", b"not xz at all", "a.jsonl.xz cannot be read after line 0"),
         ("a.jsonl", '{"text": ""}\n{"text": " \\n"}\n', "no document with text was found"),
         ("a.jsonl", "", "no document with text was found"),
@@ -369,15 +434,23 @@ def write(path: Path, data: str | bytes) -> Path:
 def test_faults_in_files_are_named(
     tmp_path: Path, name: str, content: str | bytes, expected: str, fails: Callable[..., str]
 ) -> None:
-    assert expected in fails("--source", "files", write(tmp_path / name, content), "--out", tmp_path / "out")
+    assert expected in fails(
+        "--source", "files", write(tmp_path / name, content), "--out", tmp_path / "out"
+    )
     assert not list((tmp_path / "out").glob("**/*"))
 
 
-def test_a_glob_without_match_is_named(tmp_path: Path, jsonl: Path, fails: Callable[..., str]) -> None:
-    assert "nothing*.jsonl' matches no file" in fails("--source", "files", jsonl, tmp_path / "nothing*.jsonl")
+def test_a_glob_without_match_is_named(
+    tmp_path: Path, jsonl: Path, fails: Callable[..., str]
+) -> None:
+    assert "nothing*.jsonl' matches no file" in fails(
+        "--source", "files", jsonl, tmp_path / "nothing*.jsonl"
+    )
 
 
-def test_empty_documents_and_the_space_mark_are_skipped_and_counted(tmp_path: Path, jsonl: Path) -> None:
+def test_empty_documents_and_the_space_mark_are_skipped_and_counted(
+    tmp_path: Path, jsonl: Path
+) -> None:
     with open(jsonl, "a", encoding="utf-8") as file:
         for text in ("", "  \n", "a \u2581 b"):
             file.write(json.dumps({"text": text}) + "\n")
@@ -398,19 +471,29 @@ def test_an_empty_split_is_an_error(
     fails: Callable[..., str],
 ) -> None:
     extra = ["--tokenizer", folding_tokenizer] if reuse else ["--vocab-size", VOCAB]
-    message = fails("--source", "files", jsonl, "--out", tmp_path / "out", "--val-percent", percent, *extra)
+    message = fails(
+        "--source", "files", jsonl, "--out", tmp_path / "out", "--val-percent", percent, *extra
+    )
     assert f"the {empty} split is empty: all 400 documents" in message
 
 
 def test_a_tokenizer_that_cannot_serve_is_named(
-    tmp_path: Path, jsonl: Path, folding_tokenizer: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    jsonl: Path,
+    folding_tokenizer: Path,
+    fails: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     arguments = ["--source", "files", jsonl, "--out", tmp_path / "out", "--tokenizer"]
     assert "missing.model cannot be read" in fails(*arguments, tmp_path / "missing.model")
-    assert "is not a SentencePiece model" in fails(*arguments, write(tmp_path / "bad.model", "hello"))
+    assert "is not a SentencePiece model" in fails(
+        *arguments, write(tmp_path / "bad.model", "hello")
+    )
     assert "is not a SentencePiece model" in fails(*arguments, write(tmp_path / "none.model", ""))
     monkeypatch.setattr(prep, "MAX_VOCAB", 319)
-    assert "has 320 pieces, uint16 shards hold at most 319" in fails(*arguments, folding_tokenizer, "--vocab-size", 300)
+    assert "has 320 pieces, uint16 shards hold at most 319" in fails(
+        *arguments, folding_tokenizer, "--vocab-size", 300
+    )
 
 
 @pytest.mark.parametrize("size", ["262", "60000"])
@@ -425,7 +508,9 @@ def test_a_document_too_long_to_encode_is_named(
     tmp_path: Path, jsonl: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prep, "MAX_DOCUMENT", 100)
-    assert f"{jsonl}, line 1: one document of" in fails("--source", "files", jsonl, "--out", tmp_path / "out")
+    assert f"{jsonl}, line 1: one document of" in fails(
+        "--source", "files", jsonl, "--out", tmp_path / "out"
+    )
 
 
 def test_a_full_disk_leaves_the_old_files(
@@ -444,8 +529,12 @@ def test_a_full_disk_leaves_the_old_files(
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_an_output_that_cannot_be_a_folder_is_named(stdlib: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
-    assert "could not be written" in fails("--out", write(tmp_path / "file", "x"), "--vocab-size", VOCAB)
+def test_an_output_that_cannot_be_a_folder_is_named(
+    stdlib: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    assert "could not be written" in fails(
+        "--out", write(tmp_path / "file", "x"), "--vocab-size", VOCAB
+    )
 
 
 @pytest.mark.parametrize(
@@ -465,7 +554,9 @@ def test_an_output_that_cannot_be_a_folder_is_named(stdlib: Path, tmp_path: Path
         (["--source", "web"], "invalid choice"),
     ],
 )
-def test_a_wrong_command_line_exits_with_2(argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_command_line_exits_with_2(
+    argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         prep.main(argv)
     assert stopped.value.code == 2
@@ -538,7 +629,9 @@ def hub(folding_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
         ],
         "tokenizers": [{"name": "sp1024", "model_path": "tokenizers/fineweb_1024_bpe.model"}],
     }
-    files = {f"{FOLDER}/{name}": shard([1, 10 + i, 20, 1, 30]) for i, name in enumerate(TRAIN + VAL)}
+    files = {
+        f"{FOLDER}/{name}": shard([1, 10 + i, 20, 1, 30]) for i, name in enumerate(TRAIN + VAL)
+    }
     files["datasets/manifest.json"] = json.dumps(published).encode()
     files["datasets/tokenizers/fineweb_1024_bpe.model"] = folding_tokenizer.read_bytes()
     hub = Hub(files)
@@ -552,7 +645,9 @@ def hub(folding_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 def test_fineweb_brings_the_full_val_split_and_a_prefix_of_train(tmp_path: Path, hub: Hub) -> None:
     out = tmp_path / "out"
     run_ok("--source", "fineweb", "--out", out, "--train-shards", 2)
-    assert sorted(path.name for path in out.iterdir()) == sorted([*TRAIN[:2], *VAL, "manifest.json", "tokenizer.model"])
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [*TRAIN[:2], *VAL, "manifest.json", "tokenizer.model"]
+    )
     for name in TRAIN[:2] + VAL:
         assert (out / name).read_bytes() == hub.files[f"{FOLDER}/{name}"]
     assert manifest_of(out)["splits"] == {
@@ -579,7 +674,9 @@ def test_fineweb_resumes_and_downloads_a_damaged_shard_again(
     assert hub.requests == []
 
 
-def test_fineweb_tries_a_bad_download_once_more(tmp_path: Path, hub: Hub, fails: Callable[..., str]) -> None:
+def test_fineweb_tries_a_bad_download_once_more(
+    tmp_path: Path, hub: Hub, fails: Callable[..., str]
+) -> None:
     name = f"{FOLDER}/{TRAIN[0]}"
     hub.broken[name] = [shard([1, 2], announced=9)]
     run_ok("--source", "fineweb", "--out", tmp_path / "a")
@@ -592,7 +689,9 @@ def test_fineweb_tries_a_bad_download_once_more(tmp_path: Path, hub: Hub, fails:
     assert not (tmp_path / "b" / TRAIN[0]).exists()
 
 
-def test_fineweb_can_be_extended_but_not_cut_without_force(tmp_path: Path, hub: Hub, fails: Callable[..., str]) -> None:
+def test_fineweb_can_be_extended_but_not_cut_without_force(
+    tmp_path: Path, hub: Hub, fails: Callable[..., str]
+) -> None:
     out = tmp_path / "out"
     run_ok("--source", "fineweb", "--out", out)
     hub.requests.clear()
@@ -604,13 +703,23 @@ def test_fineweb_can_be_extended_but_not_cut_without_force(tmp_path: Path, hub: 
 
 
 def test_fineweb_faults_are_named(
-    tmp_path: Path, hub: Hub, jsonl: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    hub: Hub,
+    jsonl: Path,
+    fails: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
     arguments = ["--source", "fineweb", "--out", out]
     assert "--train-shards=4 is more than the 3" in fails(*arguments, "--train-shards", 4)
     published = hub.files["datasets/manifest.json"]
-    for content in (b"[]", b"{}", b"no json", b'{"datasets": [{"name": "fineweb10B_sp1024"}]}', b'{"datasets": [1]}'):
+    for content in (
+        b"[]",
+        b"{}",
+        b"no json",
+        b'{"datasets": [{"name": "fineweb10B_sp1024"}]}',
+        b'{"datasets": [1]}',
+    ):
         hub.files["datasets/manifest.json"] = content
         assert "does not describe fineweb10B_sp1024 as expected" in fails(*arguments)
     hub.files["datasets/manifest.json"] = published
@@ -618,19 +727,28 @@ def test_fineweb_faults_are_named(
     run_ok("--source", "files", jsonl, "--out", other, "--vocab-size", VOCAB)
     assert "already holds shards made otherwise" in fails("--source", "fineweb", "--out", other)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install -r requirements-dev.txt" in fails("--source", "fineweb", "--out", tmp_path / "new")
+    assert "pip install -r requirements-dev.txt" in fails(
+        "--source", "fineweb", "--out", tmp_path / "new"
+    )
 
 
 def publish(hub: Hub, variant: str, tokenizer: bytes) -> None:
-    """Add a variant to the files of the hub, with the names of the challenge, and to its manifest if it has one."""
-    names = {"sp4096": ("fineweb10B_sp4096", "fineweb_4096_bpe"), "sp8192": ("fineweb10B_sp8192", "fineweb_8192_bpe")}
+    """Add a variant to the files of the hub and to its manifest, if it has one."""
+    names = {
+        "sp4096": ("fineweb10B_sp4096", "fineweb_4096_bpe"),
+        "sp8192": ("fineweb10B_sp8192", "fineweb_8192_bpe"),
+    }
     dataset, model = names[variant]
     for i, name in enumerate([*TRAIN[:2], VAL[0]]):
         hub.files[f"datasets/datasets/{dataset}/{name}"] = shard([1, 40 + i, 50, 1, 60])
     hub.files[f"datasets/tokenizers/{model}.model"] = tokenizer
     if "datasets/manifest.json" in hub.files:
         published = json.loads(hub.files["datasets/manifest.json"])
-        row = {"name": dataset, "tokenizer_name": variant, "stats": {"files_train": 2, "files_val": 1}}
+        row = {
+            "name": dataset,
+            "tokenizer_name": variant,
+            "stats": {"files_train": 2, "files_val": 1},
+        }
         published["datasets"].append(row)
         published["tokenizers"].append({"name": variant, "model_path": f"tokenizers/{model}.model"})
         hub.files["datasets/manifest.json"] = json.dumps(published).encode()
@@ -654,11 +772,16 @@ def test_fineweb_variants_bring_their_own_shards_and_tokenizer(
     run_ok("--source", "fineweb", "--variant", variant, "--train-shards", 2)
     out = Path("data") / f"fineweb_{variant}"
     for name in [*TRAIN[:2], VAL[0]]:
-        assert (out / name).read_bytes() == hub.files[f"datasets/datasets/fineweb10B_{variant}/{name}"]
+        assert (out / name).read_bytes() == hub.files[
+            f"datasets/datasets/fineweb10B_{variant}/{name}"
+        ]
     assert (out / "tokenizer.model").read_bytes() == folding_tokenizer.read_bytes()
     assert manifest_of(out)["settings"]["dataset"] == f"fineweb10B_{variant}"
     printed = capsys.readouterr().out
-    assert f"DATA_PATH={out} TOKENIZER_PATH={out}/tokenizer.model VOCAB_SIZE=320 python train_gpt.py" in printed
+    assert (
+        f"DATA_PATH={out} TOKENIZER_PATH={out}/tokenizer.model VOCAB_SIZE=320 python train_gpt.py"
+        in printed
+    )
     assert json.loads(printed.splitlines()[-1])["vocab_size"] == 320
 
 
@@ -681,18 +804,28 @@ def test_fineweb_names_a_variant_that_is_not_there_and_what_is(
 ) -> None:
     arguments = ["--source", "fineweb", "--variant", "sp8192", "--out", tmp_path / "out"]
     message = fails(*arguments)
-    assert "--variant=sp8192: willdepueoai/parameter-golf has no dataset fineweb10B_sp8192" in message
+    assert (
+        "--variant=sp8192: willdepueoai/parameter-golf has no dataset fineweb10B_sp8192" in message
+    )
     assert "(looked for in datasets/manifest.json; it holds: fineweb10B_sp1024, other)" in message
     assert "--repo OWNER/NAME" in message
     manifest = hub.files.pop("datasets/manifest.json")
     message = fails(*arguments)
-    assert "(looked for in datasets/datasets/fineweb10B_sp8192/; it holds: fineweb10B_sp1024)" in message
+    assert (
+        "(looked for in datasets/datasets/fineweb10B_sp8192/; it holds: fineweb10B_sp1024)"
+        in message
+    )
     hub.files[f"datasets/datasets/fineweb10B_sp8192/{TRAIN[0]}"] = b"x"
     hub.files[f"datasets/datasets/fineweb10B_sp8192/{VAL[0]}"] = b"x"
     message = fails(*arguments)
-    assert "has no datasets/tokenizers/fineweb_8192_bpe.model (its models: tokenizers/fineweb_1024_bpe" in message
+    assert (
+        "has no datasets/tokenizers/fineweb_8192_bpe.model (its models: tokenizers/fineweb_1024_bpe"
+        in message
+    )
     hub.lists = False  # nothing can be said but that the manifest did not come
-    assert "manifest.json of willdepueoai/parameter-golf could not be downloaded (404" in fails(*arguments)
+    assert "manifest.json of willdepueoai/parameter-golf could not be downloaded (404" in fails(
+        *arguments
+    )
     hub.files["datasets/manifest.json"], hub.lists = manifest, True
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -711,11 +844,15 @@ def test_fineweb_never_mixes_variants_in_one_folder(
     for folder in (out, tmp_path / "cut"):
         run_ok(*second, folder, "--force")
         for name in [TRAIN[0], VAL[0]]:
-            assert (folder / name).read_bytes() == hub.files[f"datasets/datasets/fineweb10B_sp8192/{name}"]
+            assert (folder / name).read_bytes() == hub.files[
+                f"datasets/datasets/fineweb10B_sp8192/{name}"
+            ]
         assert len(list(folder.glob("*.bin"))) == 2
 
 
-def test_fineweb_shards_of_another_tokenizer_are_refused(tmp_path: Path, hub: Hub, fails: Callable[..., str]) -> None:
+def test_fineweb_shards_of_another_tokenizer_are_refused(
+    tmp_path: Path, hub: Hub, fails: Callable[..., str]
+) -> None:
     hub.files[f"{FOLDER}/{TRAIN[0]}"] = shard([1, 320])
     message = fails("--source", "fineweb", "--out", tmp_path / "out")
     assert f"{TRAIN[0]} holds token 320, its tokenizer has 320 pieces" in message

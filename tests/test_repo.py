@@ -8,9 +8,9 @@ import re
 from typing import Any
 
 import pytest
-from conftest import ROOT
 
 import train_gpt as tg
+from tests.conftest import ROOT
 
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 MADE_BY_USERS = ("data/", "final_model", "checkpoints/", "logs/")  # what a command in README writes
@@ -28,7 +28,11 @@ def test_ten_sections_in_order() -> None:
 
 
 def functions() -> list[tuple[str, int]]:
-    nodes = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    nodes = [
+        node
+        for node in ast.walk(ast.parse(SOURCE))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
     return [(node.name, (node.end_lineno or 0) - node.lineno + 1) for node in nodes]
 
 
@@ -62,19 +66,29 @@ def test_the_submission_holds_numbers_or_says_that_it_does_not() -> None:
     measured = [(key, value) for key, value in found if re.search(r"bpb|loss|bytes", key)]
     assert {"val_bpb", "val_loss", "bytes_total"} <= {key for key, _ in measured}
     for key, value in measured:
-        assert value is None or (isinstance(value, int | float) and not isinstance(value, bool)), key
+        assert value is None or (isinstance(value, int | float) and not isinstance(value, bool)), (
+            key
+        )
 
 
 def code_blocks() -> list[str]:
-    return re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return re.findall(
+        r"^```\w*\n(.*?)^```",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
+    )
 
 
 def test_code_blocks_of_the_readme_name_files_that_exist() -> None:
     named = set()
     for block in code_blocks():
-        named |= set(re.findall(r"(?<![\w./<*-])[\w][\w./-]*\.(?:py|sh|txt|json|toml|md)\b(?![*>])", block))
+        named |= set(
+            re.findall(r"(?<![\w./<*-])[\w][\w./-]*\.(?:py|sh|txt|json|toml|md)\b(?![*>])", block)
+        )
     assert "train_gpt.py" in named
-    missing = {name for name in named if not (ROOT / name).exists() and not name.startswith(MADE_BY_USERS)}
+    missing = {
+        name for name in named if not (ROOT / name).exists() and not name.startswith(MADE_BY_USERS)
+    }
     assert missing == set()
 
 
@@ -85,10 +99,17 @@ def test_code_blocks_of_the_readme_set_settings_that_exist() -> None:
             if "train_gpt.py" in line:
                 named |= set(re.findall(r"\b([A-Z][A-Z0-9_]+)=", line))
     known = {name.upper() for name in tg.Config.__dataclass_fields__}
-    assert named <= known | {"DIFFUSION_TRAIN_MODE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "NCCL_IB_DISABLE"}
+    assert named <= known | {
+        "DIFFUSION_TRAIN_MODE",
+        "OMP_NUM_THREADS",
+        "CUDA_VISIBLE_DEVICES",
+        "NCCL_IB_DISABLE",
+    }
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)]
-    assert [link for link in links if link and "://" not in link and not (ROOT / link).exists()] == []
+    assert [
+        link for link in links if link and "://" not in link and not (ROOT / link).exists()
+    ] == []

@@ -13,12 +13,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import policy
 import pytest
-import sample
 import sentencepiece as spm
 import torch
-from conftest import (
+
+import train_gpt as tg
+from scripts import policy, sample
+from scripts.sample_page import Cell, Film, character, join, page, spell
+from tests.conftest import (
     BOS,
     CPU,
     HARD_TEXTS,
@@ -32,16 +34,15 @@ from conftest import (
     tiny,
     train_tokenizer,
 )
-from sample_page import Cell, Film, character, join, page, spell
-
-import train_gpt as tg
 
 PROMPT = "def f(x):\n    "
 
 
 def export(data: dict[str, Any], path: Path, recipe: str = "direct") -> Path:
     cfg = tiny(recipe, **data, train_seq_len=64, train_batch_tokens=256)
-    tg.save_artifact(path, randomise(tg.GPT(cfg)).state_dict(), cfg, tg.ByteCounter(cfg).sha256, Recorder())
+    tg.save_artifact(
+        path, randomise(tg.GPT(cfg)).state_dict(), cfg, tg.ByteCounter(cfg).sha256, Recorder()
+    )
     return path
 
 
@@ -69,16 +70,37 @@ def at(artifact: Path) -> sample.Loaded:
 
 
 @pytest.mark.parametrize("mode", policy.MODES)
-def test_the_command_decodes_as_the_program_does(call: Callable[..., Called], at: sample.Loaded, mode: str) -> None:
-    found = facts(call("--prompt", PROMPT, "--tokens", "12", "--mode", mode, "--temperature", "1", "--seed", "5"))
+def test_the_command_decodes_as_the_program_does(
+    call: Callable[..., Called], at: sample.Loaded, mode: str
+) -> None:
+    found = facts(
+        call(
+            "--prompt",
+            PROMPT,
+            "--tokens",
+            "12",
+            "--mode",
+            mode,
+            "--temperature",
+            "1",
+            "--seed",
+            "5",
+        )
+    )
     ids = [BOS, *at.tokenizer.encode(PROMPT)]
     how = policy.MODES[mode]._replace(temperature=1.0, seed=5, end=BOS)
     expected = tg.generate(at.model, torch.tensor([ids]), 12, how)
-    assert found["text"] == PROMPT + found["completion"] == at.tokenizer.decode(expected.ids[0].tolist())
+    assert (
+        found["text"]
+        == PROMPT + found["completion"]
+        == at.tokenizer.decode(expected.ids[0].tolist())
+    )
     assert (found["mode"], found["forwards"]) == (mode, int(expected.forwards))
 
 
-def test_compiled_passes_say_the_same(call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_passes_say_the_same(
+    call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = facts(call("--prompt", PROMPT, "--tokens", "12", "--mode", "speculative"))
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     again = facts(call("--prompt", PROMPT, "--tokens", "12", "--mode", "speculative", "--compile"))
@@ -86,17 +108,27 @@ def test_compiled_passes_say_the_same(call: Callable[..., Called], monkeypatch: 
 
 
 def test_a_suffix_is_read_and_kept(call: Callable[..., Called]) -> None:
-    texts = [facts(call("--prompt", PROMPT, "--suffix", end, "--tokens", "9")) for end in (" return x", "\n)]:\n")]
+    texts = [
+        facts(call("--prompt", PROMPT, "--suffix", end, "--tokens", "9"))
+        for end in (" return x", "\n)]:\n")
+    ]
     assert texts[0]["text"] == PROMPT + texts[0]["completion"] + " return x"
     assert texts[0]["completion"] != texts[1]["completion"]
-    assert facts(call("--prompt", "", "--suffix", "x", "--tokens", "4"))["text"].endswith("x")  # a hole at the start
-    assert facts(call("--prompt", "x", "--suffix", "", "--tokens", "4", "--mode", "ar"))["mode"] == "ar"  # at the end
+    assert facts(call("--prompt", "", "--suffix", "x", "--tokens", "4"))["text"].endswith(
+        "x"
+    )  # a hole at the start
+    assert (
+        facts(call("--prompt", "x", "--suffix", "", "--tokens", "4", "--mode", "ar"))["mode"]
+        == "ar"
+    )  # at the end
 
 
 def test_a_continuation_stops_where_the_document_ends(
     call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    full, chosen, real = facts(call("--prompt", PROMPT, "--tokens", "12")), [0], tg.pick
+    full = facts(call("--prompt", PROMPT, "--tokens", "12"))
+    chosen = [0]
+    real = tg.pick
 
     def pick(logits: torch.Tensor, *rest: Any) -> Any:
         chosen[0] += logits.shape[1]
@@ -112,12 +144,16 @@ def test_a_continuation_stops_where_the_document_ends(
     assert reel["units"][reel["frames"][-1][1][-1]][1] == "<s>"
 
 
-def test_a_revision_fills_in_what_is_improbable(call: Callable[..., Called], at: sample.Loaded) -> None:
+def test_a_revision_fills_in_what_is_improbable(
+    call: Callable[..., Called], at: sample.Loaded
+) -> None:
     text, redo = "def f(x):\n    return  x\n", 0.0005
     found = facts(call("--prompt", text, "--edit", "--redo", str(redo)))
     ids = torch.tensor([[BOS, *at.tokenizer.encode(text)]])
     low = tg.score(at.model, ids)[0] > -math.log(redo)
-    edited = policy.edit(at.model, ids, 1, ids.shape[1], policy.MODES["draft_refine"]._replace(redo=redo)).ids
+    edited = policy.edit(
+        at.model, ids, 1, ids.shape[1], policy.MODES["draft_refine"]._replace(redo=redo)
+    ).ids
     assert 0 < found["masked"] == int(low.sum()) < len(low)
     assert found["changed"] == int((edited != ids).sum()) > 0
     assert not ((edited != ids)[0, 1:] & ~low).any()  # what was probable stays
@@ -155,14 +191,20 @@ def test_auto_and_guard(call: Callable[..., Called], tmp_path: Path) -> None:
 def test_a_film_ends_with_what_was_decoded(at: sample.Loaded, mode: str) -> None:
     film = Film(4, [Cell(-1, 0.0, True, 0)] * 12, None)
     film.add("masked")
-    ids = torch.tensor([[BOS, 100, 101, 102, *[0] * 12, *([] if mode in ("ar", "speculative") else [100, 101])]])
+    ids = torch.tensor(
+        [[BOS, 100, 101, 102, *[0] * 12, *([] if mode in ("ar", "speculative") else [100, 101])]]
+    )
     out = tg.decode(at.model, ids, 4, 16, policy.MODES[mode]._replace(watch=film))
     assert [cell.token for cell in film.cells] == out.ids[0, 4:16].tolist()
     assert not any(cell.open for cell in film.cells)
     assert {cell.at for cell in film.cells} <= set(range(1, film.passes + 1))
     assert len(film.frames) == 1 + film.passes <= 1 + int(out.forwards)
     for (_, before), (_, after) in zip(film.frames, film.frames[1:], strict=False):
-        same = [(a, b) for a, b in zip(before, after, strict=True) if not a.open and a.token == b.token and not b.open]
+        same = [
+            (a, b)
+            for a, b in zip(before, after, strict=True)
+            if not a.open and a.token == b.token and not b.open
+        ]
         assert all(a == b for a, b in same)  # a token keeps the probability it was chosen with
     if mode == "ar":
         nats = tg.score(at.model, out.ids)[0, 3:]
@@ -176,14 +218,27 @@ def test_tokens_are_spelled_as_they_were(at: sample.Loaded, text: str) -> None:
 
 
 def test_bytes_of_a_character_are_shown_as_one(at: sample.Loaded) -> None:
-    cells = [Cell(at.tokenizer.piece_to_id(f"<0x{byte:02X}>"), p, False, i) for i, (byte, p) in enumerate(
-        zip("日".encode() + b"\xf0\x9f" + b"A\xff", (0.5, 0.2, 0.9, 0.4, 0.3, 0.8, 0.7), strict=True))]  # fmt: skip
+    cells = [
+        Cell(at.tokenizer.piece_to_id(f"<0x{byte:02X}>"), p, False, i)
+        for i, (byte, p) in enumerate(
+            # Fmt: skip.
+            zip(
+                "日".encode() + b"\xf0\x9f" + b"A\xff",
+                (0.5, 0.2, 0.9, 0.4, 0.3, 0.8, 0.7),
+                strict=True,
+            )
+        )
+    ]
     units = join(at.tokenizer, cells)
     assert [(unit.text, unit.p, unit.at) for unit in units] == [
         ("日", 0.2, 2), ("\ufffd", 0.3, 4), ("A", 0.8, 5), ("\ufffd", 0.7, 6)]  # fmt: skip
     assert units[0].label == "<0xE6> <0x97> <0xA5>"
     gap = join(at.tokenizer, [cells[0], Cell(-1, 0.0, True, 0), *cells[1:3]])
-    assert [(unit.text, unit.open) for unit in gap] == [("\ufffd", False), ("", True), *[("\ufffd", False)] * 2]
+    assert [(unit.text, unit.open) for unit in gap] == [
+        ("\ufffd", False),
+        ("", True),
+        *[("\ufffd", False)] * 2,
+    ]
     assert character("é".encode() + b"\xe6") == ("é", 2)
 
 
@@ -221,7 +276,9 @@ def test_a_terminal_is_redrawn_in_place(at: sample.Loaded, monkeypatch: pytest.M
         screen(name, cells)
     rows = after_escapes(stream.getvalue()).split("\n")
     assert rows[0] == f"--- pass 1: 0 of {len(done)} tokens open"  # the first frame is gone
-    assert "".join(rows[1:]) == "\ufffd[2Jba = (1,↵    日本) # " + "x" * 30 + "c"  # a model cannot steer it
+    assert (
+        "".join(rows[1:]) == "\ufffd[2Jba = (1,↵    日本) # " + "x" * 30 + "c"
+    )  # a model cannot steer it
     assert max(map(len, rows[1:])) <= 19
     assert slept == [0.5, 0.5]
     monkeypatch.setenv("NO_COLOR", "1")
@@ -235,7 +292,9 @@ def test_a_terminal_is_redrawn_in_place(at: sample.Loaded, monkeypatch: pytest.M
 
 def test_colours_go_from_red_to_green(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLORTERM", "truecolor")
-    red, green = zip(*([int(c) for c in sample.colour(i / 10).split(";")[3:5]] for i in range(11)), strict=True)
+    red, green = zip(
+        *([int(c) for c in sample.colour(i / 10).split(";")[3:5]] for i in range(11)), strict=True
+    )
     assert list(red) == sorted(red, reverse=True)
     assert list(green) == sorted(green)
     assert (red[0], green[0], red[10]) == (225, 0, 0)
@@ -246,11 +305,9 @@ def test_colours_go_from_red_to_green(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_watching_changes_nothing_and_leaves_the_last_line(
     call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    argv, slept, wait = (
-        ("--prompt", PROMPT, "--suffix", "x", "--tokens", "6", "--steps", "3"),
-        list[float](),
-        time.sleep,
-    )
+    argv = ("--prompt", PROMPT, "--suffix", "x", "--tokens", "6", "--steps", "3")
+    slept = list[float]()
+    wait = time.sleep
     monkeypatch.setattr("time.sleep", lambda seconds: (slept.append(seconds), wait(0.2)))
     status, out, err = call(*argv, "--watch", "--delay", "9")
     watched = facts((status, out, err))
@@ -290,7 +347,20 @@ def reels(path: Path) -> list[dict[str, Any]]:
 
 def test_the_page_holds_every_pass(call: Callable[..., Called], tmp_path: Path) -> None:
     path, prompt = tmp_path / "a.html", 'x = "</script><b>&amp;\n\t日本"'
-    found = facts(call("--prompt", prompt, "--suffix", " <!--\n", "--tokens", "6", "--steps", "3", "--html", str(path)))
+    found = facts(
+        call(
+            "--prompt",
+            prompt,
+            "--suffix",
+            " <!--\n",
+            "--tokens",
+            "6",
+            "--steps",
+            "3",
+            "--html",
+            str(path),
+        )
+    )
     (reel,) = reels(path)
     assert (reel["before"], reel["after"], reel["title"]) == (prompt, " <!--\n", "Infill")
     assert [name for name, _ in reel["frames"]] == ["masked", "pass 1", "pass 2", "pass 3"]
@@ -302,20 +372,30 @@ def test_the_page_holds_every_pass(call: Callable[..., Called], tmp_path: Path) 
 def test_the_page_needs_nothing_else_and_names_its_controls() -> None:
     text = page([{"title": "</script><script>alert(1)</script>"}])
     parsed = Parsed(text)
-    assert [tag for tag, _ in parsed.tags].count("script") == 2  # data and program; text cannot add one
+    assert [tag for tag, _ in parsed.tags].count(
+        "script"
+    ) == 2  # data and program; text cannot add one
     assert json.loads(parsed.scripts[0]) == [{"title": "</script><script>alert(1)</script>"}]
-    assert not re.search(r"https?:|//|@import|url\(|\b(src|href)=", text.replace("behind", "").split("<script>")[0])
+    assert not re.search(
+        r"https?:|//|@import|url\(|\b(src|href)=", text.replace("behind", "").split("<script>")[0]
+    )
     assert not any({"src", "href"} & set(attributes) for _, attributes in parsed.tags)
     for tag, attributes in parsed.tags:
-        if tag in ("button", "input", "select") and attributes["id"] != "play":  # the program names that one
+        if (
+            tag in ("button", "input", "select") and attributes["id"] != "play"
+        ):  # the program names that one
             assert attributes["aria-label"]
     named = set(re.findall(r'\$\("(\w+)"\)', parsed.scripts[1]))
     assert named <= {attributes.get("id") for _, attributes in parsed.tags}
     assert "prefers-color-scheme: dark" in text
 
 
-def test_the_demo_shows_two_films(call: Callable[..., Called], data: dict[str, Any], tmp_path: Path) -> None:
-    found = facts(call("--demo", data["data_path"], "--tokens", "4", "--html", str(tmp_path / "a.html")))
+def test_the_demo_shows_two_films(
+    call: Callable[..., Called], data: dict[str, Any], tmp_path: Path
+) -> None:
+    found = facts(
+        call("--demo", data["data_path"], "--tokens", "4", "--html", str(tmp_path / "a.html"))
+    )
     assert [reel["title"] for reel in reels(tmp_path / "a.html")] == ["Infill", "Continuation"]
     assert found["infill"]["original"]
     assert found["continuation"]["mode"] == "ar"
@@ -328,7 +408,10 @@ def test_the_demo_shows_two_films(call: Callable[..., Called], data: dict[str, A
     ("argv", "expected"),
     [
         ("--tokens 0", "--tokens=0 must be 1 or more"),
-        ("--tokens 99999999999", r"--tokens=99999999999 \+ suffix of 0 exceed the 64 .* use --tokens=62 or fewer"),
+        (
+            "--tokens 99999999999",
+            r"--tokens=99999999999 \+ suffix of 0 exceed the 64 .* use --tokens=62 or fewer",
+        ),
         ("--top-p 0", "--top-p=0.0 must be between"),
         ("--temperature nan", "--temperature=nan must be between 0 and"),
         ("--steps 3", "--steps: mode ar has no windows"),
@@ -345,7 +428,9 @@ def test_the_demo_shows_two_films(call: Callable[..., Called], data: dict[str, A
         ("--no-such-option", "--no-such-option"),
     ],
 )
-def test_a_wrong_command_says_what_to_do(call: Callable[..., Called], argv: str, expected: str) -> None:
+def test_a_wrong_command_says_what_to_do(
+    call: Callable[..., Called], argv: str, expected: str
+) -> None:
     status, _, err = call("--prompt", "x", *argv.split())
     assert status == 2
     assert re.fullmatch(rf"error: .*{expected}.*\n", err), err
@@ -363,7 +448,9 @@ def test_text_that_does_not_fit(call: Callable[..., Called]) -> None:
         assert re.fullmatch(rf"error: .*{expected}.*\n", err), err
 
 
-def test_a_model_without_a_denoiser_says_so(call: Callable[..., Called], data: dict[str, Any], tmp_path: Path) -> None:
+def test_a_model_without_a_denoiser_says_so(
+    call: Callable[..., Called], data: dict[str, Any], tmp_path: Path
+) -> None:
     plain = export(data, tmp_path / "ar.ptz", "ar")
     assert facts(call("--prompt", "x", "--tokens", "3", artifact=plain))["mode"] == "ar"
     for argv, name in (
@@ -382,7 +469,10 @@ def test_what_the_tokenizer_cannot_read_is_said(
     strict = train_tokenizer(tmp_path / "strict.model", texts, **IDENTITY, byte_fallback=False)
     sample.encode(strict, "a ☃ b")
     assert "no token for '☃'" in capsys.readouterr().err
-    folding, exact = (spm.SentencePieceProcessor(model_file=str(path)) for path in (tokenizers.nmt_nfkc, tokenizers[0]))
+    folding, exact = (
+        spm.SentencePieceProcessor(model_file=str(path))
+        for path in (tokenizers.nmt_nfkc, tokenizers[0])
+    )
     sample.encode(folding, "a  b\nc")
     assert "folds" in capsys.readouterr().err
     for tokenizer, text in ((folding, "a b c\n"), (folding, " return x"), (exact, "a ☃  b\n\tc")):

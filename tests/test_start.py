@@ -1,4 +1,6 @@
-"""INIT_FROM: a run starts from an artifact's weights; DIFFUSION_ANNEAL_FRAC: attention turns both ways on the way."""
+"""INIT_FROM: a run starts from an artifact's weights; DIFFUSION_ANNEAL_FRAC: attention turns both
+ways on the way.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, Recorder, make_run, random_rows, randomise, read_events, tiny, write_shard
 
 import train_gpt as tg
+from tests.conftest import (
+    CPU,
+    Recorder,
+    make_run,
+    random_rows,
+    randomise,
+    read_events,
+    tiny,
+    write_shard,
+)
 
 SHA = "f" * 64
 
@@ -47,7 +58,9 @@ def fault_of(cfg: tg.Config) -> str:
 # ---- INIT_FROM ----
 
 
-@pytest.mark.parametrize(("source", "target"), [("ar", "direct"), ("direct", "direct"), ("direct", "ar")])
+@pytest.mark.parametrize(
+    ("source", "target"), [("ar", "direct"), ("direct", "direct"), ("direct", "ar")]
+)
 def test_weights_are_taken_by_name_and_the_rest_is_fresh(
     source: str, target: str, text: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -58,7 +71,9 @@ def test_weights_are_taken_by_name_and_the_rest_is_fresh(
     assert own.keys() == fresh.keys()
     for name, w in own.items():
         assert w.equal(given.get(name, fresh[name])), name
-    assert all(average.equal(own[name]) for name, average in state.weights().items())  # the average starts there, too
+    assert all(
+        average.equal(own[name]) for name, average in state.weights().items()
+    )  # the average starts there, too
     (event,) = state.run.log.of("init_from")  # type: ignore[attr-defined]
     lacking = {name for name in own if name not in given}
     assert event["fresh"] == len(lacking)
@@ -67,12 +82,16 @@ def test_weights_are_taken_by_name_and_the_rest_is_fresh(
         assert {"mask_emb", "ahead_gain", "ahead_proj", "blocks.0.time_proj"} <= lacking
 
 
-def test_the_clean_stream_of_an_adapted_model_is_the_artifacts(text: dict[str, Any], tmp_path: Path) -> None:
+def test_the_clean_stream_of_an_adapted_model_is_the_artifacts(
+    text: dict[str, Any], tmp_path: Path
+) -> None:
     given, ids = export(tmp_path / "a.ptz", tiny("ar")), random_rows(3, 16, 64)
     state = begin(tiny(**text, init_from=str(tmp_path / "a.ptz")))
     assert tg.score(state.model, ids).equal(tg.score(given, ids))
     tg.train_step(state, tg.Objective(state.cfg, state.run, state.model), tg.Moment(0, 0.5, 1.0))
-    assert not tg.score(state.model, ids).equal(tg.score(given, ids))  # what was taken is what the optimizers move
+    assert not tg.score(state.model, ids).equal(
+        tg.score(given, ids)
+    )  # what was taken is what the optimizers move
 
 
 @pytest.mark.parametrize(
@@ -80,7 +99,11 @@ def test_the_clean_stream_of_an_adapted_model_is_the_artifacts(text: dict[str, A
     [
         (dict(model_dim=32), {}, ["MODEL_DIM is 32 there and 16 here"]),
         (dict(num_layers=3), {}, ["NUM_LAYERS is 3 there and 2 here"]),
-        (dict(num_heads=4, num_kv_heads=2), {}, ["NUM_HEADS is 4 there and 2 here", "NUM_KV_HEADS is 2 there and 1"]),
+        (
+            dict(num_heads=4, num_kv_heads=2),
+            {},
+            ["NUM_HEADS is 4 there and 2 here", "NUM_KV_HEADS is 2 there and 1"],
+        ),
         (dict(mlp_mult=3, vocab_size=60), {}, ["MLP_MULT is 3", "VOCAB_SIZE is 60"]),
         (dict(tie_embeddings=False), {}, ["TIE_EMBEDDINGS is False there and True here"]),
         (dict(value_residual=True), {}, ["VALUE_RESIDUAL is True there and False here"]),
@@ -89,11 +112,19 @@ def test_the_clean_stream_of_an_adapted_model_is_the_artifacts(text: dict[str, A
     ],
 )
 def test_another_shape_is_named(
-    there: dict[str, Any], here: dict[str, Any], named: list[str], text: dict[str, Any], tmp_path: Path
+    there: dict[str, Any],
+    here: dict[str, Any],
+    named: list[str],
+    text: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     export(tmp_path / "a.ptz", tiny(**there))
     message = fault_of(tiny(**text, **here, init_from=str(tmp_path / "a.ptz")))
-    for part in [f"INIT_FROM={str(tmp_path / 'a.ptz')!r} does not fit: ", "set here what holds there", *named]:
+    for part in [
+        f"INIT_FROM={str(tmp_path / 'a.ptz')!r} does not fit: ",
+        "set here what holds there",
+        *named,
+    ]:
         assert part in message
     assert message.count(" there and ") == len(there)
 
@@ -101,27 +132,39 @@ def test_another_shape_is_named(
 def test_parts_that_one_of_both_is_without_may_differ(text: dict[str, Any], tmp_path: Path) -> None:
     export(tmp_path / "a.ptz", tiny(time_embed_dim=0, look_ahead=0))
     begin(tiny(**text, init_from=str(tmp_path / "a.ptz")))
-    export(tmp_path / "b.ptz", tiny("ar", look_ahead=5, time_embed_dim=5))  # settings without weights
+    export(
+        tmp_path / "b.ptz", tiny("ar", look_ahead=5, time_embed_dim=5)
+    )  # settings without weights
     begin(tiny(**text, init_from=str(tmp_path / "b.ptz")))
 
 
 def test_another_tokenizer_is_named(text: dict[str, Any], tmp_path: Path) -> None:
     export(tmp_path / "a.ptz", tiny(), "e" * 64)
     message = fault_of(tiny(**text, init_from=str(tmp_path / "a.ptz")))
-    assert "does not fit: SHA-256 of TOKENIZER_PATH is eeeeeeeeeeee there and ffffffffffff here" in message
+    assert (
+        "does not fit: SHA-256 of TOKENIZER_PATH is eeeeeeeeeeee there and ffffffffffff here"
+        in message
+    )
 
 
-def test_a_missing_or_damaged_artifact_is_named_with_a_remedy(text: dict[str, Any], tmp_path: Path) -> None:
+def test_a_missing_or_damaged_artifact_is_named_with_a_remedy(
+    text: dict[str, Any], tmp_path: Path
+) -> None:
     cfg = tiny(**text, init_from=str(tmp_path / "a.ptz"))
     for content in (None, b"hello"):
         if content:
             (tmp_path / "a.ptz").write_bytes(content)
         message = fault_of(cfg)
-        for part in (f"INIT_FROM: artifact {tmp_path / 'a.ptz'} is missing, damaged", "RECIPE=ar python train_gpt.py"):
+        for part in (
+            f"INIT_FROM: artifact {tmp_path / 'a.ptz'} is missing, damaged",
+            "RECIPE=ar python train_gpt.py",
+        ):
             assert part in message
 
 
-def test_a_checkpoint_goes_before_the_artifact_and_does_not_need_it(text: dict[str, Any], tmp_path: Path) -> None:
+def test_a_checkpoint_goes_before_the_artifact_and_does_not_need_it(
+    text: dict[str, Any], tmp_path: Path
+) -> None:
     export(tmp_path / "a.ptz", tiny("ar"))
     cfg = tiny(**text, init_from=str(tmp_path / "a.ptz"), run_id="r", resume="auto")
     state = begin(cfg)  # there is no checkpoint yet
@@ -141,10 +184,13 @@ def test_the_program_starts_from_an_artifact(
     first = run_main(recipe="ar", out_dir=tmp_path / "ar", **small)
     assert first.returncode == 0, first.stderr
     artifact = tmp_path / "ar" / "final_model.int8.ptz"
-    second = run_main(out_dir=tmp_path / "next", init_from=artifact, diffusion_anneal_frac=0.9, **small)
+    second = run_main(
+        out_dir=tmp_path / "next", init_from=artifact, diffusion_anneal_frac=0.9, **small
+    )
     assert second.returncode == 0, second.stderr
     events = {
-        name: [e for e in read_events(tmp_path / "next") if e["event"] == name] for name in ("init_from", "train")
+        name: [e for e in read_events(tmp_path / "next") if e["event"] == name]
+        for name in ("init_from", "train")
     }
     assert events["init_from"][0]["artifact"] == str(artifact)
     before = next(e["train_loss"] for e in read_events(tmp_path / "ar") if e["event"] == "train")
@@ -198,7 +244,8 @@ def test_attention_turns_from_causal_to_both_ways(size: int) -> None:
 def test_annealed_attention_is_a_function_of_seed_and_step() -> None:
     now = tg.Moment(7, 0.2, 1.0)
     first, again, other = (
-        mask_of(objective_of(diffusion_anneal_frac=0.5, **more), 8, now) for more in ({}, {}, {"seed": 3})
+        mask_of(objective_of(diffusion_anneal_frac=0.5, **more), 8, now)
+        for more in ({}, {}, {"seed": 3})
     )
     assert isinstance(first, torch.Tensor)
     assert isinstance(again, torch.Tensor)
@@ -215,7 +262,10 @@ def test_windows_are_read_by_the_annealed_mask() -> None:
         ("annealed", dict(diffusion_anneal_frac=0.5)),
     ):
         objective = objective_of(look_ahead=0, **overrides)
-        losses[name] = [objective(rows, 0, 8, tg.Moment(3, progress, 1.0))[1][1].item() for progress in (0, 0.25, 0.5)]
+        losses[name] = [
+            objective(rows, 0, 8, tg.Moment(3, progress, 1.0))[1][1].item()
+            for progress in (0, 0.25, 0.5)
+        ]
     assert losses["annealed"][0] == losses["causal"][0]
     assert losses["annealed"][2] == losses["both"][2]
     assert losses["annealed"][1] not in (losses["causal"][1], losses["both"][1])
@@ -254,7 +304,9 @@ def test_an_annealed_run_resumes_to_the_bit(text: dict[str, Any]) -> None:
 
 def test_settings_that_leave_nothing_to_anneal_are_refused() -> None:
     for overrides in (dict(diffusion_start_frac=0.5), dict(diffusion_causal=True)):
-        with pytest.raises(tg.UserError, match=r"DIFFUSION_ANNEAL_FRAC=0\.4 leaves nothing to anneal"):
+        with pytest.raises(
+            tg.UserError, match=r"DIFFUSION_ANNEAL_FRAC=0\.4 leaves nothing to anneal"
+        ):
             tiny(**{"diffusion_start_frac": 0.0, **overrides}, diffusion_anneal_frac=0.4)
     tiny(diffusion_anneal_frac=0.6, diffusion_start_frac=0.5)
 
@@ -271,11 +323,21 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_recipes_made_of_these_settings_train(name: str, text: dict[str, Any], tmp_path: Path) -> None:
+def test_recipes_made_of_these_settings_train(
+    name: str, text: dict[str, Any], tmp_path: Path
+) -> None:
     start = {"init_from": str(tmp_path / "a.ptz")} if name == "adapt_ar" else {}
     if start:
         export(tmp_path / "a.ptz", tiny("ar"))
-    cfg = tiny("mdlm_30_70", **text, **ROWS[name], **start, iterations=120, warmdown_iters=0, train_batch_tokens=256)
+    cfg = tiny(
+        "mdlm_30_70",
+        **text,
+        **ROWS[name],
+        **start,
+        iterations=120,
+        warmdown_iters=0,
+        train_batch_tokens=256,
+    )
     state = begin(cfg)
     objective, losses = tg.Objective(cfg, state.run, state.model), list[float]()
     for _ in range(cfg.iterations):

@@ -14,10 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import objectives
 import pytest
 import torch
-from conftest import (
+from torch import Tensor
+
+import train_gpt as tg
+from scripts import objectives
+from tests.conftest import (
     CPU,
     MAIN,
     ROOT,
@@ -31,20 +34,21 @@ from conftest import (
     tiny,
     write_shard,
 )
-from torch import Tensor
-
-import train_gpt as tg
 
 GOLDEN = ROOT / "tests" / "golden" / "tiny_cpu.json"
 
 
 @pytest.fixture
 def synthetic(tmp_path: Path) -> dict[str, Any]:
-    """Settings that name shards which depend on nothing but these lines: 64 tokens that follow a simple rule."""
+    """Settings that name shards which depend on nothing but these lines: 64 tokens that follow a
+    simple rule.
+    """
     state, tokens = 1, []
     for i in range(6000):
         state = (1103515245 * state + 12345) % 2**31
-        tokens.append((tokens[-1] * 5 + 3 + (state >> 16) % 4) % 64 if i % 7 else (state >> 20) % 64)
+        tokens.append(
+            (tokens[-1] * 5 + 3 + (state >> 16) % 4) % 64 if i % 7 else (state >> 20) % 64
+        )
     write_shard(tmp_path / "data" / "s_train_0.bin", tokens[:5000])
     write_shard(tmp_path / "data" / "s_val_0.bin", tokens[5000:])
     return {"data_path": str(tmp_path / "data"), "out_dir": str(tmp_path / "out")}
@@ -72,7 +76,9 @@ def curve(steps: list[dict[str, Any]]) -> list[list[float]]:
     return [[step["train_loss"], step["denoise_loss"]] for step in steps]
 
 
-def test_the_loss_curve_is_the_golden_one(synthetic: dict[str, Any], pytestconfig: pytest.Config) -> None:
+def test_the_loss_curve_is_the_golden_one(
+    synthetic: dict[str, Any], pytestconfig: pytest.Config
+) -> None:
     cfg = tiny(**synthetic, iterations=12, train_batch_tokens=128)
     state, steps = trained(cfg)
     (val,) = recorded(state.run, "val")
@@ -82,7 +88,9 @@ def test_the_loss_curve_is_the_golden_one(synthetic: dict[str, Any], pytestconfi
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     assert found["val_loss"] == pytest.approx(golden["val_loss"], rel=1e-4)
     assert len(found["train_loss, denoise_loss"]) == 12
-    for here, there in zip(found["train_loss, denoise_loss"], golden["train_loss, denoise_loss"], strict=True):
+    for here, there in zip(
+        found["train_loss, denoise_loss"], golden["train_loss, denoise_loss"], strict=True
+    ):
         assert here == pytest.approx(there, rel=1e-4)
 
 
@@ -95,7 +103,9 @@ def test_it_learns(synthetic: dict[str, Any]) -> None:
 
 
 def test_two_runs_are_equal_to_the_bit(synthetic: dict[str, Any]) -> None:
-    cfg = tiny(**synthetic, ema_decay=0.9, grad_clip_norm=1.0, self_condition="soft", diffusion_passes=2)
+    cfg = tiny(
+        **synthetic, ema_decay=0.9, grad_clip_norm=1.0, self_condition="soft", diffusion_passes=2
+    )
     (first, a), (second, b) = trained(cfg), trained(cfg)
     assert curve(a) == curve(b)
     for name, w in first.weights().items():
@@ -131,7 +141,9 @@ def test_every_recipe_trains(recipe: str, synthetic: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("windows", ["", "5", "none"])
-def test_a_run_without_windows_does_not_read_their_sizes(windows: str, synthetic: dict[str, Any]) -> None:
+def test_a_run_without_windows_does_not_read_their_sizes(
+    windows: str, synthetic: dict[str, Any]
+) -> None:
     _, steps = trained(tiny("ar", **synthetic, diffusion_windows=windows, iterations=2))
     assert len(steps) == 2
 
@@ -155,7 +167,9 @@ VARIANTS: list[dict[str, Any]] = [
 # fmt: on
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: ",".join(f"{k}={x}" for k, x in v.items()))
+@pytest.mark.parametrize(
+    "variant", VARIANTS, ids=lambda v: ",".join(f"{k}={x}" for k, x in v.items())
+)
 def test_every_setting_trains(variant: dict[str, Any], synthetic: dict[str, Any]) -> None:
     _, steps = trained(tiny(**synthetic, **{"iterations": 2} | variant))
     assert len(steps) == 2
@@ -186,7 +200,9 @@ def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
     assert loss.item() == pytest.approx(0.3 * ar_loss.item() + 0.7 * window_loss.item(), rel=1e-5)
     assert ar_loss.item() == pytest.approx(tg.score(objective.model, rows).mean().item(), rel=1e-5)
     assert objective(rows, 1, 4, now)[0].equal(loss)
-    assert not objective(rows, 2, 4, now)[0].equal(loss)  # noise belongs to a place in the global batch
+    assert not objective(rows, 2, 4, now)[0].equal(
+        loss
+    )  # noise belongs to a place in the global batch
     assert not objective(rows, 1, 4, tg.Moment(4, 0.5, 1.0))[0].equal(loss)  # and to a step
 
 
@@ -210,7 +226,9 @@ def test_gradients_and_losses_of_ranks_add_up(synthetic: dict[str, Any]) -> None
                 grads.append(torch.cat([p.grad.flatten() for p in params]))
 
             state.update = update  # type: ignore[method-assign]
-            losses.append(tg.train_step(state, tg.Objective(cfg, run, state.model), tg.Moment(0, 0.0, 1.0)))
+            losses.append(
+                tg.train_step(state, tg.Objective(cfg, run, state.model), tg.Moment(0, 0.0, 1.0))
+            )
         totals.append((torch.stack(grads).sum(0), torch.stack(losses).sum(0)))
     assert totals[0][0].abs().sum() > 0
     for grad, loss in totals[1:]:
@@ -254,7 +272,9 @@ def test_the_noise_levels_of_a_batch_are_stratified(monkeypatch: pytest.MonkeyPa
 def test_a_prediction_is_fed_back_as_trained() -> None:
     for self_condition in ("soft", "commit", "none"):
         objective, cfg = objective_of(
-            self_condition=self_condition, mercury_self_condition_prob=0.5, mercury_self_condition_fraction=0.25
+            self_condition=self_condition,
+            mercury_self_condition_prob=0.5,
+            mercury_self_condition_fraction=0.25,
         )
         x0, before, positions = tg.tile(random_rows(500, 17, 64), 4)
         keys = tg.derive(torch.arange(500)[:, None], torch.arange(4))
@@ -282,11 +302,18 @@ def test_a_prediction_is_fed_back_as_trained() -> None:
 def test_self_conditioning_trains_with_one_pass_first() -> None:
     """Its first pass carries no gradient and no loss; unrolled passes carry both."""
     rows, now = random_rows(4, 17, 64), tg.Moment(0, 0.0, 1.0)
-    for self_condition, passes, expected in (("none", 1, 1), ("soft", 1, 2), ("none", 3, 3), ("commit", 2, 3)):
+    for self_condition, passes, expected in (
+        ("none", 1, 1),
+        ("soft", 1, 2),
+        ("none", 3, 3),
+        ("commit", 2, 3),
+    ):
         objective, _ = objective_of(self_condition=self_condition, diffusion_passes=passes)
         graded, plain = list[bool](), objective.window
 
-        def window(window: tg.Window, past: Any, graded: list[bool] = graded, plain: Any = plain) -> Tensor:
+        def window(
+            window: tg.Window, past: Any, graded: list[bool] = graded, plain: Any = plain
+        ) -> Tensor:
             graded.append(torch.is_grad_enabled())
             return plain(window, past)
 
@@ -296,9 +323,12 @@ def test_self_conditioning_trains_with_one_pass_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("checkpoint_seconds", "found"), [(1e-9, "weights are not finite at step 4"), (0.0, "loss is not finite at step 5")]
+    ("checkpoint_seconds", "found"),
+    [(1e-9, "weights are not finite at step 4"), (0.0, "loss is not finite at step 5")],
 )
-def test_a_run_that_is_no_longer_finite_stops(checkpoint_seconds: float, found: str, synthetic: dict[str, Any]) -> None:
+def test_a_run_that_is_no_longer_finite_stops(
+    checkpoint_seconds: float, found: str, synthetic: dict[str, Any]
+) -> None:
     cfg = tiny(**synthetic, run_id="r", checkpoint_seconds=checkpoint_seconds)
     state = tg.TrainState(cfg, make_run(cfg), tg.TokenLoader(cfg, "train"))
     plain = state.update
@@ -322,20 +352,33 @@ def test_a_run_that_is_no_longer_finite_stops(checkpoint_seconds: float, found: 
 
 
 def test_a_run_that_explodes_keeps_a_usable_checkpoint(synthetic: dict[str, Any]) -> None:
-    cfg = tiny(**synthetic, run_id="r", checkpoint_seconds=1e-9, matrix_lr=1e30, tied_embed_lr=1e30, iterations=30)
+    cfg = tiny(
+        **synthetic,
+        run_id="r",
+        checkpoint_seconds=1e-9,
+        matrix_lr=1e30,
+        tied_embed_lr=1e30,
+        iterations=30,
+    )
     with pytest.raises(tg.UserError, match=r"MATRIX_LR"):
         trained(cfg)
     if cfg.path("checkpoints", ".pt").exists():
         assert all(
-            w.isfinite().all() for w in torch.load(cfg.path("checkpoints", ".pt"), weights_only=True)["model"].values()
+            w.isfinite().all()
+            for w in torch.load(cfg.path("checkpoints", ".pt"), weights_only=True)["model"].values()
         )
 
 
 def test_the_windows_loss_is_named_when_it_is_the_one() -> None:
     cfg = tiny()
     state = tg.TrainState.__new__(tg.TrainState)
-    state.cfg, state.run, state.step = cfg, make_run(cfg), 17
-    assert tg.check_finite(state, torch.tensor([2.0, 3.0])) == {"train_loss": 2.0, "denoise_loss": 3.0}
+    state.cfg = cfg
+    state.run = make_run(cfg)
+    state.step = 17
+    assert tg.check_finite(state, torch.tensor([2.0, 3.0])) == {
+        "train_loss": 2.0,
+        "denoise_loss": 3.0,
+    }
     for sums, setting in (
         ([math.nan, 1.0], "MATRIX_LR=0.04"),
         ([math.inf, 1.0], "MATRIX_LR=0.04"),
@@ -369,13 +412,19 @@ class Clock:
         monkeypatch.setattr(tg, "evaluate_bpb", evaluate_bpb)
 
 
-def test_the_cap_stops_a_run_and_time_counts_on(synthetic: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cap_stops_a_run_and_time_counts_on(
+    synthetic: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     Clock(monkeypatch, 2.0)
-    base = dict(**synthetic, run_id="r", iterations=1000, max_wallclock_seconds=15.0, warmdown_iters=1000)
+    base = dict(
+        **synthetic, run_id="r", iterations=1000, max_wallclock_seconds=15.0, warmdown_iters=1000
+    )
     state, steps = trained(tiny(**base, val_loss_every=3))
     assert state.step == len(steps) == 8  # the first step boundary at or past 15 s
     assert state.seconds == pytest.approx(16.0)
-    assert [step["train_ms"] for step in steps] == pytest.approx([2000.0 * (i + 1) for i in range(8)])
+    assert [step["train_ms"] for step in steps] == pytest.approx(
+        [2000.0 * (i + 1) for i in range(8)]
+    )
     saved = torch.load(state.cfg.path("checkpoints", ".pt"), weights_only=True)
     assert (saved["step"], saved["seconds"]) == (8, pytest.approx(16.0))
     saved["step"], saved["seconds"] = 5, 10.0  # as if it had been stopped there
@@ -410,13 +459,19 @@ def test_kernels_are_compiled_before_the_clock_starts(
     state = tg.TrainState(cfg, run, tg.TokenLoader(cfg, "train"))
     tg.train(state, tg.TokenLoader(cfg, "val"), CountTokens())
     steps = recorded(run, "train")
-    assert len(graphs) == (1 + 2 * 3 if cfg.diffusion else 1)  # a clean stream; three window sizes, with and without
-    assert [step["train_ms"] for step in steps] == pytest.approx([2000.0 * (i + 1) for i in range(8)])
+    assert len(graphs) == (
+        1 + 2 * 3 if cfg.diffusion else 1
+    )  # a clean stream; three window sizes, with and without
+    assert [step["train_ms"] for step in steps] == pytest.approx(
+        [2000.0 * (i + 1) for i in range(8)]
+    )
     _, plain = trained(dataclasses.replace(cfg, warmup_steps=0))
     assert curve(steps) == curve(plain)  # it moved neither weights nor data
 
 
-def test_checkpoints_are_written_when_they_are_due(synthetic: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_are_written_when_they_are_due(
+    synthetic: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     Clock(monkeypatch, 2.0)
     saved, plain = list[int](), tg.TrainState.save
 
@@ -437,15 +492,24 @@ def test_another_configuration_cannot_resume(synthetic: dict[str, Any]) -> None:
     trained(cfg)
     with pytest.raises(tg.UserError) as caught:
         trained(dataclasses.replace(cfg, resume="auto", matrix_lr=0.07, model_dim=32))
-    for named in ("MATRIX_LR 0.04 -> 0.07", "MODEL_DIM 16 -> 32", str(cfg.path("checkpoints", ".pt")), "RUN_ID"):
+    for named in (
+        "MATRIX_LR 0.04 -> 0.07",
+        "MODEL_DIM 16 -> 32",
+        str(cfg.path("checkpoints", ".pt")),
+        "RUN_ID",
+    ):
         assert named in str(caught.value)
     assert "SEED" not in str(caught.value)
-    free = dataclasses.replace(cfg, resume="auto", train_log_every=5, nelbo_samples=9, val_batch_size=64)
+    free = dataclasses.replace(
+        cfg, resume="auto", train_log_every=5, nelbo_samples=9, val_batch_size=64
+    )
     assert trained(free)[0].step == 8  # what moves no training step may differ
     cfg.path("checkpoints", ".pt").write_bytes(cfg.path("checkpoints", ".pt").read_bytes()[:-100])
     with pytest.raises(tg.UserError, match=r"checkpoint .*r\.pt is damaged"):
         trained(dataclasses.replace(cfg, resume="auto"))
-    assert trained(dataclasses.replace(cfg, resume="no"))[0].step == 8  # without RESUME it is not even read
+    assert (
+        trained(dataclasses.replace(cfg, resume="no"))[0].step == 8
+    )  # without RESUME it is not even read
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
@@ -473,8 +537,12 @@ def test_a_killed_run_resumes_to_the_bit(
     run_main: Callable[..., subprocess.CompletedProcess[str]],
     tmp_path: Path,
 ) -> None:
-    steps, killed, whole = 40, tmp_path / "killed", tmp_path / "whole"
-    same = dict(iterations=steps, ema_decay=0.9, self_condition="soft", checkpoint_seconds=0.01, run_id="r")
+    steps = 40
+    killed = tmp_path / "killed"
+    whole = tmp_path / "whole"
+    same = dict(
+        iterations=steps, ema_decay=0.9, self_condition="soft", checkpoint_seconds=0.01, run_id="r"
+    )
     process = launch(out_dir=killed, **same)
     wait_for(lambda: train_lines(killed) >= 6, process)
     process.kill()
@@ -492,23 +560,31 @@ def test_a_killed_run_resumes_to_the_bit(
     for event in found:  # those that were lost and done again are there twice
         assert event == expected[event["step"]]
     for name in ("val", "final", "nelbo"):
-        a, b = ([event for event in events if event["event"] == name] for events in (broken, smooth))
+        a, b = (
+            [event for event in events if event["event"] == name] for events in (broken, smooth)
+        )
         assert a == b
         assert len(a) > 0
     a, b = (
-        dict(tg.load_artifact(folder / "final_model.int8.ptz", CPU)[0].named_parameters()) for folder in (killed, whole)
+        dict(tg.load_artifact(folder / "final_model.int8.ptz", CPU)[0].named_parameters())
+        for folder in (killed, whole)
     )
     for name, w in a.items():
         assert w.equal(b[name]), name
 
 
-def test_sigterm_ends_a_run_and_says_how_to_go_on(launch: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_sigterm_ends_a_run_and_says_how_to_go_on(
+    launch: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
     process = launch(iterations=10_000, checkpoint_seconds=0.01, run_id="r")
     wait_for(lambda: train_lines(tmp_path / "out") >= 3, process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 2
-    assert "ended by a signal; the last checkpoint is kept: start the same command with RESUME=auto" in err
+    assert (
+        "ended by a signal; the last checkpoint is kept: start the same command with RESUME=auto"
+        in err
+    )
     assert torch.load(tmp_path / "out" / "checkpoints" / "r.pt", weights_only=True)["step"] > 0
 
 
@@ -519,7 +595,10 @@ def test_the_log_tells_people_and_programs_the_same(
     assert (done.returncode, done.stderr) == (0, "")
     folder = tmp_path / "out" / "logs"
     assert sorted(path.name for path in folder.iterdir()) == ["r.jsonl", "r.txt"]
-    text, code = (folder / "r.txt").read_text(encoding="utf-8"), (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    text, code = (
+        (folder / "r.txt").read_text(encoding="utf-8"),
+        (ROOT / "train_gpt.py").read_text(encoding="utf-8"),
+    )
     assert text.startswith(code)
     told = text.removeprefix(code)
     for line in done.stdout.splitlines():  # what a person sees is in the file
@@ -544,7 +623,9 @@ def test_the_log_tells_people_and_programs_the_same(
     assert names == [*expected, "nelbo", "nelbo", *["parallel_eval"] * 5, "done"]
     for event in events:  # both are made from the same values
         values = {k: v for k, v in event.items() if k != "event"}
-        line = tg.LINES.get(event["event"], event["event"] + "".join(f" {k}:{{{k}}}" for k in values))
+        line = tg.LINES.get(
+            event["event"], event["event"] + "".join(f" {k}:{{{k}}}" for k in values)
+        )
         assert line.format(**values) in told
     warnings = [event["reason"] for event in events if event["event"] == "warning"]
     assert warnings == [
@@ -554,15 +635,22 @@ def test_the_log_tells_people_and_programs_the_same(
     config = events[1]
     assert config["values"]["num_layers"] == 2
     assert config["source"]["num_layers"] == "env"
-    assert config["values"].keys() == config["source"].keys() == tg.Config.__dataclass_fields__.keys()
+    assert (
+        config["values"].keys() == config["source"].keys() == tg.Config.__dataclass_fields__.keys()
+    )
     final, val = (next(e for e in events if e["event"] == name) for name in ("final", "val"))
-    assert f"final_int8_zlib_roundtrip_exact val_loss:{final['loss']:.8f} val_bpb:{final['bpb']:.8f}" in told
+    assert (
+        f"final_int8_zlib_roundtrip_exact val_loss:{final['loss']:.8f} val_bpb:{final['bpb']:.8f}"
+        in told
+    )
     assert f"step:3/3 val_loss:{val['loss']:.4f} val_bpb:{val['bpb']:.4f} train_time:" in told
     assert final["bpb"] == pytest.approx(val["bpb"], rel=1e-3)  # the artifact is what was trained
     assert (tmp_path / "out" / "final_model.int8.ptz").stat().st_size == events[10]["model_bytes"]
 
 
-def test_a_second_run_overwrites_no_log(synthetic: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_overwrites_no_log(
+    synthetic: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     cfg = tiny(**synthetic, run_id="r")
     for text in ("first", "second"):
         tg.Log(cfg, 0, continued=False).event("note", text=text)
@@ -581,7 +669,9 @@ def test_a_second_run_overwrites_no_log(synthetic: dict[str, Any], capsys: pytes
 def test_main_names_a_wrong_setting_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("os.environ", env_of(settings(out_dir=str(tmp_path / "out"), num_heads=3, seed=-1)))
+    monkeypatch.setattr(
+        "os.environ", env_of(settings(out_dir=str(tmp_path / "out"), num_heads=3, seed=-1))
+    )
     assert tg.main() == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -590,7 +680,9 @@ def test_main_names_a_wrong_setting_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_device_is_named(synthetic: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_device_is_named(
+    synthetic: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with (
         pytest.raises(tg.UserError, match=r"DEVICE=cuda: 0 CUDA devices"),
@@ -600,10 +692,15 @@ def test_a_missing_device_is_named(synthetic: dict[str, Any], monkeypatch: pytes
     assert os.environ.get("WORLD_SIZE") is None
 
 
-@pytest.mark.filterwarnings("ignore")  # the tracer hides a warning of its own, which turning it into an error defeats
+@pytest.mark.filterwarnings(
+    "ignore"
+)  # the tracer hides a warning of its own, which turning it into an error defeats
 @pytest.mark.parametrize("recipe", ["direct", "retrograde"])
-def test_a_compiled_stream_is_one_whole_graph_and_loses_nothing(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # CUDA runs compile by default: a construct that the tracer refuses would end them at the first step
+def test_a_compiled_stream_is_one_whole_graph_and_loses_nothing(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # CUDA runs compile by default: a construct that the tracer refuses would end them at the first
+    # step
     monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="eager"))
     cfg = tiny(recipe, diffusion_start_frac=0.0, diffusion_start_step=0, bigram_vocab_size=50)
     rows = torch.arange(2 * (cfg.train_seq_len + 1)).remainder(cfg.vocab_size).view(2, -1)
@@ -616,7 +713,9 @@ def test_a_compiled_stream_is_one_whole_graph_and_loses_nothing(recipe: str, mon
         for size in objective.masks:
             objective(rows, 0, size, tg.Moment(5, 0.9, 1.0))[0].backward()
         grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        totals.append([(g @ torch.linspace(1, 2, len(g))).item() for g in grads])  # places count, too
+        totals.append(
+            [(g @ torch.linspace(1, 2, len(g))).item() for g in grads]
+        )  # places count, too
     assert totals[0] == pytest.approx(totals[1], rel=1e-5, abs=1e-7)
     assert torch._dynamo.utils.counters["graph_break"] == {}
 
@@ -626,12 +725,26 @@ def test_a_step_reads_nothing_back_from_the_device(
     recipe: str, synthetic: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of these waits until a GPU has done all that it was given."""
-    cfg = tiny(recipe, **synthetic, diffusion_start_frac=0.0, diffusion_start_step=0, bigram_vocab_size=50)
+    cfg = tiny(
+        recipe, **synthetic, diffusion_start_frac=0.0, diffusion_start_step=0, bigram_vocab_size=50
+    )
     state = tg.TrainState(cfg, make_run(cfg), tg.TokenLoader(cfg, "train"))
     objective = tg.Objective(cfg, state.run, state.model)
-    monkeypatch.setattr(state.adam, "step", lambda: None)  # torch's own; on CUDA it is the fused one
+    monkeypatch.setattr(
+        state.adam, "step", lambda: None
+    )  # torch's own; on CUDA it is the fused one
     waits = list[str]()
-    for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+    for name in (
+        "item",
+        "tolist",
+        "cpu",
+        "numpy",
+        "nonzero",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+    ):
         plain = getattr(Tensor, name)
 
         def waiting(self: Tensor, *args: Any, name: str = name, plain: Any = plain) -> Any:
@@ -649,11 +762,15 @@ def test_a_step_reads_nothing_back_from_the_device(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_nothing_is_compiled_after_the_warm_up(synthetic: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_compiled_after_the_warm_up(
+    synthetic: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     cfg = tiny(**synthetic, warmup_steps=1, diffusion_start_frac=0.5, bigram_vocab_size=50)
-    run, counted, plain = make_run(cfg), list[int](), tg.train_step
+    run = make_run(cfg)
+    counted = list[int]()
+    plain = tg.train_step
     run.compile = True
     torch._dynamo.utils.counters.clear()
     stats = torch._dynamo.utils.counters["stats"]

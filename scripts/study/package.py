@@ -34,13 +34,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runlog.py
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # train_gpt.py
-
-import runlog
-from runlog import RunLog
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import train_gpt as tg
+from scripts.common import NONE, Parser, check_faults, markdown, run_command
+from scripts.study import runlog
+from scripts.study.runlog import RunLog
 from train_gpt import UserError
 
 TEN_MINUTES, NON_RECORD = "10min_16mb", "non_record_16mb"  # tracks
@@ -111,8 +110,7 @@ class SeedRun(NamedTuple):
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
+    parser = Parser(__doc__)
     default = Request(Path(), Path(), ())
     parser.add_argument("--logs", type=Path, required=True, help="folder of *.jsonl and *.txt")
     parser.add_argument(
@@ -219,14 +217,8 @@ def read_runs(request: Request) -> list[SeedRun]:
                 f"seed {seed} has {len(paths)} logs ({names}); only one may count: move the others "
                 "away"
             )
-    fail(faults)
+    check_faults(faults)
     return [read_run(found[seed][0]) for seed in request.seeds]
-
-
-def fail(faults: Sequence[str]) -> None:
-    """Raise one error that names all faults, if there are any."""
-    if faults:
-        raise UserError("\n".join(faults))
 
 
 # ==============================================================================
@@ -419,13 +411,10 @@ CHECKS = (check_program, check_settings, check_bytes, check_time, check_data)
 
 def checked_runs(request: Request) -> list[SeedRun]:
     """Return the runs of all seeds; UserError names all faults at once."""
-    try:
-        runs = read_runs(request)
-        fail(list(check_finished(runs, request)))
-        fail([fault for each in CHECKS for fault in each(runs, request)])
-        return runs
-    except runlog.ReportError as error:  # a log is damaged, or lacks what every log has
-        raise UserError(str(error)) from error
+    runs = read_runs(request)
+    check_faults(check_finished(runs, request))
+    check_faults(fault for each in CHECKS for fault in each(runs, request))
+    return runs
 
 
 # ==============================================================================
@@ -467,7 +456,7 @@ def seed_table(runs: Sequence[SeedRun]) -> str:
     ]
     for label, summary in (("mean", statistics.mean), ("std", runlog.spread)):
         found = [(name, summary(values)) for name, values in columns.items()]
-        cells = [runlog.NONE if v is None else f"{v:,.{digits.get(name, 0)}f}" for name, v in found]
+        cells = [NONE if v is None else f"{v:,.{digits.get(name, 0)}f}" for name, v in found]
         rows.append([label, *cells])
     head = [
         "seed",
@@ -478,7 +467,7 @@ def seed_table(runs: Sequence[SeedRun]) -> str:
         "train seconds",
         "evaluation seconds",
     ]
-    return runlog.markdown(head, rows, 1)
+    return markdown(head, rows, 1)
 
 
 def compliance(runs: Sequence[SeedRun], request: Request) -> str:
@@ -661,7 +650,7 @@ def read_scores(path: Path) -> tuple[RunLog, list[str]]:
         text = path.with_suffix(".txt").read_text(encoding="utf-8")
         lines = [line for line in text.splitlines() if re.match(r"final_\w+ val_loss:", line)]
         return runlog.read_log(path), lines
-    except (OSError, runlog.ReportError) as error:
+    except (OSError, UserError) as error:
         raise UserError(
             f"four steps inside the package left no log ({error}); the program must write one to "
             "OUT_DIR/logs"
@@ -688,7 +677,7 @@ def four_steps(folder: Path, run: SeedRun, request: Request) -> dict[str, Any]:
         faults.append(f"four steps inside the package ran a program of sha256 {other}, not {ours}")
     if (after := sorted(os.listdir(folder))) != before:
         faults.append(f"four steps left {sorted(set(after) - set(before))} inside the package")
-    fail(faults)
+    check_faults(faults)
     steps, seconds = found.get("done", "steps"), round(time.perf_counter() - began, 1)
     scores = {name: score[name] for name in ("val_loss", "val_bpb")}
     return {
@@ -743,14 +732,9 @@ def write_package(request: Request) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after an error the user can repair."""
+    """Run the command; return its exit status."""
     args = parse_args(argv)
-    try:
-        print(json.dumps(write_package(request_of(args)), ensure_ascii=False))
-    except (UserError, runlog.ReportError, OSError) as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: write_package(request_of(args)))
 
 
 if __name__ == "__main__":

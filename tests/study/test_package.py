@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import package
 import pytest
-from conftest import ROOT, env_of, facts, outcome, settings, write_shard
 
 import train_gpt as tg
+from scripts.study import package
+from tests.conftest import ROOT, env_of, facts, outcome, settings, write_shard
 
 SEEDS = (1337, 42, 2026)
 MACHINE = "NVIDIA H100 80GB HBM3"

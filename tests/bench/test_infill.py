@@ -1,4 +1,6 @@
-"""scripts/bench_infill.py: what is counted, against models of which everything is known, and by hand."""
+"""scripts/bench/infill.py: what is counted, against models of which everything is known, and by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import bench_infill as bench
 import pytest
 import torch
-from bench_infill import AR, TEXT, WITH, WITHOUT
-from conftest import CPU, ROOT, Recorder, random_rows, randomise, tiny, write_shard
 from torch import Tensor
 
 import train_gpt as tg
+from scripts.bench import infill as bench
+from scripts.bench.infill import AR, TEXT, WITH, WITHOUT
+from tests.conftest import (
+    CPU,
+    ROOT,
+    Called,
+    Recorder,
+    outcome,
+    random_rows,
+    randomise,
+    tiny,
+    write_shard,
+)
 
 V = 32
 NEVER = 0  # a token that the text below does not hold
@@ -37,31 +49,45 @@ def counting_rows(examples: int, length: int) -> Tensor:
 
 def sure(tokens: Tensor, how_sure: Tensor | float = 20.0) -> Tensor:
     """Logits that prefer some tokens, (...) to (..., V)."""
-    return torch.nn.functional.one_hot(tokens, V) * torch.as_tensor(how_sure).expand(tokens.shape)[..., None].float()
+    return (
+        torch.nn.functional.one_hot(tokens, V)
+        * torch.as_tensor(how_sure).expand(tokens.shape)[..., None].float()
+    )
 
 
 class Stub:
     """A model of counting text: its windows do what they are told.
 
-    Its clean stream knows the text from the first token it is given, or, if `misled`, each token from the one before.
+    Its clean stream knows the text from the first token it is given, or, if `misled`, each token
+    from the one before.
     """
 
-    def __init__(self, window: Callable[[Tensor, Tensor], Tensor], mode: str = "mask", misled: bool = False) -> None:
-        """Make windows from a function of the token before (B, 1) and the window (B, S), to logits (B, S, V)."""
+    def __init__(
+        self, window: Callable[[Tensor, Tensor], Tensor], mode: str = "mask", misled: bool = False
+    ) -> None:
+        """Make windows from a function of the token before (B, 1) and the window (B, S), to logits
+        (B, S, V).
+        """
         self.cfg, self.guess = tiny(**SHAPE, diffusion_corruption_mode=mode), window
-        self.mask_emb, self.tok_emb, self.misled = torch.zeros(1), torch.zeros(1), misled
+        self.mask_emb = torch.zeros(1)
+        self.tok_emb = torch.zeros(1)
+        self.misled = misled
 
     def parameters(self) -> list[Tensor]:
         return [self.tok_emb]
 
     def clean(self, ids: Tensor, past: Any = None, at: Any = None) -> tuple[Tensor, list[tg.KV]]:
         buffer = torch.zeros(len(ids), 1, ids.shape[1], 1)
-        return sure(counting(ids) if self.misled else continued(ids[:, :1], ids.shape[1])), [(buffer, buffer)]
+        return sure(counting(ids) if self.misled else continued(ids[:, :1], ids.shape[1])), [
+            (buffer, buffer)
+        ]
 
     def window(self, window: tg.Window, past: Any) -> Tensor:
         return self.guess(window.before[:, 0], window.noisy.xt[:, 0])[:, None]
 
-    def read(self, window: tg.Window, past: Any) -> Tensor:  # the last token of a window predicts what nobody asks for
+    def read(
+        self, window: tg.Window, past: Any
+    ) -> Tensor:  # the last token of a window predicts what nobody asks for
         return torch.nn.functional.pad(self.window(window, past)[:, 0], (0, 0, 0, 1))
 
 
@@ -82,7 +108,9 @@ def looks_right(before: Tensor, xt: Tensor) -> Tensor:
 
 
 def plan(**changes: Any) -> bench.Plan:
-    given: dict[str, Any] = dict(holes=[4, 8], passes=[1, 4, 8], prefix=6, suffix=5, revise_window=12)
+    given: dict[str, Any] = dict(
+        spans=[4, 8], passes=[1, 4, 8], prefix=6, suffix=5, revise_window=12
+    )
     return bench.Plan(**given | dict(revise_examples=40, seed=0) | changes)
 
 
@@ -97,9 +125,9 @@ def measured(model: Stub | tg.GPT, examples: int = 40, **changes: Any) -> dict[s
     return bench.measure(loaded, counting_rows(examples, asked.length), asked, Bar())
 
 
-def rows_of(found: dict[str, Any], hole: int) -> dict[int, dict[str, Any]]:
-    (of_hole,) = (row for row in found["infill"] if row["hole"] == hole)
-    return {row["passes"]: row for row in of_hole["passes"]}
+def rows_of(found: dict[str, Any], span: int) -> dict[int, dict[str, Any]]:
+    (of_span,) = (row for row in found["infill"] if row["span"] == span)
+    return {row["passes"]: row for row in of_span["passes"]}
 
 
 # 1  measures
@@ -132,7 +160,7 @@ def test_entropy_and_pairs_by_hand() -> None:
 
 
 @pytest.mark.parametrize("size", range(1, 20))
-def test_parts_of_a_hole_cover_it_once(size: int) -> None:
+def test_parts_of_a_span_cover_it_once(size: int) -> None:
     parts = bench.quarters(size)
     assert [i for part in parts.values() for i in range(part.start, part.stop)] == list(range(size))
     assert ("middle" in parts, "last_quarter" in parts) == (size > 2, size > 1)
@@ -184,31 +212,35 @@ def real_model(mode: str = "mask", **overrides: Any) -> tg.GPT:
     return randomise(tg.GPT(cfg), std=0.4)
 
 
-@pytest.mark.parametrize("overrides", [{}, dict(diffusion_causal=True), dict(self_condition="soft")])
+@pytest.mark.parametrize(
+    "overrides", [{}, dict(diffusion_causal=True), dict(self_condition="soft")]
+)
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_holes_are_filled_as_users_fill_them(mode: str, overrides: dict[str, Any]) -> None:
+def test_spans_are_filled_as_users_fill_them(mode: str, overrides: dict[str, Any]) -> None:
     model, asked = real_model(mode, **overrides), plan(seed=3)
     rows = random_rows(5, asked.length, V)
     batch = bench.open_batch(model, rows, torch.arange(5), asked.prefix, asked.seed)
-    found, prefix = bench.fill_holes(batch, asked), rows[:, : asked.prefix]
-    for hole in asked.holes:
-        stop = asked.prefix + hole
-        for key, (ids, nats) in found[hole].fills.items():
+    found, prefix = bench.fill_spans(batch, asked), rows[:, : asked.prefix]
+    for span in asked.spans:
+        stop = asked.prefix + span
+        for key, (ids, nats) in found[span].fills.items():
             if key == TEXT:
                 expected = rows[:, :stop]
             elif key == AR:
-                expected = tg.generate(model, prefix, hole).ids
+                expected = tg.generate(model, prefix, span).ids
             else:
                 side, passes = key
                 suffix = rows[:, stop : stop + asked.suffix][:, : None if side == WITH else 0]
                 how = tg.Decoding(steps=passes, seed=asked.seed)
-                expected = tg.infill(model, prefix, suffix, hole, how).ids[:, :stop]
+                expected = tg.infill(model, prefix, suffix, span, how).ids[:, :stop]
             assert ids.equal(expected[:, asked.prefix :]), key
             torch.testing.assert_close(nats, tg.score(model, expected)[:, asked.prefix - 1 :])
         for side in (WITH, WITHOUT):
-            assert found[hole].first[side].ids.equal(found[hole].fills[side, 1].ids)
-        assert set(found[hole].fills) == {TEXT, AR} | {(s, n) for s in (WITH, WITHOUT) for n in (1, 4, 8) if n <= hole}
+            assert found[span].first[side].ids.equal(found[span].fills[side, 1].ids)
+        assert set(found[span].fills) == {TEXT, AR} | {
+            (s, n) for s in (WITH, WITHOUT) for n in (1, 4, 8) if n <= span
+        }
 
 
 def test_examples_do_not_depend_on_their_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +280,9 @@ def test_a_window_in_doubt_is_one_of_training(causal: bool) -> None:
     )
     expected = model.window(window, model.clean(rows[:, :-1])[1])[:, 1]
     batch = bench.open_batch(model, rows, torch.arange(3), size + 1, 0)
-    torch.testing.assert_close(bench.doubt(batch, rows[:, size + 1 :], 0.25), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        bench.doubt(batch, rows[:, size + 1 :], 0.25), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 # 3  infill
@@ -256,11 +290,15 @@ def test_a_window_in_doubt_is_one_of_training(causal: bool) -> None:
 
 def test_an_oracle_is_right_with_and_without_a_suffix() -> None:
     found = measured(Stub(oracle))
-    for hole in (4, 8):
-        for row in rows_of(found, hole).values():
+    for span in (4, 8):
+        for row in rows_of(found, span).values():
             for side in (WITH, WITHOUT):
                 assert row["accuracy"][side] == {"mean": 1, "se": 0}
-            assert row["accuracy"]["difference"]["mean"] == row["accuracy"]["with_suffix_minus_ar"]["mean"] == 0
+            assert (
+                row["accuracy"]["difference"]["mean"]
+                == row["accuracy"]["with_suffix_minus_ar"]["mean"]
+                == 0
+            )
     assert sorted(rows_of(found, 4)) == [1, 4]  # eight passes on four tokens would be four
     assert sorted(rows_of(found, 8)) == [1, 4, 8]
     assert found["infill"][0]["ar"]["accuracy"]["mean"] == 1
@@ -271,7 +309,7 @@ def test_an_oracle_is_right_with_and_without_a_suffix() -> None:
 def test_a_denoiser_that_looks_right_gains_where_it_can() -> None:
     found = measured(Stub(looks_right))
     one, all_passes = (rows_of(found, 8)[n]["accuracy"] for n in (1, 8))
-    assert one[WITH] == {"mean": 1 / 8, "se": 0}  # the last token of the hole
+    assert one[WITH] == {"mean": 1 / 8, "se": 0}  # the last token of the span
     assert one[WITHOUT] == {"mean": 0, "se": 0}
     assert one["difference"]["mean"] == 1 / 8
     assert one["with_suffix_minus_ar"]["mean"] == 1 / 8 - 1
@@ -289,25 +327,33 @@ def test_a_denoiser_that_looks_right_gains_where_it_can() -> None:
 
 def test_likelihood_and_variety_are_of_what_was_filled_in() -> None:
     found = measured(Stub(looks_right))
-    row, hole = rows_of(found, 8)[1], found["infill"][1]
+    row, span = rows_of(found, 8)[1], found["infill"][1]
     assert row[WITHOUT]["unigram_entropy"] == 0
     assert row[WITHOUT]["distinct_2"] == pytest.approx(1 / 7)
     assert row[WITH]["distinct_2"] == pytest.approx(2 / 7)
-    assert row[WITHOUT]["clean_stream_nats"]["mean"] == pytest.approx(20, rel=1e-4)  # a token it never expects
-    assert hole["text"]["clean_stream_nats"]["mean"] == pytest.approx(0, abs=1e-4)
-    assert hole["text"]["distinct_2"] == hole["ar"]["distinct_2"] == 1
-    assert hole["text"]["unigram_entropy"] > 3
+    assert row[WITHOUT]["clean_stream_nats"]["mean"] == pytest.approx(
+        20, rel=1e-4
+    )  # a token it never expects
+    assert span["text"]["clean_stream_nats"]["mean"] == pytest.approx(0, abs=1e-4)
+    assert span["text"]["distinct_2"] == span["ar"]["distinct_2"] == 1
+    assert span["text"]["unigram_entropy"] > 3
 
 
 def test_the_error_is_over_examples() -> None:
     x0 = counting_rows(4, 8)
     half = torch.where(torch.tensor([[True], [True], [False], [False]]), x0, NEVER)
     zero = torch.zeros(4, 8)
-    fills = {TEXT: bench.Fill(x0, zero), AR: bench.Fill(x0, zero), (WITH, 1): bench.Fill(half, zero)}
+    fills = {
+        TEXT: bench.Fill(x0, zero),
+        AR: bench.Fill(x0, zero),
+        (WITH, 1): bench.Fill(half, zero),
+    }
     fills[WITHOUT, 1] = bench.Fill(torch.full_like(x0, NEVER), zero)
     first = {side: fills[side, 1] for side in (WITH, WITHOUT)}
-    (row,) = bench.sum_up_hole(bench.Hole(fills, first), [1], 5)["passes"]
-    assert row["accuracy"][WITH] == pytest.approx({"mean": 0.5, "se": (1 / 12) ** 0.5})  # 32 tokens, but 4 examples
+    (row,) = bench.sum_up_span(bench.Span(fills, first), [1], 5)["passes"]
+    assert row["accuracy"][WITH] == pytest.approx(
+        {"mean": 0.5, "se": (1 / 12) ** 0.5}
+    )  # 32 tokens, but 4 examples
     assert row["accuracy"]["difference"]["se"] == pytest.approx((1 / 12) ** 0.5)
 
 
@@ -340,9 +386,13 @@ def test_a_detector_that_believes_what_it_sees_repairs_nothing() -> None:
         marks = row["detectors"]["window"]
         for name in ("least_likely_is_planted", "found", "auc"):
             assert marks[name]["mean"] == 0
-        assert marks["argmax"]["repaired"]["mean"] == marks["argmax"]["spoilt"]["mean"] == 0  # all stays as it is
+        assert (
+            marks["argmax"]["repaired"]["mean"] == marks["argmax"]["spoilt"]["mean"] == 0
+        )  # all stays as it is
         assert marks["refill"]["repaired"]["mean"] == 0
-        assert marks["refill"]["spoilt"]["mean"] == pytest.approx(row["planted"] / (12 - row["planted"]))
+        assert marks["refill"]["spoilt"]["mean"] == pytest.approx(
+            row["planted"] / (12 - row["planted"])
+        )
         known = {name: found["mean"] for name, found in row["repaired_at_known_places"].items()}
         assert known == {"refill": 0, "window_argmax": 0, "clean_stream_argmax": 1}
         assert row["detectors"]["clean_stream"]["found"]["mean"] == 1
@@ -352,7 +402,9 @@ def test_a_detector_that_believes_what_it_sees_repairs_nothing() -> None:
 
 def test_the_clean_stream_reads_the_wrong_tokens_too() -> None:
     found = measured(Stub(oracle, misled=True))["revision"][0]["detectors"]["clean_stream"]
-    _, planted = bench.plant(torch.ones(40, 12, dtype=torch.long), tg.derive(torch.arange(40), 0), 1, V)
+    _, planted = bench.plant(
+        torch.ones(40, 12, dtype=torch.long), tg.derive(torch.arange(40), 0), 1, V
+    )
     # The token after a wrong one surprises as much, unless the window ends before it.
     expected = bench.estimate(torch.where(planted[:, -1], 1.0, 10.5 / 11))
     assert 0 < planted[:, -1].sum() < 40
@@ -398,7 +450,9 @@ def test_who_was_trained_on_random_tokens(mode: str, share: float, seen: bool) -
 # 5  the command
 
 
-def test_excerpts_are_evenly_spaced_over_the_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_excerpts_are_evenly_spaced_over_the_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_shard(tmp_path / "x_val_000000.bin", range(1000))
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     rows, path = bench.excerpts(tiny(vocab_size=1000), plan(), 9)
@@ -410,10 +464,14 @@ def test_excerpts_are_evenly_spaced_over_the_split(tmp_path: Path, monkeypatch: 
     assert bench.excerpts(tiny(vocab_size=1000), plan(), most)[0][:, 0].diff().min() >= 12
     with pytest.raises(tg.UserError, match=f"take at most {most}, or prepare more text"):
         bench.excerpts(tiny(vocab_size=1000), plan(), most + 1)
-    assert len(bench.excerpts(tiny(vocab_size=1000), plan(revise_examples=0), 981 // 8)[0]) == 981 // 8
+    assert (
+        len(bench.excerpts(tiny(vocab_size=1000), plan(revise_examples=0), 981 // 8)[0]) == 981 // 8
+    )
 
 
-def save(folder: Path, data: dict[str, Any], recipe: str = "direct", sha256: str = "", **overrides: Any) -> Path:
+def save(
+    folder: Path, data: dict[str, Any], recipe: str = "direct", sha256: str = "", **overrides: Any
+) -> Path:
     """Write the artifact of a tiny model that was not trained."""
     cfg = tiny(recipe, train_seq_len=32, **data | overrides)
     model, path = randomise(tg.GPT(cfg), std=0.3), folder / "final_model.int8.ptz"
@@ -429,24 +487,29 @@ def env(monkeypatch: pytest.MonkeyPatch, data: dict[str, Any]) -> dict[str, Any]
     return data
 
 
-SMALL = ["--holes=2,6", "--passes=1,3,9", "--examples=12", "--prefix=8", "--suffix=6", "--revise-window=8"]
+SMALL = [
+    "--spans=2,6",
+    "--passes=1,3,9",
+    "--examples=12",
+    "--prefix=8",
+    "--suffix=6",
+    "--revise-window=8",
+]
 
 
-def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
-    try:
-        code = bench.main([str(arg) for arg in argv])
-    except SystemExit as end:
-        code = int(cast(int, end.code))
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> Called:
+    return outcome(bench.main, [str(arg) for arg in argv], capsys)
 
 
 def test_two_artifacts_from_end_to_end(env: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    paths = [save(tmp_path / "a", env), save(tmp_path / "b", env, diffusion_corruption_mode="hybrid", seed=5)]
+    paths = [
+        save(tmp_path / "a", env),
+        save(tmp_path / "b", env, diffusion_corruption_mode="hybrid", seed=5),
+    ]
     out, plot = tmp_path / "found.json", tmp_path / "found.png"
-    command = [sys.executable, str(ROOT / "scripts" / "bench_infill.py"), *map(str, paths), *SMALL]
+    command = [sys.executable, str(ROOT / "scripts" / "bench/infill.py"), *map(str, paths), *SMALL]
     done = subprocess.run(
         [*command, "--device=cpu", "--out", str(out), "--plot", str(plot)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -463,19 +526,32 @@ def test_two_artifacts_from_end_to_end(env: dict[str, Any], tmp_path: Path) -> N
     assert [a["label"] for a in found["artifacts"]] == ["a", "b"]
     assert [a["trained_on_random_tokens"] for a in found["artifacts"]] == [False, True]
     assert [a["largest_trained_window"] for a in found["artifacts"]] == [32, 32]
-    assert (found["examples"], found["revise_examples"], found["prefix"], found["suffix"]) == (12, 12, 8, 6)
+    assert (found["examples"], found["revise_examples"], found["prefix"], found["suffix"]) == (
+        12,
+        12,
+        8,
+        6,
+    )
     for artifact in found["artifacts"]:
-        assert [hole["hole"] for hole in artifact["infill"]] == [2, 6]
-        assert [[row["passes"] for row in hole["passes"]] for hole in artifact["infill"]] == [[1], [1, 3]]
+        assert [span["span"] for span in artifact["infill"]] == [2, 6]
+        assert [[row["passes"] for row in span["passes"]] for span in artifact["infill"]] == [
+            [1],
+            [1, 3],
+        ]
     text = [artifact["infill"][1]["most_frequent_token"] for artifact in found["artifacts"]]
     assert text[0] == text[1]  # the same excerpts
     assert sum(line.startswith("## ") for line in lines) == 2
     assert done.stdout.count("never saw random tokens") == 1
 
 
-def test_the_seed_moves_planted_tokens_only(env: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+def test_the_seed_moves_planted_tokens_only(
+    env: dict[str, Any], tmp_path: Path, capsys: Any
+) -> None:
     path = save(tmp_path, env)
-    found = [json.loads(run(capsys, path, *SMALL, f"--seed={seed}")[1].splitlines()[-1]) for seed in (0, 0, 1)]
+    found = [
+        json.loads(run(capsys, path, *SMALL, f"--seed={seed}")[1].splitlines()[-1])
+        for seed in (0, 0, 1)
+    ]
     assert found[0] == found[1]
     first, _, other = (result["artifacts"][0] for result in found)
     assert first["infill"] == other["infill"]
@@ -493,7 +569,9 @@ def test_data_of_the_artifact_is_taken_where_none_is_named(
     assert found["artifacts"][0]["revision"] == []
 
 
-def test_windows_longer_than_any_trained_are_named(env: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+def test_windows_longer_than_any_trained_are_named(
+    env: dict[str, Any], tmp_path: Path, capsys: Any
+) -> None:
     path = save(tmp_path, env, diffusion_windows="4,8")
     out = run(capsys, path, *SMALL)[1]
     assert "windows of 8 with the suffix:" in out
@@ -506,19 +584,21 @@ def test_the_plot_shows_what_was_measured(tmp_path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    holes = [measured(Stub(guess), revise_examples=0)["infill"][1] for guess in (oracle, looks_right)]
+    spans = [
+        measured(Stub(guess), revise_examples=0)["infill"][1] for guess in (oracle, looks_right)
+    ]
     figure, (top, bottom) = plt.subplots(2)
-    bench.draw_hole(top, bottom, holes)
+    bench.draw_span(top, bottom, spans)
     drawn = [list(line.get_ydata()) for line in top.get_lines()]
     below = [list(line.get_ydata()) for line in bottom.get_lines()]
-    for hole in holes:
+    for span in spans:
         for side in (WITH, WITHOUT):
-            assert [row["accuracy"][side]["mean"] for row in hole["passes"]] in drawn
-            assert [row[side]["clean_stream_nats"]["mean"] for row in hole["passes"]] in below
-        assert [hole["ar"]["accuracy"]["mean"]] * 2 in drawn
-        assert [hole["text"]["clean_stream_nats"]["mean"]] * 2 in below
+            assert [row["accuracy"][side]["mean"] for row in span["passes"]] in drawn
+            assert [row[side]["clean_stream_nats"]["mean"] for row in span["passes"]] in below
+        assert [span["ar"]["accuracy"]["mean"]] * 2 in drawn
+        assert [span["text"]["clean_stream_nats"]["mean"]] * 2 in below
     assert [tick.get_text() for tick in top.get_xticklabels()] == ["1", "4", "8"]
-    assert top.get_title() == "hole of 8 tokens"
+    assert top.get_title() == "span of 8 tokens"
     plt.close(figure)
 
 
@@ -534,41 +614,55 @@ def test_labels_tell_artifacts_apart() -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--holes=8,x", "'8,x' must list whole numbers from 1"),
-        ("--holes=0,8", "'0,8' must list whole numbers from 1"),
-        ("--holes=", "'' must list whole numbers from 1"),
-        ("--holes=8,,9", "'8,,9' must list whole numbers from 1"),
+        ("--spans=8,x", "'8,x' must list whole numbers from 1"),
+        ("--spans=0,8", "'0,8' must list whole numbers from 1"),
+        ("--spans=", "'' must list whole numbers from 1"),
+        ("--spans=8,,9", "'8,,9' must list whole numbers from 1"),
         ("--passes=1.5", "'1.5' must list whole numbers from 1"),
         ("--passes=-1", "'-1' must list whole numbers from 1"),
-        ("--passes=3", "--passes: a hole of 2 takes at most one pass a token"),
-        ("--examples=1", "--examples=1 must lie in 2.."),
-        ("--prefix=1", "--prefix=1 must lie in 2.."),
-        ("--suffix=0", "--suffix=0 must lie in 1.."),
-        ("--revise-window=4", "--revise-window=4 must lie in 5.."),
+        ("--passes=3", "--passes: a span of 2 takes at most one pass a token"),
+        ("--examples=1", "argument --examples: 1 must be 2 or more"),
+        ("--prefix=1", "argument --prefix: 1 must be 2 or more"),
+        ("--suffix=0", "argument --suffix: 0 must be 1 or more"),
+        ("--revise-window=4", "argument --revise-window: 4 must be 5 or more"),
         ("--revise-examples=1", "--revise-examples=1 has no standard error"),
-        ("--seed=-1", "--seed=-1 must lie in 0.."),
-        ("--holes=30", "take 44 tokens; {path} was trained to read 32 (TRAIN_SEQ_LEN)"),
+        ("--seed=-1", "argument --seed: -1 must be 0 or more"),
+        ("--spans=30", "take 44 tokens; {path} was trained to read 32 (TRAIN_SEQ_LEN)"),
         ("--revise-window=25", "take 33 tokens; {path} was trained to read 32 (TRAIN_SEQ_LEN)"),
-        ("--examples=2000", "--examples=2000 holes of 8 tokens"),
+        ("--examples=2000", "--examples=2000 spans of 8 tokens"),
         ("--out={folder}", "--out={folder} must be a file in a folder that exists"),
-        ("--out={folder}/no/found.json", "--out={folder}/no/found.json must be a file in a folder that exists"),
-        ("--plot={folder}/no/found.png", "--plot={folder}/no/found.png must be a file in a folder that exists"),
+        (
+            "--out={folder}/no/found.json",
+            "--out={folder}/no/found.json must be a file in a folder that exists",
+        ),
+        (
+            "--plot={folder}/no/found.png",
+            "--plot={folder}/no/found.png must be a file in a folder that exists",
+        ),
         ("{path}", "an artifact is named twice"),
         ("{folder}/none.ptz", "artifact {folder}/none.ptz is missing, damaged"),
     ],
 )
-def test_faults_are_named(option: str, message: str, env: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+def test_faults_are_named(
+    option: str, message: str, env: dict[str, Any], tmp_path: Path, capsys: Any
+) -> None:
     path = save(tmp_path, env)
     values = {"path": path, "folder": tmp_path}
     last = option.format(**values)
-    code, out, err = run(capsys, path, *([*SMALL, last] if last.startswith("--") else [last, *SMALL]))
+    code, out, err = run(
+        capsys, path, *([*SMALL, last] if last.startswith("--") else [last, *SMALL])
+    )
     assert (code, out) == (2, "")
     assert message.format(**values) in err
     assert "Traceback" not in err
 
 
 def test_artifacts_that_cannot_be_measured_are_named(
-    env: dict[str, Any], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, tokenizers: Any
+    env: dict[str, Any],
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tokenizers: Any,
 ) -> None:
     for name in "abc":
         (tmp_path / name).mkdir()

@@ -7,12 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import report
-import runlog
+
+from scripts.study import report, runlog
 
 CPU = "Some Processor, 2 cores"
 FIELDS = [  # of the challenge
-    *("author", "github_id", "name", "blurb", "date", "track", "val_loss", "val_bpb", "val_bpb_std", "seeds"),
+    *(
+        "author",
+        "github_id",
+        "name",
+        "blurb",
+        "date",
+        "track",
+        "val_loss",
+        "val_bpb",
+        "val_bpb_std",
+        "seeds",
+    ),
     *("seed_results", "bytes_total", "bytes_code", "hardware", "pytorch_version"),
 ]
 
@@ -31,9 +42,18 @@ def events(
     total_bytes: int = 1_000_000,
 ) -> list[dict[str, Any]]:
     """The events of one finished run."""
-    values = {"recipe": recipe, "preset": preset, "run_id": "", "seed": seed, "data_path": data, "matrix_lr": 0.04}
+    values = {
+        "recipe": recipe,
+        "preset": preset,
+        "run_id": "",
+        "seed": seed,
+        "data_path": data,
+        "matrix_lr": 0.04,
+    }
     values |= changed or {}
-    source = dict.fromkeys(values, "default") | dict.fromkeys(["seed", "data_path", *(changed or {})], "env")
+    source = dict.fromkeys(values, "default") | dict.fromkeys(
+        ["seed", "data_path", *(changed or {})], "env"
+    )
     bound = None if bpb is None else bpb + 0.5
     decoded = {"exact_seq": 0.0, "tokens": 512, "forwards": 8}
     return [
@@ -42,12 +62,39 @@ def events(
         {"event": "config", "values": values, "source": source},
         {"event": "data", "train_tokens": 9, "val_tokens": 9},
         {"event": "train", "step": 10, "train_loss": 3.0, "tok_per_sec": 1000.0 * seed},
-        {"event": "size", "total_bytes": total_bytes + seed, "code_bytes": 90_000, "model_bytes": total_bytes - 90_000},
+        {
+            "event": "size",
+            "total_bytes": total_bytes + seed,
+            "code_bytes": 90_000,
+            "model_bytes": total_bytes - 90_000,
+        },
         {"event": "final", "val_loss": 1.5, "val_bpb": bpb, "tokens": 9, "bytes": 9},
-        {"event": "nelbo", "window": 1, "nelbo_bpb": bpb, "standard_error": 0.0, "samples": 1, "tokens": 9},
-        {"event": "nelbo", "window": 16, "nelbo_bpb": bound, "standard_error": 0.0123, "samples": 8, "tokens": 9},
+        {
+            "event": "nelbo",
+            "window": 1,
+            "nelbo_bpb": bpb,
+            "standard_error": 0.0,
+            "samples": 1,
+            "tokens": 9,
+        },
+        {
+            "event": "nelbo",
+            "window": 16,
+            "nelbo_bpb": bound,
+            "standard_error": 0.0123,
+            "samples": 8,
+            "tokens": 9,
+        },
         *(
-            {"event": "parallel_eval", "task": task, "span": 8, "mode": mode, "steps": steps, **decoded, **scores}
+            {
+                "event": "parallel_eval",
+                "task": task,
+                "span": 8,
+                "mode": mode,
+                "steps": steps,
+                **decoded,
+                **scores,
+            }
             for task, mode, steps, scores in (
                 ("continuation", "ar_cached", 8, {"token_acc": 0.5, "tok_per_sec": 100.0}),
                 ("continuation", "refine", 1, {"token_acc": 0.25, "tok_per_sec": 800.0}),
@@ -66,7 +113,9 @@ class Project:
         self.root, self.capsys = root, capsys
         (root / "logs").mkdir()
         self.readme = root / "README.md"
-        self.readme.write_text("# Title\n\n<!-- results -->\nold\n<!-- /results -->\n\nThe end.\n", encoding="utf-8")
+        self.readme.write_text(
+            "# Title\n\n<!-- results -->\nold\n<!-- /results -->\n\nThe end.\n", encoding="utf-8"
+        )
         self.submission, self.results = root / "submission.json", root / "logs" / "results.json"
 
     def log(self, name: str, lines: list[dict[str, Any]], tail: str = "") -> Path:
@@ -85,7 +134,14 @@ class Project:
 
     def run(self, *argv: str, code: int = 0) -> str:
         """Run the command, require its exit status, and return what it printed, errors included."""
-        paths = ["--logs", self.root / "logs", "--readme", self.readme, "--submission", self.submission]
+        paths = [
+            "--logs",
+            self.root / "logs",
+            "--readme",
+            self.readme,
+            "--submission",
+            self.submission,
+        ]
         self.capsys.readouterr()
         assert report.main([str(p) for p in paths] + list(argv)) == code
         captured = self.capsys.readouterr()
@@ -118,9 +174,23 @@ def test_seeds_are_averaged_into_one_row(project: Project) -> None:
     project.log("b", events(seed=2, bpb=2.2))
     out = project.run()
     scores, continuation, infill = project.rows(out)
-    expected = ["`direct`", "stdlib", CPU, "2", "2.1000 ± 0.1414", "2.1000 ± 0.1414", "2.6000 ± 0.1414"]
+    expected = [
+        "`direct`",
+        "stdlib",
+        CPU,
+        "2",
+        "2.1000 ± 0.1414",
+        "2.1000 ± 0.1414",
+        "2.6000 ± 0.1414",
+    ]
     assert scores == [*expected, "1,000,002", "1,500", "302"]
-    assert continuation[3:] == ["continuation", "8", "0.250 ± 0.000 (800/s)", "-", "0.500 ± 0.000 (100/s)"]
+    assert continuation[3:] == [
+        "continuation",
+        "8",
+        "0.250 ± 0.000 (800/s)",
+        "-",
+        "0.500 ± 0.000 (100/s)",
+    ]
     assert infill[3:] == ["infill", "8", "0.375 ± 0.000 (700/s)", "0.400 ± 0.000 (200/s)", "-"]
     assert "| bound, window 1 | bound, window 16 |" in out
     assert "| 1 pass | 8 passes | left to right |" in out
@@ -135,7 +205,9 @@ def test_one_run_has_no_deviation(project: Project) -> None:
 def test_an_unfinished_run_is_listed_and_never_averaged(project: Project) -> None:
     project.log("a", events(seed=1, bpb=2.0))
     project.log("cut", events(seed=2, bpb=9.0)[:-1])
-    project.log("failed", [*events(seed=3, bpb=9.0)[:5], {"event": "error", "reason": "loss is not finite"}])
+    project.log(
+        "failed", [*events(seed=3, bpb=9.0)[:5], {"event": "error", "reason": "loss is not finite"}]
+    )
     project.log("nan", events(seed=4, bpb=None))
     out = project.run()
     assert project.rows(out)[0][3:5] == ["1", "2.0000"]
@@ -170,7 +242,9 @@ def test_a_seed_never_counts_twice(project: Project) -> None:
         {"preset": "1xgpu"},
     ],
 )
-def test_runs_that_differ_in_more_than_the_seed_are_rows_apart(project: Project, other: dict[str, Any]) -> None:
+def test_runs_that_differ_in_more_than_the_seed_are_rows_apart(
+    project: Project, other: dict[str, Any]
+) -> None:
     project.log("a", events(seed=1, bpb=2.0))
     project.log("b", events(seed=2, bpb=3.0, **other))
     rows = [row for row in project.rows(project.run()) if len(row) == 10]
@@ -181,7 +255,10 @@ def test_changed_settings_are_named_once_if_all_rows_share_them(project: Project
     project.log("a", events(bpb=2.0, changed={"iterations": 50}))
     project.log("b", events(bpb=3.0, changed={"iterations": 50, "matrix_lr": 0.02, "eval_seed": 7}))
     out = project.run()
-    assert [row[0] for row in project.rows(out) if len(row) == 10] == ["`direct`", "`direct`, `MATRIX_LR=0.02`"]
+    assert [row[0] for row in project.rows(out) if len(row) == 10] == [
+        "`direct`",
+        "`direct`, `MATRIX_LR=0.02`",
+    ]
     assert "In all rows: `ITERATIONS=50`." in out
 
 
@@ -215,18 +292,30 @@ def test_submission_takes_ranked_runs_from_fineweb_on_eight_ranks_only(project: 
         project.log(f"preset{seed}", events(seed=seed, bpb=0.1, **{**ranked, "preset": "cpu"}))
         project.log(f"recipe{seed}", events(seed=seed, bpb=0.1, recipe="ar", **ranked))
         project.log(f"unfinished{seed}", events(seed=seed, bpb=0.1, **ranked)[:-1])
-        project.log(f"longer{seed}", events(seed=seed, bpb=0.1, changed={"max_wallclock_seconds": 601.0}, **ranked))
+        project.log(
+            f"longer{seed}",
+            events(seed=seed, bpb=0.1, changed={"max_wallclock_seconds": 601.0}, **ranked),
+        )
     for seed in (1, 2):  # as many seeds, and worse; one seed fewer, and better
-        project.log(f"worse{seed}", events(seed=seed, bpb=1.4, changed={"num_layers": 99}, **ranked))
+        project.log(
+            f"worse{seed}", events(seed=seed, bpb=1.4, changed={"num_layers": 99}, **ranked)
+        )
     project.log("few", events(seed=1, bpb=0.1, changed={"num_layers": 98}, **ranked))
     entry = project.entry()
     assert entry["val_bpb"] == pytest.approx(1.25)
     assert list(entry) == FIELDS
-    assert {seed: row["val_bpb"] for seed, row in entry["seed_results"].items()} == {"1": 1.2, "2": 1.3}
+    assert {seed: row["val_bpb"] for seed, row in entry["seed_results"].items()} == {
+        "1": 1.2,
+        "2": 1.3,
+    }
     assert entry["seeds"] == [1, 2]
     assert entry["val_bpb_std"] == pytest.approx(0.005**0.5, abs=1e-6)
     assert (entry["bytes_total"], entry["bytes_code"]) == (1_000_002, 90_000)
-    assert (entry["hardware"], entry["date"], entry["track"]) == (f"8 x {CPU}", "2026-01-01", "10min_16mb")
+    assert (entry["hardware"], entry["date"], entry["track"]) == (
+        f"8 x {CPU}",
+        "2026-01-01",
+        "10min_16mb",
+    )
 
 
 def test_write_then_check_agree_and_keep_the_rest_of_the_readme(project: Project) -> None:
@@ -285,7 +374,9 @@ def test_faults_are_named(project: Project) -> None:
     assert "log a: no total_bytes in a size event" in project.run(code=2)
     path.unlink()
     project.readme.write_text("no markers", encoding="utf-8")
-    assert "needs the lines <!-- results --> and <!-- /results -->" in project.run("--write", code=2)
+    assert "needs the lines <!-- results --> and <!-- /results -->" in project.run(
+        "--write", code=2
+    )
     project.results.unlink(missing_ok=True)
     (project.root / "logs").rmdir()
     assert "is not a folder" in project.run(code=2)
@@ -306,25 +397,49 @@ def test_short_names_of_scores_and_ranks_in_the_header_are_understood(project: P
             if long in line:
                 line[short] = line.pop(long)
     project.log("a", lines)
-    assert project.rows(project.run())[0][2:7] == [f"{CPU}, 2 ranks", "1", "2.0000", "2.0000", "2.5000"]
+    assert project.rows(project.run())[0][2:7] == [
+        f"{CPU}, 2 ranks",
+        "1",
+        "2.0000",
+        "2.0000",
+        "2.5000",
+    ]
 
 
 def test_logs_of_another_format_or_version_are_named(project: Project) -> None:
     lines = {line["event"]: line for line in events()}
 
     def without(name: str, key: str, **other: Any) -> list[dict[str, Any]]:
-        return [{k: v for k, v in line.items() if k != key} | other if line is lines[name] else line for line in kept]
+        return [
+            {k: v for k, v in line.items() if k != key} | other if line is lines[name] else line
+            for line in kept
+        ]
 
     kept = list(lines.values())
     values = {k: v for k, v in lines["config"]["values"].items() if k != "data_path"}
     for log, said in (
-        (without("config", "source"), "log a: no source in a config event; another version wrote it: run it again"),
-        (without("config", "values", values=values), "log a: no data_path among the values of its config event"),
+        (
+            without("config", "source"),
+            "log a: no source in a config event; another version wrote it: run it again",
+        ),
+        (
+            without("config", "values", values=values),
+            "log a: no data_path among the values of its config event",
+        ),
         (without("final", "val_bpb"), "log a: no val_bpb in a final event; another version"),
-        (without("done", "", peak_memory_mib=None), "log a: peak_memory_mib of its done event is None, not a number"),
-        (without("nelbo", "window", window="T"), "window of a nelbo event is 'T', not a whole number"),
+        (
+            without("done", "", peak_memory_mib=None),
+            "log a: peak_memory_mib of its done event is None, not a number",
+        ),
+        (
+            without("nelbo", "window", window="T"),
+            "window of a nelbo event is 'T', not a whole number",
+        ),
         (without("nelbo", "window"), "not an event (KeyError: 'window')"),
-        ([{"row": "td_control", "val_bpb": 2.0}], "line 1: not an event (KeyError: 'event'); copy it again or move it"),
+        (
+            [{"row": "td_control", "val_bpb": 2.0}],
+            "line 1: not an event (KeyError: 'event'); copy it again or move it",
+        ),
         (kept[1:], "log a: no machine in a header event"),
     ):
         project.log("a", log)
@@ -337,7 +452,10 @@ def test_seeds_that_a_recipe_lacks_are_said(project: Project) -> None:
     project.log("a2", events(recipe="ar", seed=2))
     project.log("other", events(recipe="ar", seed=9, data="/x/books"))
     out = project.run()
-    assert "note: stdlib: `ar` has no finished run of seeds 1, 3, which other recipes there have\n" in out
+    assert (
+        "note: stdlib: `ar` has no finished run of seeds 1, 3, which other recipes there have\n"
+        in out
+    )
     assert out.count("no finished run of") == 2  # as a note, and in the JSON line
     project.log("a1", events(recipe="ar", seed=1)[:-1])  # it died: still missing
     assert "no finished run of seeds 1, 3" in project.run()
@@ -345,36 +463,61 @@ def test_seeds_that_a_recipe_lacks_are_said(project: Project) -> None:
     assert "no finished run of seed 3, which" in project.run()
 
 
-def test_recipes_have_a_table_of_their_own_and_are_never_averaged_with_the_results(project: Project) -> None:
+def test_recipes_have_a_table_of_their_own_and_are_never_averaged_with_the_results(
+    project: Project,
+) -> None:
     project.mark()
     project.log("a", events(seed=1, bpb=2.0))
     project.ladder("b", events(seed=2, bpb=3.0))
     project.ladder("c", events(recipe="td_span15", seed=2, bpb=4.0))
     project.ladder("d", events(recipe="td_span15", seed=3, bpb=5.0))
     project.ladder("cut", events(recipe="td_span15", seed=4, bpb=9.0)[:-1])
-    (project.root / "logs" / "ladder" / "sweep.jsonl").write_text('{"row": "td_span15"}\n', encoding="utf-8")
+    (project.root / "logs" / "ladder" / "sweep.jsonl").write_text(
+        '{"row": "td_span15"}\n', encoding="utf-8"
+    )
     project.run("--write")
     readme = project.readme.read_text(encoding="utf-8")
     main, ladder = readme.split("<!-- recipes -->")
     assert "| 1 | 2.0000 |" in main
     assert "3.0" not in main
     head = (
-        "| row | n | steps | train tok/s | peak MiB | val_bpb | bound, window 1 | bound, window 16 | infill 8, 1 pass |"
+        "| row | n | steps | train tok/s | peak MiB | val_bpb | bound, window 1 | bound, window 16 "
+        "| infill 8, 1 pass |"
     )
     assert head in ladder
     direct, span15 = project.rows(ladder)
     bounds = ["3.0000", "3.5000"]
-    assert direct == ["`direct`", "1", "10", "2,000", "302", "3.0000", *bounds, "0.375", "0.400", "1,000,002", "-"]
+    assert direct == [
+        "`direct`",
+        "1",
+        "10",
+        "2,000",
+        "302",
+        "3.0000",
+        *bounds,
+        "0.375",
+        "0.400",
+        "1,000,002",
+        "-",
+    ]
     assert span15[:6] == ["`td_span15`", "2", "10", "2,500", "303", "4.5000 ± 0.7071"]
     assert span15[-2:] == ["1,000,003", "2.1725 (1)"]
     assert "- `cut`: unfinished, last logged step 10" in ladder
-    assert "- stdlib: `direct` has no finished run of seed 3, which other recipes there have\n" in ladder
+    assert (
+        "- stdlib: `direct` has no finished run of seed 3, which other recipes there have\n"
+        in ladder
+    )
     assert "stdlib, Some Processor, 2 cores:" in ladder
     assert "Of equal settings" not in ladder
     project.ladder("e", events(recipe="td_control", seed=2, bpb=4.0))
-    assert "the same runs: `td_control` is also `ar`, `ab_control`, `mdlm_100_0`.\n" in project.run()
+    assert (
+        "the same runs: `td_control` is also `ar`, `ab_control`, `mdlm_100_0`.\n" in project.run()
+    )
     project.ladder("f", events(recipe="mdlm_100_0", seed=2, bpb=4.0))
-    assert "`td_control` is also `ar`, `ab_control`; `mdlm_100_0` is also `ar`, `ab_control`.\n" in project.run()
+    assert (
+        "`td_control` is also `ar`, `ab_control`; `mdlm_100_0` is also `ar`, `ab_control`.\n"
+        in project.run()
+    )
     for name in "ef":
         (project.root / "logs" / "ladder" / f"{name}.jsonl").unlink()
     project.run("--check")
@@ -387,10 +530,20 @@ def test_recipes_need_their_place_only_if_they_have_logs(project: Project) -> No
     project.run("--write")
     project.run("--check")
     project.ladder("b", events(recipe="ar"))
-    assert "needs the lines <!-- recipes --> and <!-- /recipes -->, once each" in project.run("--check", code=1)
-    before = project.readme.read_text(encoding="utf-8"), project.submission.read_text(encoding="utf-8")
-    assert "needs the lines <!-- recipes --> and <!-- /recipes -->, once each" in project.run("--write", code=2)
-    assert (project.readme.read_text(encoding="utf-8"), project.submission.read_text(encoding="utf-8")) == before
+    assert "needs the lines <!-- recipes --> and <!-- /recipes -->, once each" in project.run(
+        "--check", code=1
+    )
+    before = (
+        project.readme.read_text(encoding="utf-8"),
+        project.submission.read_text(encoding="utf-8"),
+    )
+    assert "needs the lines <!-- recipes --> and <!-- /recipes -->, once each" in project.run(
+        "--write", code=2
+    )
+    assert (
+        project.readme.read_text(encoding="utf-8"),
+        project.submission.read_text(encoding="utf-8"),
+    ) == before
     project.mark()
     project.run("--write")
     project.run("--check")
@@ -432,7 +585,12 @@ def test_results_hold_what_was_measured_and_the_submission_its_fields(project: P
     (here,) = project.measured()["measured_here"]["fineweb10B_sp1024"]
     assert here["per_seed"]["1"] == entry["seed_results"]["1"] | {"log": "a"}
     infill = {"task": "infill", "span": 8, "mode": "refine", "steps": 8}
-    assert here["parallel_eval"][-1] == {**infill, "token_acc": 0.45, "exact_seq": 0.0, "tok_per_sec": 200.0}
+    assert here["parallel_eval"][-1] == {
+        **infill,
+        "token_acc": 0.45,
+        "exact_seq": 0.0,
+        "tok_per_sec": 200.0,
+    }
     assert (here["recipe"], here["bytes_model"]) == ("direct", 910_000)
 
 
@@ -441,31 +599,59 @@ def test_results_go_where_they_are_asked_to(project: Project, recipe: str) -> No
     project.log("a", events(recipe=recipe))
     project.results = project.root / "all.json"
     project.run("--write", "--results", str(project.results))
-    assert json.loads(project.results.read_text(encoding="utf-8"))["measured_here"]["stdlib"][0]["recipe"] == recipe
+    assert (
+        json.loads(project.results.read_text(encoding="utf-8"))["measured_here"]["stdlib"][0][
+            "recipe"
+        ]
+        == recipe
+    )
     assert not (project.root / "logs" / "results.json").exists()
     project.run("--check", "--results", str(project.results))
     assert "results.json cannot be read" in project.run("--check", code=1)
 
 
 def decoded(**other: Any) -> dict[str, Any]:
-    """A result of bench_decode.py."""
-    about = dict.fromkeys(("recipe", "artifact", "judge", "device", "threads", "python", "examples"), "x")
-    about |= {"prefix": 64, "target": 64, "temperature": 0.0, "repeats": 1, "data_path": "/x/fineweb10B_sp1024"}
-    row = {"mode": "speculative", "passes": None, "batch": 1, "tokens_per_forward": 2.5, "tokens_per_second": 100.0}
+    """A result of bench/decode.py."""
+    about = dict.fromkeys(
+        ("recipe", "artifact", "judge", "device", "threads", "python", "examples"), "x"
+    )
+    about |= {
+        "prefix": 64,
+        "target": 64,
+        "temperature": 0.0,
+        "repeats": 1,
+        "data_path": "/x/fineweb10B_sp1024",
+    }
+    row = {
+        "mode": "speculative",
+        "passes": None,
+        "batch": 1,
+        "tokens_per_forward": 2.5,
+        "tokens_per_second": 100.0,
+    }
     row |= {"times_cached_ar": 2.0, "identical": 1.0, "judge_nats": {"mean": 3.0, "se": 0.1}}
     return {**about, "rows": [row], **other}
 
 
 def test_results_take_decoding_from_the_benchmarks_own_line(project: Project) -> None:
-    text = f"| a table |\n\n{json.dumps(decoded())}\n{json.dumps(decoded(data_path='books'))}\nmore\n"
+    text = (
+        f"| a table |\n\n{json.dumps(decoded())}\n{json.dumps(decoded(data_path='books'))}\nmore\n"
+    )
     path = project.root / "logs" / "x_decode.txt"
     path.write_text(text, encoding="utf-8")
     benchmarks = project.measured()["decode_benchmark_here"]
     assert list(benchmarks) == ["fineweb10B_sp1024", "books"]
     (found,) = benchmarks["fineweb10B_sp1024"]
-    assert (found["log"], found["rows"][0]["times_cached_ar"], found["rows"][0]["judge_nats"]) == (path.name, 2.0, 3.0)
+    assert (found["log"], found["rows"][0]["times_cached_ar"], found["rows"][0]["judge_nats"]) == (
+        path.name,
+        2.0,
+        3.0,
+    )
     path.write_text('{"rows": []}\n', encoding="utf-8")
-    assert f"log {path}, line 1: not a result of bench_decode.py (KeyError: 'recipe')" in project.run(code=2)
+    assert (
+        f"log {path}, line 1: not a result of bench/decode.py (KeyError: 'recipe')"
+        in project.run(code=2)
+    )
 
 
 def test_the_curve_of_a_resumed_run_leaves_out_what_was_done_again(tmp_path: Path) -> None:
@@ -473,9 +659,20 @@ def test_the_curve_of_a_resumed_run_leaves_out_what_was_done_again(tmp_path: Pat
         return {"event": "train", "step": step, "train_ms": 1000.0 * step, "train_loss": loss}
 
     header = {"event": "header"}
-    lines = [header, train(1, 9.0), train(2, 8.0), train(3, 0.0), header, {"event": "resume", "step": 2}, train(3, 7.0)]
+    lines = [
+        header,
+        train(1, 9.0),
+        train(2, 8.0),
+        train(3, 0.0),
+        header,
+        {"event": "resume", "step": 2},
+        train(3, 7.0),
+    ]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     assert [point["train_loss"] for point in runlog.read_log(path).curve] == [9.0, 8.0, 7.0]
-    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, header, train(1, 5.0)]), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(line) + "\n" for line in [*lines, header, train(1, 5.0)]),
+        encoding="utf-8",
+    )
     assert [point["train_loss"] for point in runlog.read_log(path).curve] == [5.0]

@@ -1,11 +1,13 @@
-"""Likelihood estimators that others reported, each wrong in one way, on our model: how much does each flatter it?
+"""Likelihood estimators that others reported, each wrong in one way, on our model: how much does
+each flatter it?
 
-`ESTIMATORS` maps a name to a function of a `Text` (model, byte counter, rows, keys, samples) with an `Estimate`, which
-`summarise` turns into bits per byte. `right` is the bound of train_gpt, over the same windows of S tokens. Numbers with
-# are pull requests of github.com/openai/parameter-golf; "none known" marks a mistake that isolates one aspect.
+`ESTIMATORS` maps a name to a function of a `Text` (model, byte counter, rows, keys, samples) with
+an `Estimate`, which `summarise` turns into bits per byte. `right` is the bound of train_gpt, over
+the same windows of S tokens. Numbers with # are pull requests of github.com/openai/parameter-golf;
+"none known" marks a mistake that isolates one aspect.
 
-A uniform predictor must score log2(V) / (bytes per token), called 1 below. What it scores here is stated with each
-function: where that is 1, the check cannot expose the mistake.
+A uniform predictor must score log2(V) / (bytes per token), called 1 below. What it scores here is
+stated with each function: where that is 1, the check cannot expose the mistake.
 
 B rows, T tokens a row, W windows a row, S tokens a window, K samples; nats are float64.
 """
@@ -20,7 +22,9 @@ from torch import Tensor
 
 import train_gpt as tg
 
-GUESSED_BYTES_PER_TOKEN = 4.3  # a constant found in two programs; the challenge's validation text has 2.4359
+GUESSED_BYTES_PER_TOKEN = (
+    4.3  # a constant found in two programs; the challenge's validation text has 2.4359
+)
 RECONSTRUCTION_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # noise levels of #1596
 
 
@@ -66,7 +70,8 @@ def cut(model: tg.GPT, counter: tg.ByteCounter, rows: Tensor, keys: Tensor, samp
 
 
 def summarise(parts: Sequence[Estimate]) -> tuple[float, float]:
-    """Join batches; return bits per byte and their Monte Carlo standard error (0 where nothing is drawn).
+    """Join batches; return bits per byte and their Monte Carlo standard error (0 where nothing is
+    drawn).
 
     The error takes samples as independent. They are stratified, so it is a little too large.
     """
@@ -84,7 +89,9 @@ def summarise(parts: Sequence[Estimate]) -> tuple[float, float]:
 
 
 def window_nats(text: Text, hidden: Tensor, sample: int = 0) -> Tensor:
-    """Nats of all tokens of all windows with the tokens `hidden` masked, both (B, W, S); visible ones are read."""
+    """Nats of all tokens of all windows with the tokens `hidden` masked, both (B, W, S); visible
+    ones are read.
+    """
     t = hidden.float().mean(-1).clamp_min(1e-6)
     noisy = tg.apply_noise(text.x0, hidden, t, tg.derive(text.keys, 3, sample), text.model.cfg, 1.0)
     logits = text.model.window(tg.Window(text.before, noisy, text.positions, text.mask), text.past)
@@ -100,7 +107,9 @@ class Draw(NamedTuple):
 
 
 def by_count(text: Text, most: int = 0) -> Iterator[Draw]:
-    """Draw as train_gpt.window_bounds does, token by token the same: m of S hidden, m uniform in 1..S, or 1..most."""
+    """Draw as train_gpt.window_bounds does, token by token the same: m of S hidden, m uniform in
+    1..S, or 1..most.
+    """
     top = most or text.size
     start = tg.uniform(tg.derive(text.keys, 1), 1)
     for k in range(text.samples):
@@ -112,7 +121,8 @@ def by_count(text: Text, most: int = 0) -> Iterator[Draw]:
 def by_level(text: Text, low: float, high: float) -> Iterator[Draw]:
     """Draw t uniformly in (low, high], then hide each token with probability t; the weight is 1/t.
 
-    Over (0, 1] this has the mean of `by_count` (arXiv:2406.07524): each number of hidden tokens is then equally likely.
+    Over (0, 1] this has the mean of `by_count` (arXiv:2406.07524): each number of hidden tokens is
+    then equally likely.
     """
     start = tg.uniform(tg.derive(text.keys, 1), 1)
     for k in range(text.samples):
@@ -127,7 +137,9 @@ def unweighted(drawn: Iterable[Draw]) -> Iterator[Draw]:
 
 def weighted(text: Text, drawn: Iterable[Draw]) -> Tensor:
     """Weighted sum of the hidden tokens' nats of a row, (K, B)."""
-    rows = [(window_nats(text, d.hidden, d.sample) * d.hidden * d.weight).sum((-2, -1)) for d in drawn]
+    rows = [
+        (window_nats(text, d.hidden, d.sample) * d.hidden * d.weight).sum((-2, -1)) for d in drawn
+    ]
     return torch.stack(rows)
 
 
@@ -137,18 +149,26 @@ def weighted(text: Text, drawn: Iterable[Draw]) -> Tensor:
 
 
 def right(text: Text) -> Estimate:
-    """Estimate the upper bound of train_gpt: whole range of noise, full weight, real bytes. Uniform: 1."""
+    """Estimate the upper bound of train_gpt: whole range of noise, full weight, real bytes.
+    Uniform: 1.
+    """
     nats = tg.window_bounds(text.model, text.rows, text.keys, text.size, text.samples, text.mask)
     return Estimate(nats.sum(-1), text.bytes)
 
 
 def bytes_constant(text: Text) -> Estimate:
-    """Divide by 4.3 bytes a token instead of counting (#1106, #1241). Uniform: bytes per token / 4.3."""
-    return Estimate(right(text).nats, torch.full_like(text.bytes, GUESSED_BYTES_PER_TOKEN * (text.rows.shape[1] - 1)))
+    """Divide by 4.3 bytes a token instead of counting (#1106, #1241). Uniform: bytes per token /
+    4.3.
+    """
+    return Estimate(
+        right(text).nats,
+        torch.full_like(text.bytes, GUESSED_BYTES_PER_TOKEN * (text.rows.shape[1] - 1)),
+    )
 
 
 def bytes_space_twice(text: Text) -> Estimate:
-    """Count a leading space in the piece and once more after it (#1545, #1576, #1632, #1672, #1734; issue #1719).
+    """Count a leading space in the piece and once more after it (#1545, #1576, #1632, #1672, #1734;
+    issue #1719).
 
     Uniform: bytes / (bytes + pieces that open with a space).
     """
@@ -164,13 +184,16 @@ def bytes_of_names(text: Text) -> Estimate:
     sp = text.counter.tokenizer
     names = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
     special = [sp.is_byte(i) or sp.is_control(i) or sp.is_unknown(i) for i in range(len(names))]
-    lengths = torch.tensor([len(name.encode()) if named else 0 for name, named in zip(names, special, strict=True)])
+    lengths = torch.tensor(
+        [len(name.encode()) if named else 0 for name, named in zip(names, special, strict=True)]
+    )
     extra = (lengths - text.counter.base_bytes).clamp_min(0)[text.rows[:, 1:].cpu()].sum(-1)
     return Estimate(right(text).nats, text.bytes + extra.to(text.bytes))
 
 
 def range_truncated(text: Text) -> Estimate:
-    """Integrate over t in [0.05, 0.95] and leave the rest out, the hardest end included (#1403, #1582).
+    """Integrate over t in [0.05, 0.95] and leave the rest out, the hardest end included (#1403,
+    #1582).
 
     They use the trapezoid rule on a grid; here t is drawn. Uniform: 0.9.
     """
@@ -178,20 +201,25 @@ def range_truncated(text: Text) -> Estimate:
 
 
 def range_clipped(text: Text) -> Estimate:
-    """Average over t in [0.3, 0.8], a range that is used for training (BD3-LM, arXiv:2503.09573). Uniform: 1."""
+    """Average over t in [0.3, 0.8], a range that is used for training (BD3-LM, arXiv:2503.09573).
+    Uniform: 1.
+    """
     return Estimate(weighted(text, by_level(text, 0.3, 0.8)), text.bytes)
 
 
 def range_low_noise(text: Text) -> Estimate:
-    """Average over t up to 0.5: never more than half of a window is hidden (none known). Uniform: 1."""
+    """Average over t up to 0.5: never more than half of a window is hidden (none known). Uniform:
+    1.
+    """
     return Estimate(weighted(text, by_count(text, max(text.size // 2, 1))), text.bytes)
 
 
 def weight_pooled(text: Text) -> Estimate:
-    """Average over all hidden tokens of a batch with mixed t, without 1/t: windows with more of them count more.
+    """Average over all hidden tokens of a batch with mixed t, without 1/t: windows with more of
+    them count more.
 
-    The training loss of masked language models; #2079 and #2096 print it, for one random t, as their score. It is too
-    high. Uniform: 1.
+    The training loss of masked language models; #2079 and #2096 print it, for one random t, as
+    their score. It is too high. Uniform: 1.
     """
     drawn, per_token = list(by_count(text)), text.bytes.sum() / text.x0.numel()
     counts = torch.stack([d.hidden.sum((-2, -1)) for d in drawn])
@@ -199,7 +227,9 @@ def weight_pooled(text: Text) -> Estimate:
 
 
 def weight_none(text: Text) -> Estimate:
-    """Sum the hidden tokens' nats without 1/t, and divide by all bytes (none known). Uniform: (S + 1) / 2S."""
+    """Sum the hidden tokens' nats without 1/t, and divide by all bytes (none known). Uniform: (S +
+    1) / 2S.
+    """
     return Estimate(weighted(text, unweighted(by_count(text))), text.bytes)
 
 
@@ -216,7 +246,8 @@ def weight_twice(text: Text) -> Estimate:
 
 
 def boundaries_free(text: Text) -> Estimate:
-    """Never hide tokens that stand for no text, such as the start of a document, so that they cost nothing (#1241).
+    """Never hide tokens that stand for no text, such as the start of a document, so that they cost
+    nothing (#1241).
 
     Uniform: the share of tokens that stand for text.
     """
@@ -227,10 +258,11 @@ def boundaries_free(text: Text) -> Estimate:
 
 
 def circular_two_pass(text: Text) -> Estimate:
-    """Score even tokens given all tokens before them, odd ones given the even ones on both sides (#1255).
+    """Score even tokens given all tokens before them, odd ones given the even ones on both sides
+    (#1255).
 
-    Each half reads the other as known, so no decoder can undo it. The even half here is the noisy mode at S = 1, which
-    alone would be exact. Uniform: 1.
+    Each half reads the other as known, so no decoder can undo it. The even half here is the noisy
+    mode at S = 1, which alone would be exact. Uniform: 1.
     """
     seq_len, place = text.rows.shape[1] - 1, torch.arange(text.size, device=text.rows.device)
     odd = (place % 2 == 1).expand(text.x0.shape)
@@ -249,14 +281,17 @@ def late_mask(text: Text) -> Tensor:
 
 
 def circular_late_keys(text: Text) -> Estimate:
-    """Let a window read the clean keys of its own tokens, a mask off by one window (none known). Uniform: 1."""
+    """Let a window read the clean keys of its own tokens, a mask off by one window (none known).
+    Uniform: 1.
+    """
     return right(text._replace(mask=late_mask(text)))
 
 
 def circular_misaligned(text: Text) -> Estimate:
     """Score the token after each masked one, which is mostly visible: masks x_i, predicts x_{i+1}.
 
-    #1119 pairs them so, and is exact because its attention is causal; windows read both ways. Uniform: 1.
+    #1119 pairs them so, and is exact because its attention is causal; windows read both ways.
+    Uniform: 1.
     """
     nats = []
     for d in by_count(text):
@@ -266,12 +301,16 @@ def circular_misaligned(text: Text) -> Estimate:
 
 
 def pseudo_half(text: Text) -> Estimate:
-    """Take the mean at one mask rate, 50 %, with text on both sides, as a likelihood (#1053). Uniform: 1."""
+    """Take the mean at one mask rate, 50 %, with text on both sides, as a likelihood (#1053).
+    Uniform: 1.
+    """
     return Estimate(weighted(text, by_level(text, 0.5, 0.5)), text.bytes)
 
 
 def pseudo_bert(text: Text) -> Estimate:
-    """Take the mean at a mask rate of 15 % as a likelihood, BERT's training loss (arXiv:1810.04805). Uniform: 1."""
+    """Take the mean at a mask rate of 15 % as a likelihood, BERT's training loss
+    (arXiv:1810.04805). Uniform: 1.
+    """
     return Estimate(weighted(text, by_level(text, 0.15, 0.15)), text.bytes)
 
 
@@ -280,10 +319,16 @@ def pseudo_one(text: Text) -> Estimate:
 
     All S tokens are scored if K allows, otherwise K different ones of each window.
     """
-    rank, num = tg.uniform(tg.derive(text.keys, 6), text.size).argsort(-1).argsort(-1), min(text.samples, text.size)
-    nats = [(window_nats(text, rank == k, k) * (rank == k)).sum((-2, -1)) * text.size for k in range(num)]
+    rank = tg.uniform(tg.derive(text.keys, 6), text.size).argsort(-1).argsort(-1)
+    num = min(text.samples, text.size)
+    nats = [
+        (window_nats(text, rank == k, k) * (rank == k)).sum((-2, -1)) * text.size
+        for k in range(num)
+    ]
     all_of_them = torch.stack(nats)
-    return Estimate(all_of_them.mean(0, keepdim=True) if num == text.size else all_of_them, text.bytes)
+    return Estimate(
+        all_of_them.mean(0, keepdim=True) if num == text.size else all_of_them, text.bytes
+    )
 
 
 class Wrong(NamedTuple):
@@ -291,15 +336,17 @@ class Wrong(NamedTuple):
 
     estimate: Callable[[Text], Estimate]
     source: str
-    flatters: bool | None  # is it below the bound, for a model that predicts better the more it sees? None: it depends
+    # Is it below the bound, for a model that predicts better the more it sees? None: it depends.
+    flatters: bool | None
     exposed: bool  # a uniform predictor does not score log2(V) / (bytes per token)
 
 
-# Two depend on how the loss rises with noise: convex, and a middle level is below the mean of all. A leak that training
-# never had helps only a model that happens to read there.
+# Two depend on how the loss rises with noise: convex, and a middle level is below the mean of all.
+# A leak that training never had helps only a model that happens to read there.
 # fmt: off
 ESTIMATORS: dict[str, Wrong] = {
-    "bytes_constant": Wrong(bytes_constant, "#1106, #1241", True, True),  # where tokens are shorter than 4.3 bytes
+    # Where tokens are shorter than 4.3 bytes.
+    "bytes_constant": Wrong(bytes_constant, "#1106, #1241", True, True),
     "bytes_space_twice": Wrong(bytes_space_twice, "#1545, #1576, #1632, #1672, #1734", True, True),
     "bytes_of_names": Wrong(bytes_of_names, "#1053", True, True),
     "range_truncated": Wrong(range_truncated, "#1403, #1582", True, True),

@@ -1,4 +1,6 @@
-"""scripts/bench_train.py: rows are medians over turns, ratios are taken within a turn, and nothing compiles late."""
+"""scripts/bench/train.py: rows are medians over turns, ratios are taken within a turn, and nothing
+compiles late.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +8,34 @@ import json
 from pathlib import Path
 from typing import Any
 
-import bench_train as bench
 import pytest
-from conftest import env_of, facts, outcome, settings
 
 import train_gpt as tg
+from scripts.bench import train as bench
+from tests.conftest import env_of, facts, outcome, settings
 
 
 def found(clean: float, windows: float = 0.0, start: float = 0.5, **more: Any) -> dict[str, Any]:
     """What a process says of one case."""
-    kinds = {"clean": [clean, clean, 9.0], "start": start} | ({"windows": [windows] * 3} if windows else {"start": 1.0})
-    usual = {"tokens": 100, "params": 7, "peak_mib": 5, "graphs": 0, "operations": 10.0, "best": 1000.0}
+    kinds = {"clean": [clean, clean, 9.0], "start": start} | (
+        {"windows": [windows] * 3} if windows else {"start": 1.0}
+    )
+    usual = {
+        "tokens": 100,
+        "params": 7,
+        "peak_mib": 5,
+        "graphs": 0,
+        "operations": 10.0,
+        "best": 1000.0,
+    }
     return kinds | usual | more
 
 
 def test_ratios_are_of_one_turn() -> None:
-    cases = [{"size": "-", "settings": {}, "nproc": 1, "recipe": recipe, "program": ""} for recipe in ("ar", "direct")]
+    cases = [
+        {"size": "-", "settings": {}, "nproc": 1, "recipe": recipe, "program": ""}
+        for recipe in ("ar", "direct")
+    ]
     turns = [  # the machine halves its speed in the second turn
         [found(1.0), found(1.0, 2.0, peak_mib=8)],
         [found(2.0), found(2.0, 4.0)],
@@ -39,7 +53,8 @@ def test_ratios_are_of_one_turn() -> None:
 
 def test_another_program_is_compared_with_this_one() -> None:
     cases = [
-        {"size": "-", "settings": {}, "nproc": 1, "recipe": "direct", "program": program} for program in ("", "old.py")
+        {"size": "-", "settings": {}, "nproc": 1, "recipe": "direct", "program": program}
+        for program in ("", "old.py")
     ]
     ours, theirs = bench.summarise(cases, [[found(1.0), found(1.6)]])
     assert (ours["ratio"], theirs["ratio"]) == (None, 1.6)  # there is no `ar`
@@ -57,7 +72,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFUSION_START_FRAC", "0.5")
 
 
-def test_a_real_turn_times_both_kinds_of_steps(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_real_turn_times_both_kinds_of_steps(
+    small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     argv = [
         "--recipes",
         "ar,direct",
@@ -79,7 +96,11 @@ def test_a_real_turn_times_both_kinds_of_steps(small: None, tmp_path: Path, caps
     assert ar["windows_ms"] is None
     assert min(direct["clean_ms"], direct["windows_ms"], ar["clean_ms"]) > 0
     assert min(direct["clean_ms"], direct["windows_ms"]) <= direct["run_ms"]
-    assert direct["params"] > ar["params"] == sum(p.numel() for p in tg.GPT(tg.Config(**shape("ar"))).parameters())
+    assert (
+        direct["params"]
+        > ar["params"]
+        == sum(p.numel() for p in tg.GPT(tg.Config(**shape("ar"))).parameters())
+    )
     assert ar["ratio"] == 1
     assert json.loads((tmp_path / "x.json").read_text())["rows"] == rows
     kinds = {(line["recipe"], line["step"]) for line in profiles}
@@ -94,7 +115,9 @@ def shape(recipe: str) -> dict[str, Any]:
     return settings(recipe, model_dim=32)
 
 
-def test_faults_are_named_before_anything_runs(small: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_faults_are_named_before_anything_runs(
+    small: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     for argv, named in (
         (["--recipes", "ar,drect"], "RECIPE='drect' is not in RECIPES; closest: direct"),
         (["--size", "MODEL_DIM=33"], "MODEL_DIM=33 must be a multiple"),

@@ -1,4 +1,4 @@
-"""scripts/bench_context.py: which tokens are scored where, against sums made one row at a time."""
+"""scripts/bench/context.py: which tokens are scored where, against sums made one row at a time."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import bench_context as bench
 import pytest
 import torch
-from conftest import VOCAB, Recorder, Tokenizers, random_rows, randomise, tiny
 
 import train_gpt as tg
+from scripts.bench import context as bench
+from tests.conftest import VOCAB, Recorder, Tokenizers, outcome, random_rows, randomise, tiny
 
 T = 16
 
@@ -22,13 +22,16 @@ T = 16
 def artifact(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("DATA_PATH", raising=False)
     monkeypatch.delenv("TOKENIZER_PATH", raising=False)
-    weights, sha256 = randomise(tg.GPT(cfg := tiny(**data))).state_dict(), tg.ByteCounter(tiny(**data)).sha256
+    weights = randomise(tg.GPT(cfg := tiny(**data))).state_dict()
+    sha256 = tg.ByteCounter(tiny(**data)).sha256
     tg.save_artifact(tmp_path / "tiny.ptz", weights, cfg, sha256, Recorder())
     return tmp_path / "tiny.ptz"
 
 
 def asked(artifact: Path, **changes: Any) -> argparse.Namespace:
-    args = bench.parse_args([str(artifact), "--factors", "1,2,4", "--rows", "3", "--decode-tokens", "3"])
+    args = bench.parse_args(
+        [str(artifact), "--factors", "1,2,4", "--rows", "3", "--decode-tokens", "3"]
+    )
     return argparse.Namespace(**vars(args) | changes)
 
 
@@ -39,7 +42,9 @@ def loaded(rope_scale: float = 1.0) -> bench.Loaded:
 
 @pytest.mark.parametrize("factor", [1, 2, 4])
 @pytest.mark.parametrize("at_once", [1, 5 * T, 4096])
-def test_every_token_is_scored_once_in_its_row(monkeypatch: pytest.MonkeyPatch, factor: int, at_once: int) -> None:
+def test_every_token_is_scored_once_in_its_row(
+    monkeypatch: pytest.MonkeyPatch, factor: int, at_once: int
+) -> None:
     monkeypatch.setattr(bench, "TOKENS_AT_ONCE", at_once)
     at, length = loaded(), factor * T
     expected = torch.zeros(5, 4 * T, dtype=torch.float64)
@@ -61,7 +66,9 @@ def test_scores_by_hand(trained: float) -> None:
         model = tg.GPT(dataclasses.replace(at.model.cfg, rope_scale=row["rope_scale"]))
         model.load_state_dict(at.model.state_dict())
         nats = bench.token_nats(at, model.eval(), length)
-        assert row["bpb"] == pytest.approx(tg.bits_per_byte(nats.sum().item(), at.bytes.sum().item()))
+        assert row["bpb"] == pytest.approx(
+            tg.bits_per_byte(nats.sum().item(), at.bytes.sum().item())
+        )
         far = [start + i for start in range(0, 4 * T, length) for i in range(T, length)]
         for key, of in (("bpb_beyond", nats), ("bpb_beyond_in_rows_of_t", base)):
             if not far:
@@ -91,7 +98,17 @@ def test_text_is_spread_over_the_split_and_counted_as_validation_does(
 
 def test_the_command(artifact: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "found.json"
-    argv = [str(artifact), "--factors", "1,2", "--rows", "2", "--decode-tokens", "3", "--out", str(out)]
+    argv = [
+        str(artifact),
+        "--factors",
+        "1,2",
+        "--rows",
+        "2",
+        "--decode-tokens",
+        "3",
+        "--out",
+        str(out),
+    ]
     assert bench.main(argv) == 0
     *lines, line = capsys.readouterr().out.splitlines()
     table = [row for row in lines if row.startswith("|")]
@@ -104,16 +121,26 @@ def test_the_command(artifact: Path, capsys: pytest.CaptureFixture[str], tmp_pat
     ("options", "data_path", "message"),
     [
         ("--factors 0", "", "argument --factors: '0' must list whole numbers"),
-        ("--rows 0", "", "--rows=0 must be 1 or more"),
+        ("--rows 0", "", "argument --rows: 0 must be 1 or more"),
         ("--decode-tokens 16", "", "--decode-tokens=16 must be below TRAIN_SEQ_LEN=16"),
-        ("--decode-tokens 3 --factors 1,5000", "", "--factors: rows of all of them tile 80,000 tokens"),
+        (
+            "--decode-tokens 3 --factors 1,5000",
+            "",
+            "--factors: rows of all of them tile 80,000 tokens",
+        ),
         ("", "nowhere", "DATA_PATH='nowhere' holds no"),
     ],
 )
 def test_mistakes_are_named(
-    artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, options: str, data_path: str, message: str
+    artifact: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    options: str,
+    data_path: str,
+    message: str,
 ) -> None:
     if data_path:
         monkeypatch.setenv("DATA_PATH", data_path)
-    assert bench.main([str(artifact), *options.split()]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {message}")
+    status, _, err = outcome(bench.main, [str(artifact), *options.split()], capsys)
+    assert status == 2
+    assert err.startswith(f"error: {message}")

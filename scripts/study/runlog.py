@@ -1,12 +1,11 @@
 """Run logs: events in, groups of comparable runs out, and how their numbers are written.
 
-Shared by the scripts that read logs. Runs that differ only in their seed are one group. A run counts once it has
-written its `done` event.
+Shared by the scripts that read logs. Runs that differ only in their seed are one group. A run
+counts once it has written its `done` event.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import statistics
@@ -15,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-NONE = "-"  # a cell nothing was measured for
+from scripts.common import NONE, fail
+
 SWEEP_RESULTS = "sweep.jsonl"  # what sweep.py writes beside its runs' logs: no log
 REFINE, LEFT_TO_RIGHT = "refine", "ar_cached"  # decoding modes, as logged
 
@@ -27,35 +27,39 @@ SPELLINGS = {
 }
 
 # What is counted in an event, so that rows can be laid out by it.
-COUNTS = {"nelbo": ("window",), "parallel_eval": ("span", "steps"), "train": ("step",), "val": ("step",)}
+COUNTS = {
+    "nelbo": ("window",),
+    "parallel_eval": ("span", "steps"),
+    "train": ("step",),
+    "val": ("step",),
+}
 
-# Settings that change no number of the table but speed, or that a column shows already: they make no row of their own.
+# Settings that change no number of the table but speed, or that a column shows already: they make
+# no row of their own.
 # fmt: off
 NEUTRAL = frozenset((
-    "seed", "run_id", "out_dir", "resume", "checkpoint_seconds", "device", "recipe", "preset", "data_path",
-    "tokenizer_path", "warmup_steps", "train_log_every", "val_loss_every", "val_batch_size", "nelbo_windows",
-    "nelbo_samples", "nelbo_sequences", "parallel_eval_examples", "parallel_eval_span_len", "parallel_eval_steps",
-    "eval_seed", "eval_stride",
+    "seed", "run_id", "out_dir", "resume", "checkpoint_seconds", "device", "recipe", "preset",
+    "data_path", "tokenizer_path", "warmup_steps", "train_log_every", "val_loss_every",
+    "val_batch_size", "nelbo_windows", "nelbo_samples", "nelbo_sequences",
+    "parallel_eval_examples", "parallel_eval_span_len", "parallel_eval_steps", "eval_seed",
+    "eval_stride",
 ))
 # fmt: on
 
 # The fields of the challenge's submission.json, and no other ones.
 # fmt: off
 SUBMISSION_FIELDS = (
-    "author", "github_id", "name", "blurb", "date", "track", "val_loss", "val_bpb", "val_bpb_std", "seeds",
-    "seed_results", "bytes_total", "bytes_code", "hardware", "pytorch_version",
+    "author", "github_id", "name", "blurb", "date", "track", "val_loss", "val_bpb", "val_bpb_std",
+    "seeds", "seed_results", "bytes_total", "bytes_code", "hardware", "pytorch_version",
 )
 # fmt: on
 ABOUT: dict[str, Any] = {
     "author": "The text-diffusion-golf authors",
     "github_id": None,
     "name": "Text diffusion, exactly autoregressive",
-    "blurb": "One set of weights that scores text exactly, left to right, and fills it in by diffusion.",
+    "blurb": "One set of weights that scores text exactly, left to right, and fills it in by "
+    "diffusion.",
 }
-
-
-class ReportError(Exception):
-    """A fault in logs or files that the user can repair; printed without a traceback."""
 
 
 def is_number(value: Any) -> bool:
@@ -68,20 +72,32 @@ class RunLog:
 
     name: str
     events: dict[str, dict[str, Any]] = field(default_factory=dict)
-    curve: list[dict[str, Any]] = field(default_factory=list)  # every train and val event; resumed: those kept, too
+    curve: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # every train and val event; resumed: those kept, too
     nelbo: dict[int, dict[str, Any]] = field(default_factory=dict)  # by window
-    decode: dict[tuple[str, int, int, str], dict[str, Any]] = field(default_factory=dict)  # by task, span, steps, mode
-    before: list[dict[str, Any]] = field(default_factory=list)  # the curve of the start before this one
+    decode: dict[tuple[str, int, int, str], dict[str, Any]] = field(
+        default_factory=dict
+    )  # by task, span, steps, mode
+    before: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # the curve of the start before this one
 
     def add(self, event: dict[str, Any]) -> None:
         """Take in one line; a header begins the run anew, as after a crash and a restart."""
         kind = event["event"]
-        event |= {ours: event[theirs] for theirs, ours in SPELLINGS.get(kind, {}).items() if theirs in event}
+        event |= {
+            ours: event[theirs]
+            for theirs, ours in SPELLINGS.get(kind, {}).items()
+            if theirs in event
+        }
         for name in COUNTS.get(kind, ()):
             if not isinstance(event[name], int):
                 raise ValueError(f"{name} of a {kind} event is {event[name]!r}, not a whole number")
         if kind == "header":
-            self.events, self.nelbo, self.decode = {}, {}, {}
+            self.events = {}
+            self.nelbo = {}
+            self.decode = {}
             self.before, self.curve = self.curve, []
         elif kind == "resume":
             self.curve = [point for point in self.before if point["step"] <= event["step"]]
@@ -98,31 +114,33 @@ class RunLog:
         """Return a value that a finished run must have.
 
         Raises:
-            ReportError: the log lacks it.
+            UserError: the log lacks it.
         """
         try:
             return self.events[event][key]
         except KeyError:
-            raise ReportError(
-                f"log {self.name}: no {key} in a {event} event; another version wrote it: run it again or move it away"
-            ) from None
+            fail(
+                f"log {self.name}: no {key} in a {event} event; another version wrote it: "
+                "run it again or move it away"
+            )
 
     def setting(self, name: str) -> Any:
-        """Return a setting that every run must have; ReportError: the log lacks it."""
+        """Return a setting that every run must have; UserError: the log lacks it."""
         values = self.get("config", "values")
         if not isinstance(values, dict) or name not in values:
-            raise ReportError(
-                f"log {self.name}: no {name} among the values of its config event; another version wrote it: run it "
-                "again or move it away"
+            fail(
+                f"log {self.name}: no {name} among the values of its config event; "
+                "another version wrote it: run it again or move it away"
             )
         return values[name]
 
     def number(self, event: str, key: str) -> float:
-        """Return a number that a finished run must have; ReportError: the log lacks it."""
+        """Return a number that a finished run must have; UserError: the log lacks it."""
         value = self.get(event, key)
         if not is_number(value):
-            raise ReportError(
-                f"log {self.name}: {key} of its {event} event is {value!r}, not a number; run it again or move it away"
+            fail(
+                f"log {self.name}: {key} of its {event} event is {value!r}, not a number; run it "
+                "again or move it away"
             )
         return float(value)
 
@@ -131,7 +149,10 @@ class RunLog:
         """Why the run cannot be averaged; empty if it can."""
         if "done" not in self.events:
             reached = self.events.get("train", {}).get("step", 0)
-            return self.events.get("error", {}).get("reason") or f"unfinished, last logged step {reached}"
+            return (
+                self.events.get("error", {}).get("reason")
+                or f"unfinished, last logged step {reached}"
+            )
         return "" if is_number(self.get("final", "val_bpb")) else "its score is not a finite number"
 
 
@@ -164,14 +185,14 @@ def read_lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ReportError(f"log {path} cannot be read ({error}); copy it again or move it away") from error
+        fail(f"log {path} cannot be read ({error}); copy it again or move it away")
 
 
 def read_log(path: Path) -> RunLog:
     """Read one log; a last line that was cut off is passed over, any other fault is named.
 
     Raises:
-        ReportError: unreadable, or a line is not an event.
+        UserError: unreadable, or a line is not an event.
     """
     run, lines = RunLog(path.stem), read_lines(path)
     for number, line in enumerate(lines, start=1):
@@ -182,24 +203,30 @@ def read_log(path: Path) -> RunLog:
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):  # no newline: the run was stopped while writing it
                 continue
-            raise ReportError(
-                f"log {path}, line {number}: not an event ({type(error).__name__}: {error}); copy it again or move it "
-                "away"
-            ) from error
+            fail(
+                f"log {path}, line {number}: not an event ({type(error).__name__}: {error}); "
+                "copy it again or move it away"
+            )
     return run
 
 
 def read_logs(folder: Path) -> list[RunLog]:
     if not folder.is_dir():
-        raise ReportError(f"--logs={folder} is not a folder; train first, or name the folder of the logs")
+        fail(f"--logs={folder} is not a folder; train first, or name the folder of the logs")
     return [read_log(path) for path in sorted(folder.glob("*.jsonl")) if path.name != SWEEP_RESULTS]
 
 
 def key_of(run: RunLog) -> Key:
     """Say which runs this one may be averaged with."""
-    values, source, machine = run.get("config", "values"), run.get("config", "source"), run.get("header", "machine")
+    values = run.get("config", "values")
+    source = run.get("config", "source")
+    machine = run.get("header", "machine")
     recipe, data, preset = (run.setting(name) for name in ("recipe", "data_path", "preset"))
-    changes = [f"{name.upper()}={values[name]}" for name in values if source.get(name) == "env" and name not in NEUTRAL]
+    changes = [
+        f"{name.upper()}={values[name]}"
+        for name in values
+        if source.get(name) == "env" and name not in NEUTRAL
+    ]
     ranks = (run.events["header"] | run.events.get("kernels", {})).get("world_size", 1)
     return Key(recipe, tuple(changes), Path(data).name, machine, preset, ranks)
 
@@ -219,13 +246,22 @@ def group_runs(runs: Iterable[RunLog]) -> tuple[list[Group], list[str]]:
         if seed in seeds:
             notes.append(f"`{seeds[seed].name}`: repeated later by `{run.name}`")
         seeds[seed] = run
-    gathered = [Group(key, [seeds[seed] for seed in sorted(seeds)]) for key, seeds in groups.items()]
-    gathered.sort(key=lambda g: (g.key.data, g.key.machine, statistics.mean(g.values("final", "val_bpb")), g.key))
+    gathered = [
+        Group(key, [seeds[seed] for seed in sorted(seeds)]) for key, seeds in groups.items()
+    ]
+    gathered.sort(
+        key=lambda g: (
+            g.key.data,
+            g.key.machine,
+            statistics.mean(g.values("final", "val_bpb")),
+            g.key,
+        )
+    )
     return gathered, sorted(notes)
 
 
 def missing_seeds(groups: Sequence[Group]) -> list[str]:
-    """Say which groups lack a seed that another recipe has on the same data, machine and settings."""
+    """Say which groups lack a seed that another recipe has on equal data, machine and settings."""
     seeds: dict[Key, set[int]] = {}
     for g in groups:
         seeds.setdefault(g.key._replace(recipe=""), set()).update(g.seeds)
@@ -239,7 +275,10 @@ def missing_seeds(groups: Sequence[Group]) -> list[str]:
         where = ", ".join([there.data, *(f"`{change}`" for change in there.changes)])
         named = f"seed{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}"
         verb = "has" if len(names) == 1 else "have"
-        found.append(f"{where}: {', '.join(names)} {verb} no finished run of {named}, which other recipes there have")
+        found.append(
+            f"{where}: {', '.join(names)} {verb} no finished run of {named}, which other recipes "
+            "there have"
+        )
     return found
 
 
@@ -261,18 +300,6 @@ def numbers(values: Iterable[Any]) -> list[float]:
     """Keep the values only if every run has one."""
     listed = list(values)
     return [float(value) for value in listed] if all(is_number(value) for value in listed) else []
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], num_texts: int) -> str:
-    """Lay out a table; the columns after the first `num_texts` are numbers, to the right."""
-    rule = ["---" if i < num_texts else "---:" for i in range(len(head))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
-
-
-def need(module: str, why: str) -> None:
-    """Require a package that only some commands use; ReportError: it is not installed."""
-    if importlib.util.find_spec(module) is None:
-        raise ReportError(f"{why} needs {module}: pip install {module} (a version is in requirements-dev.txt)")
 
 
 # ==============================================================================
@@ -299,7 +326,7 @@ def seed_result(run: RunLog) -> dict[str, Any]:
     return {
         "val_loss": rounded(run.number("final", "val_loss")),
         "val_bpb": rounded(run.number("final", "val_bpb")),
-        "artifact_bytes": int(run.number("size", "total_bytes")),  # code and model, as the challenge counts it
+        "artifact_bytes": int(run.number("size", "total_bytes")),  # code and model
         "steps": done.get("steps"),
         "train_seconds": rounded(done.get("train_seconds")),
         "eval_seconds": rounded(run.events.get("timing", {}).get("evaluation_seconds")),
@@ -307,7 +334,7 @@ def seed_result(run: RunLog) -> dict[str, Any]:
 
 
 def submission_entry(about: Mapping[str, Any], runs: Sequence[RunLog]) -> dict[str, Any]:
-    """Build submission.json from finished runs that differ only in their seed; null where there is no run.
+    """Build submission.json from finished runs that differ only in their seed; null without one.
 
     Args:
         about: what no log knows, a subset of author, github_id, name, blurb, date and track.

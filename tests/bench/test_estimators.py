@@ -1,5 +1,6 @@
-"""Wrong likelihood estimators: each does what it says, errs in the direction claimed, and shows or hides from a uniform
-predictor as claimed; likelihood.py prints them beside the right one."""
+"""Wrong likelihood estimators: each does what it says, errs in the direction claimed, and shows or
+hides from a uniform predictor as claimed; likelihood.py prints them beside the right one.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import likelihood
 import pytest
 import torch
-import wrong_estimators as we
-from conftest import BOS, CPU, VOCAB, Recorder, make_run, random_rows, randomise, tiny
-from test_evaluate import S3, T3, V3, evaluation, masked_set_nll, small_model, starts_of
 from torch import Tensor
 
 import train_gpt as tg
+from scripts.bench import estimators as we
+from scripts.bench import likelihood
+from tests.conftest import BOS, CPU, VOCAB, Recorder, make_run, random_rows, randomise, tiny
+from tests.test_evaluate import S3, T3, V3, evaluation, masked_set_nll, small_model, starts_of
 
 NAMES = list(we.ESTIMATORS)
 
@@ -48,7 +49,9 @@ def test_the_right_one_is_what_training_reports(size: int, data: dict[str, Any])
 
 
 def level_weight(m: int, low: float, high: float, power: int = 1) -> float:
-    """Mean over t in (low, high] of the chance that exactly these m of S tokens are hidden, over t^power."""
+    """Mean over t in (low, high] of the chance that exactly these m of S tokens are hidden, over
+    t^power.
+    """
     t = low + (high - low) * (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     return (t ** (m - power) * (1 - t) ** (S3 - m)).mean().item()
 
@@ -58,7 +61,9 @@ def five_levels(m: int) -> float:
 
 
 def by_count(m: int) -> float:
-    return 1 / (m * math.comb(S3, m))  # one of S counts, one of the sets of that count, weight S / m
+    return 1 / (
+        m * math.comb(S3, m)
+    )  # one of S counts, one of the sets of that count, weight S / m
 
 
 # Weight of a set of m hidden tokens in the mean of each estimator.
@@ -89,7 +94,9 @@ class CountOne:
 
 
 def mean_by_enumeration(name: str, model: tg.GPT, row: Tensor) -> float:
-    """Nats of a row in the mean over all that the estimator may draw: every set of hidden tokens, with its weight."""
+    """Nats of a row in the mean over all that the estimator may draw: every set of hidden tokens,
+    with its weight.
+    """
     total = 0.0
     for window in range(T3 // S3):
         nats = masked_set_nll(model, row, window)[0]  # (2^S, S)
@@ -106,14 +113,17 @@ def mean_by_enumeration(name: str, model: tg.GPT, row: Tensor) -> float:
         total += nats[0b010, 1].item() if name == "circular_two_pass" else 0.0
     if name == "circular_two_pass":
         single = tg.window_mask(T3, 1, False, CPU)
-        left = tg.window_bounds(model, row, tg.derive(torch.zeros(1, 1).long(), torch.arange(T3)), 1, 1, single)[0, 0]
+        left = tg.window_bounds(
+            model, row, tg.derive(torch.zeros(1, 1).long(), torch.arange(T3)), 1, 1, single
+        )[0, 0]
         total += left.view(-1, S3)[:, ::2].sum().item()
     return total
 
 
 @pytest.mark.parametrize("name", SET_WEIGHT)
 def test_the_mean_of_an_estimator_is_the_sum_over_what_it_may_hide(name: str) -> None:
-    # Weights for which the estimators are far enough apart; with others some differences drown in the error.
+    # Weights for which the estimators are far enough apart; with others some differences drown in
+    # the error.
     model, copies = randomise(small_model(look_ahead=0, bigram_vocab_size=0), seed=3, std=2.0), 6000
     row = torch.tensor([[2, 0, 1, 2, 0, 0, 1]])
     keys = tg.derive(torch.arange(copies)[:, None], 3, torch.arange(T3 // S3))
@@ -145,7 +155,9 @@ UNIFORM: dict[str, Callable[[Sizes], float]] = {
     "right": lambda s: 1.0,
     "bytes_constant": lambda s: s.bytes / s.tokens / 4.3,
     "bytes_space_twice": lambda s: s.bytes / (s.bytes + s.spaces),
-    "bytes_of_names": lambda s: s.bytes / (s.bytes + 5 * s.byte_pieces + 3 * s.controls),  # <0x0A> for 1, <s> for 0
+    "bytes_of_names": lambda s: (
+        s.bytes / (s.bytes + 5 * s.byte_pieces + 3 * s.controls)
+    ),  # <0x0A> for 1, <s> for 0
     "range_truncated": lambda s: 0.9,
     "weight_none": lambda s: (s.window + 1) / (2 * s.window),
     "weight_twice": lambda s: 3.575,
@@ -155,7 +167,8 @@ UNIFORM: dict[str, Callable[[Sizes], float]] = {
 
 def sizes_of(text: we.Text) -> Sizes:
     sp, targets = text.counter.tokenizer, text.rows[:, 1:].flatten().tolist()
-    spaces, byte_pieces = sum(sp.id_to_piece(i)[0] == "▁" for i in targets), sum(sp.is_byte(i) for i in targets)
+    spaces = sum(sp.id_to_piece(i)[0] == "▁" for i in targets)
+    byte_pieces = sum(sp.is_byte(i) for i in targets)
     num_bytes = int(text.bytes.sum().item())
     return Sizes(len(targets), num_bytes, spaces, byte_pieces, targets.count(BOS), text.size)
 
@@ -167,12 +180,16 @@ def test_what_a_uniform_predictor_scores(name: str, data: dict[str, Any]) -> Non
         for p in model.parameters():
             p.zero_()
     rows = torch.cat([loader.rows(i * 16, 1, 16, CPU) for i in range((loader.total - 1) // 16)])
-    text = we.cut(model, counter, rows, tg.derive(torch.arange(len(rows))[:, None], torch.arange(2)), 64)
+    text = we.cut(
+        model, counter, rows, tg.derive(torch.arange(len(rows))[:, None], torch.arange(2)), 64
+    )
     sizes, (found, error) = sizes_of(text), bpb(name, text)
     assert min(sizes[:5]) > 0  # the text has all that is counted wrongly
     honest = math.log2(VOCAB) * sizes.tokens / sizes.bytes
     expected = UNIFORM.get(name, UNIFORM["right"])(sizes)
-    assert error < (1e-6 if name in ("right", "weight_pooled") else 0.03) * honest * expected  # a ratio's noise cancels
+    assert (
+        error < (1e-6 if name in ("right", "weight_pooled") else 0.03) * honest * expected
+    )  # a ratio's noise cancels
     assert found / honest == pytest.approx(expected, rel=1e-6, abs=4 * error / honest)
     assert (name in UNIFORM) == (name == "right" or we.ESTIMATORS[name].exposed)
     if name != "right" and we.ESTIMATORS[name].exposed:
@@ -185,14 +202,18 @@ STAY, LETTERS = 0.75, 16
 
 
 class Trained(NamedTuple):
-    """A model of the sticky text, a piece of that text, and what that piece costs at the least, in bits per byte."""
+    """A model of the sticky text, a piece of that text, and what that piece costs at the least, in
+    bits per byte.
+    """
 
     text: we.Text
     entropy: float
 
 
 def sticky(letters: Tensor, batch: int, seed: int) -> Tensor:
-    """Rows of 17 tokens: each repeats the one before with probability STAY, or is any of the letters."""
+    """Rows of 17 tokens: each repeats the one before with probability STAY, or is any of the
+    letters.
+    """
     generator = torch.Generator().manual_seed(seed)
     fresh = letters[torch.randint(len(letters), (batch, 17), generator=generator)]
     new = torch.rand(batch, 17, generator=generator) > STAY
@@ -201,7 +222,9 @@ def sticky(letters: Tensor, batch: int, seed: int) -> Tensor:
 
 
 def sticky_nats(rows: Tensor) -> float:
-    """Negative log-probability of all tokens but the first of each row, given what is before, under their source."""
+    """Negative log-probability of all tokens but the first of each row, given what is before, under
+    their source.
+    """
     same = STAY + (1 - STAY) / LETTERS
     num_same, num = (rows[:, 1:] == rows[:, :-1]).sum().item(), rows[:, 1:].numel()
     return -num_same * math.log(same) - (num - num_same) * math.log((1 - STAY) / LETTERS)
@@ -227,7 +250,10 @@ def fit(model: tg.GPT, letters: Tensor, steps: int) -> None:
 def trained(data: dict[str, Any]) -> Trained:
     torch.set_num_threads(1)
     noise: dict[str, Any] = dict(
-        diffusion_regions="iid", diffusion_full_prob=0.1, diffusion_loss_clip=20.0, diffusion_windows="8"
+        diffusion_regions="iid",
+        diffusion_full_prob=0.1,
+        diffusion_loss_clip=20.0,
+        diffusion_windows="8",
     )
     cfg = tiny(**data, **noise, model_dim=32, tied_embed_init_std=0.3)
     counter, model = tg.ByteCounter(cfg), tg.GPT(cfg)
@@ -235,19 +261,27 @@ def trained(data: dict[str, Any]) -> Trained:
     words = [i for i in range(VOCAB) if not (sp.is_control(i) or sp.is_byte(i) or sp.is_unknown(i))]
     spaced = [i for i in words if sp.id_to_piece(i).startswith("▁") and len(sp.id_to_piece(i)) > 1]
     plain = [i for i in words if not sp.id_to_piece(i).startswith("▁")]
-    letters = torch.tensor([BOS, *[i for i in range(VOCAB) if sp.is_byte(i)][:3], *spaced[:6], *plain[:6]])
+    letters = torch.tensor(
+        [BOS, *[i for i in range(VOCAB) if sp.is_byte(i)][:3], *spaced[:6], *plain[:6]]
+    )
     assert len(letters) == LETTERS
     fit(model, letters, 260)
     rows = sticky(letters, 64, 1)
-    text = we.cut(model.eval(), counter, rows, tg.derive(torch.arange(64)[:, None], torch.arange(2)), 32)
+    text = we.cut(
+        model.eval(), counter, rows, tg.derive(torch.arange(64)[:, None], torch.arange(2)), 32
+    )
     return Trained(text, tg.bits_per_byte(sticky_nats(rows), text.bytes.sum().item()))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if we.ESTIMATORS[name].flatters is not None])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if we.ESTIMATORS[name].flatters is not None]
+)
 def test_an_estimator_errs_in_the_direction_claimed(name: str, trained: Trained) -> None:
     (bound, bound_error), (found, error) = bpb("right", trained.text), bpb(name, trained.text)
     margin = 4 * math.hypot(bound_error, error)
-    if name == "boundaries_free":  # the same tokens are drawn as for the bound: compare draw by draw
+    if (
+        name == "boundaries_free"
+    ):  # the same tokens are drawn as for the bound: compare draw by draw
         saved = (estimate("right", trained.text).nats - estimate(name, trained.text).nats).sum(-1)
         assert saved.mean() > 4 * saved.std() / math.sqrt(len(saved))
     elif we.ESTIMATORS[name].flatters:
@@ -256,10 +290,16 @@ def test_an_estimator_errs_in_the_direction_claimed(name: str, trained: Trained)
         assert found > bound + margin
 
 
-@pytest.mark.parametrize("name", ["circular_two_pass", "circular_late_keys", "pseudo_bert", "pseudo_one"])
-def test_reading_what_is_scored_beats_the_entropy_which_no_code_can(name: str, trained: Trained) -> None:
+@pytest.mark.parametrize(
+    "name", ["circular_two_pass", "circular_late_keys", "pseudo_bert", "pseudo_one"]
+)
+def test_reading_what_is_scored_beats_the_entropy_which_no_code_can(
+    name: str, trained: Trained
+) -> None:
     text = trained.text
-    exact = tg.bits_per_byte(tg.score(text.model, text.rows).double().sum().item(), text.bytes.sum().item())
+    exact = tg.bits_per_byte(
+        tg.score(text.model, text.rows).double().sum().item(), text.bytes.sum().item()
+    )
     bound, bound_error = bpb("right", text)
     assert trained.entropy < exact < bound - 2 * bound_error
     found, error = bpb(name, text)
@@ -267,12 +307,16 @@ def test_reading_what_is_scored_beats_the_entropy_which_no_code_can(name: str, t
 
 
 def test_late_keys_are_those_of_the_window_itself() -> None:
-    text = we.cut(small_model(), CountOne(), random_rows(1, T3 + 1, V3), torch.zeros(1, 2).long(), 1)  # type: ignore[arg-type]
+    text = we.cut(
+        small_model(), CountOne(), random_rows(1, T3 + 1, V3), torch.zeros(1, 2).long(), 1
+    )  # type: ignore[arg-type]
     allowed, late = text.mask.tolist(), we.late_mask(text).tolist()
     for query in range(2 * (S3 + 1)):
         window = query // (S3 + 1)
         for key in range(len(allowed[0])):
-            leaks = window * S3 <= key < (window + 1) * S3  # its clean token before, and all of its tokens but the last
+            leaks = (
+                window * S3 <= key < (window + 1) * S3
+            )  # its clean token before, and all of its tokens but the last
             assert late[query][key] == (allowed[query][key] or leaks)
 
 
@@ -281,9 +325,13 @@ def test_late_keys_are_those_of_the_window_itself() -> None:
 
 @pytest.fixture
 def artifact(data: dict[str, Any], tmp_path: Path) -> tuple[Path, tg.GPT]:
-    """An artifact that names data which is not there, as one from another machine does, and its reloaded model."""
+    """An artifact that names data which is not there, as one from another machine does, and its
+    reloaded model.
+    """
     model, _, _, counter = evaluation(**data)
-    elsewhere = dataclasses.replace(model.cfg, data_path="/nowhere", tokenizer_path="/nowhere.model")
+    elsewhere = dataclasses.replace(
+        model.cfg, data_path="/nowhere", tokenizer_path="/nowhere.model"
+    )
     path = tmp_path / "model.ptz"
     tg.save_artifact(path, model.state_dict(), elsewhere, counter.sha256, Recorder())
     return path, tg.load_artifact(path, CPU)[0]
@@ -300,15 +348,31 @@ def test_the_command_prints_what_training_would(
     artifact: tuple[Path, tg.GPT], data: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, model = artifact
-    argv = ["--artifact", str(path), "--rows", "8", "--samples", "4", "--windows", "1,4,T", "--window", "4", "--wrong"]
+    argv = [
+        "--artifact",
+        str(path),
+        "--rows",
+        "8",
+        "--samples",
+        "4",
+        "--windows",
+        "1,4,T",
+        "--window",
+        "4",
+        "--wrong",
+    ]
     assert likelihood.main(argv) == 0
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     cfg = dataclasses.replace(model.cfg, **data)
-    run, loader, counter = make_run(cfg), tg.TokenLoader(cfg, "val"), tg.ByteCounter(cfg)
+    run = make_run(cfg)
+    loader = tg.TokenLoader(cfg, "val")
+    counter = tg.ByteCounter(cfg)
     for row, size in zip(result["bounds"], (1, 4, 16), strict=True):
         found = tg.evaluate_bpb(model, run, loader, counter, size)
-        assert row == pytest.approx({"window": size, **{k: found[k] for k in ("bpb", "standard_error", "samples")}})
+        assert row == pytest.approx(
+            {"window": size, **{k: found[k] for k in ("bpb", "standard_error", "samples")}}
+        )
     assert (result["tokens"], result["bytes"]) == (found["tokens"], found["bytes"])
     assert result["left_to_right_bpb"] == result["bounds"][0]["bpb"]
     rows = torch.cat([loader.rows(i * 16, 1, 16, CPU) for i in starts_of(loader, 8)])
@@ -326,12 +390,25 @@ def test_the_command_prints_what_training_would(
 def test_more_samples_narrow_the_error_and_leave_the_mean(
     artifact: tuple[Path, tg.GPT], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["--artifact", str(artifact[0]), "--rows", "999", "--windows", "T", "--window", "T", "--samples", "64"]
+    argv = [
+        "--artifact",
+        str(artifact[0]),
+        "--rows",
+        "999",
+        "--windows",
+        "T",
+        "--window",
+        "T",
+        "--samples",
+        "64",
+    ]
     assert likelihood.main(argv) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows, fewer = result["convergence"], result["rows"] / result["convergence_rows"]
     assert 3 < fewer < 4.1
-    of_one = result["bounds"][0]["standard_error"] * math.sqrt(64 * fewer)  # what the spread over samples says of K = 1
+    of_one = result["bounds"][0]["standard_error"] * math.sqrt(
+        64 * fewer
+    )  # what the spread over samples says of K = 1
     assert 0.5 * of_one < rows[0]["standard_error"] < 1.6 * of_one
     assert [row["samples"] for row in rows] == [1, 2, 4, 8, 16, 32, 64]
     assert rows[-1]["standard_error"] < rows[0]["standard_error"] / 3

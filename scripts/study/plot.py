@@ -1,19 +1,18 @@
 """Draw run logs: loss against time, infill against passes, exact score against the bound.
 
-    python scripts/plot_runs.py --plots out/plots
-    python scripts/plot_runs.py --plots out/plots --logs logs/ladder --rows late,direct
+    python scripts/study/plot.py --plots out/plots
+    python scripts/study/plot.py --plots out/plots --logs logs/ladder --rows late,direct
 
-Reads logs/ and logs/ladder/, each into pictures of its own: FOLDER_DATA_training.png, .._infill.png and
-.._likelihood.png, one of each for runs on the same data and machine, of the same size and settings. A colour and a
-marker are a recipe. Curves are single runs (dotted: it did not finish); points are means over seeds, bars their
-standard deviation where there are several. Of a run that did not finish nothing else is drawn. The last line is one
-JSON object.
+Reads logs/ and logs/ladder/, each into pictures of its own: FOLDER_DATA_training.png, .._infill.png
+and .._likelihood.png, one of each for runs on the same data and machine, of the same size and
+settings. A colour and a marker are a recipe. Curves are single runs (dotted: it did not finish);
+points are means over seeds, bars their standard deviation where there are several. Of a run that
+did not finish nothing else is drawn. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -22,26 +21,38 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import rows as ladder
-from rows import Rows
-from runlog import REFINE, Group, Key, ReportError, RunLog, key_of, need, numbers, read_logs, spread
-from sweep import ladders
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
+
+from scripts.common import Parser, fail, names, need, run_command
+from scripts.study import report
+from scripts.study.report import Rows
+from scripts.study.runlog import (
+    REFINE,
+    Group,
+    Key,
+    RunLog,
+    key_of,
+    numbers,
+    read_logs,
+    spread,
+)
+from scripts.study.sweep import ladders
+
 NEAR_T = 16  # the window beside T at which bounds are drawn
 FEW = 10  # recipes that can be named within a panel
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plots", type=Path, required=True, metavar="DIR", help="folder to draw into; made if need be")
-    parser.add_argument("--logs", type=Path, action="append", help="folder of logs; may be given again")
-    parser.add_argument("--rows", type=lambda text: text.split(","), help="only these recipes or ladders, with commas")
+    parser = Parser(__doc__)
+    add, plots = parser.add_argument, "folder to draw into; made if needed"
+    add("--plots", type=Path, required=True, metavar="DIR", help=plots)
+    add("--logs", type=Path, action="append", help="folder of logs; may be given again")
+    add("--rows", type=names, help="only these recipes or ladders, with commas")
     return parser.parse_args(argv)
 
 
@@ -61,14 +72,20 @@ def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def draw_curves(loss: Axes, bpb: Axes, runs: Mapping[str, Sequence[RunLog]], style: Mapping[str, Any]) -> None:
+def draw_curves(
+    loss: Axes, bpb: Axes, runs: Mapping[str, Sequence[RunLog]], style: Mapping[str, Any]
+) -> None:
     """Draw training loss and val_bpb against seconds of training, a line a run."""
     for name, of_row in runs.items():
         for i, run in enumerate(of_row):
             label = name if i == 0 else None
             line = {"ls": ":" if run.why_left_out else "-", "lw": 1.2, "alpha": 0.8, **style[name]}
             for panel, event, key in ((loss, "train", "train_loss"), (bpb, "val", "val_bpb")):
-                found = [p for p in run.curve if p["event"] == event and numbers([p.get("train_ms"), p.get(key)])]
+                found = [
+                    p
+                    for p in run.curve
+                    if p["event"] == event and numbers([p.get("train_ms"), p.get(key)])
+                ]
                 times, values = [p["train_ms"] / 1e3 for p in found], [p[key] for p in found]
                 marks = {"marker": None} if event == "train" else {"ms": 5}
                 panel.plot(times, values, label=label, **line | marks)
@@ -84,33 +101,59 @@ def point(values: Sequence[float]) -> tuple[float, float]:
 def draw_infill(panel: Axes, rows: Rows, span: int, key: str, style: Mapping[str, Any]) -> None:
     """Draw one measure of infill by refinement against passes, a line a recipe."""
     for name, g in rows.items():
-        steps = sorted({k[2] for run in g.runs for k in run.decode if (k[0], k[1], k[3]) == ("infill", span, REFINE)})
-        found = [(n, point(values)) for n in steps if (values := ladder.infill(g, n, key, span))]
+        steps = sorted(
+            {
+                k[2]
+                for run in g.runs
+                for k in run.decode
+                if (k[0], k[1], k[3]) == ("infill", span, REFINE)
+            }
+        )
+        found = [(n, point(values)) for n in steps if (values := report.infill(g, n, key, span))]
         if found:
             means, bars = [mean for _, (mean, _) in found], [bar for _, (_, bar) in found]
             at = [n for n, _ in found]
-            panel.errorbar(at, means, yerr=bars if any(bars) else None, label=name, capsize=2, ms=4, **style[name])
+            panel.errorbar(
+                at,
+                means,
+                yerr=bars if any(bars) else None,
+                label=name,
+                capsize=2,
+                ms=4,
+                **style[name],
+            )
     panel.set(xscale="log")
-    ticks = sorted({k[2] for g in rows.values() for run in g.runs for k in run.decode if k[0] == "infill"})
+    ticks = sorted(
+        {k[2] for g in rows.values() for run in g.runs for k in run.decode if k[0] == "infill"}
+    )
     panel.set_xticks(ticks, [str(tick) for tick in ticks])
     panel.minorticks_off()
 
 
 def draw_likelihood(panel: Axes, rows: Rows, window: int, style: Mapping[str, Any]) -> None:
-    """Draw exact val_bpb against the bound, a labelled point a recipe; one without a bound is a line.
+    """Draw exact val_bpb against the bound, a labelled point a recipe; one without a bound is a
+    line.
 
     Where there are many, points are labelled by numbers, which the legend explains.
     """
     crowded = len(rows) > FEW
     for number, (name, g) in enumerate(rows.items(), start=1):
-        exact, bound = g.values("final", "val_bpb"), ladder.bounds(g, window)
+        exact, bound = g.values("final", "val_bpb"), report.bounds(g, window)
         label = f"{number} {name}" if crowded else name
         if not bound:
-            panel.axhline(point(exact)[0], color=style[name]["color"], ls="--", lw=1, label=f"{label} (no bound)")
+            panel.axhline(
+                point(exact)[0],
+                color=style[name]["color"],
+                ls="--",
+                lw=1,
+                label=f"{label} (no bound)",
+            )
             continue
         (x, x_bar), (y, y_bar) = point(bound), point(exact)
         bars: dict[str, Any] = {"xerr": x_bar, "yerr": y_bar} if len(exact) > 1 else {}
-        panel.errorbar(x, y, **bars, label=label if crowded else None, capsize=2, ms=5, ls="", **style[name])
+        panel.errorbar(
+            x, y, **bars, label=label if crowded else None, capsize=2, ms=5, ls="", **style[name]
+        )
         text = str(number) if crowded else name
         panel.annotate(text, (x, y), textcoords="offset points", xytext=(5, 4), size=7)
     panel.margins(x=0.1 if crowded else 0.2)  # for the names
@@ -139,7 +182,9 @@ def legend(figure: Figure, panels: Sequence[Axes]) -> None:
     if len(named) > FEW:
         columns = int(figure.get_figwidth() // 2)
         figure.set_figheight(figure.get_figheight() + 0.3 + 0.17 * -(-len(named) // columns))
-        figure.legend(named.values(), named.keys(), loc="outside lower center", fontsize=7, ncols=columns)
+        figure.legend(
+            named.values(), named.keys(), loc="outside lower center", fontsize=7, ncols=columns
+        )
     elif named:
         panels[0].legend(named.values(), named.keys(), fontsize=8)
 
@@ -153,7 +198,15 @@ def training(about: str, runs: Mapping[str, Sequence[RunLog]], style: Mapping[st
 
 def infill(about: str, rows: Rows, style: Mapping[str, Any]) -> Figure | None:
     """Draw accuracy and speed, a column a hole length; None if no run has filled holes."""
-    spans = sorted({key[1] for g in rows.values() for run in g.runs for key in run.decode if key[0] == "infill"})
+    spans = sorted(
+        {
+            key[1]
+            for g in rows.values()
+            for run in g.runs
+            for key in run.decode
+            if key[0] == "infill"
+        }
+    )
     if not spans:
         return None
     figure, panels = new_figure(about, 2, len(spans), sharex=True, sharey="row")
@@ -170,7 +223,7 @@ def infill(about: str, rows: Rows, style: Mapping[str, Any]) -> Figure | None:
 
 def likelihood(about: str, rows: Rows, style: Mapping[str, Any]) -> Figure | None:
     """Draw val_bpb against the bounds at 16 and at T; None if no run has one."""
-    windows = [window for window in ladder.windows_of(rows) if window > 1]
+    windows = [window for window in report.windows_of(rows) if window > 1]
     chosen = sorted({window for window in (NEAR_T, *windows[-1:]) if window in windows})
     if not chosen:
         return None
@@ -199,8 +252,10 @@ def kept(found: Mapping[str, Any], only: Sequence[str] | None) -> dict[str, Any]
 
 def draw_folder(folder: Path, args: argparse.Namespace) -> tuple[list[Path], set[str]]:
     """Draw what one folder holds; return the files, and the recipes it has."""
-    runs, files, seen = read_logs(folder), list[Path](), set[str]()
-    finished, notes = ladder.by_context(runs)
+    runs = read_logs(folder)
+    files = list[Path]()
+    seen = set[str]()
+    finished, notes = report.by_context(runs)
     curves, used = curves_by_context(runs), Counter[str]()
     for note in notes:
         print(f"note: {folder}: {note}", file=sys.stderr)
@@ -211,13 +266,16 @@ def draw_folder(folder: Path, args: argparse.Namespace) -> tuple[list[Path], set
         seen.update(names)
         if not names:
             continue
-        style, about = styles(names), f"{ladder.context_name(key).replace('`', '')}"
+        style, about = styles(names), f"{report.context_name(key).replace('`', '')}"
         start = re.sub(r"[^\w.-]+", "_", f"{folder.resolve().name}_{key.data}")
         used[start] += 1
         start += f"_{used[start]}" if used[start] > 1 else ""
         pictures: dict[str, Figure | None]
         pictures = {"training": training(about, {n: begun[n] for n in names if n in begun}, style)}
-        pictures |= {"infill": infill(about, of_row, style), "likelihood": likelihood(about, of_row, style)}
+        pictures |= {
+            "infill": infill(about, of_row, style),
+            "likelihood": likelihood(about, of_row, style),
+        }
         for name, figure in pictures.items():
             if figure is not None:
                 files.append(args.plots / f"{start}_{name}.png")
@@ -230,27 +288,28 @@ def save(figure: Figure, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, format="png")
     except OSError as error:
-        raise ReportError(f"--plots: {path} was not written ({error.strerror}); name another folder") from error
+        fail(f"--plots: {path} was not written ({error.strerror}); name another folder")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Draw every folder; UserError: it cannot be drawn, or a row of --rows has no run."""
+    need("matplotlib", "plot.py")
+    files, seen = list[Path](), set[str]()
+    for folder in args.logs or report.log_folders():
+        drawn, recipes = draw_folder(folder, args)
+        files += drawn
+        seen |= recipes
+    known = ladders()
+    lacking = [name for name in args.rows or () if seen.isdisjoint(known.get(name, (name,)))]
+    if lacking:
+        fail(f"--rows={','.join(lacking)}: no run of it in the logs; leave it out")
+    return {"plots": [str(path) for path in files]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after an error the user can repair."""
+    """Run the command; return its exit status."""
     args = parse_args(argv)
-    folders = args.logs or [folder for folder in (ROOT / "logs", ROOT / "logs" / "ladder") if folder.is_dir()]
-    files, seen = list[Path](), set[str]()
-    try:
-        need("matplotlib", "plot_runs.py")
-        for folder in folders:
-            drawn, names = draw_folder(folder, args)
-            files, seen = files + drawn, seen | names
-        lacking = [name for name in args.rows or () if seen.isdisjoint(ladders().get(name, (name,)))]
-        if lacking:
-            raise ReportError(f"--rows={','.join(lacking)}: no run of it in the logs; leave it out")
-    except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps({"plots": [str(path) for path in files]}))
-    return 0
+    return run_command(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""scripts/bench_eval.py: what is timed is what a run scores, and the whole is what it would take."""
+"""scripts/bench/evaluation.py: what is timed is what a run scores, and the whole is what it would
+take.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +9,31 @@ import json
 from pathlib import Path
 from typing import Any
 
-import bench_eval as bench
 import pytest
-from conftest import env_of, facts, outcome, settings
 
 import train_gpt as tg
+from scripts.bench import evaluation as bench
+from tests.conftest import env_of, facts, outcome, settings
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings of a tiny model in the environment."""
-    values = settings(nelbo_windows="1,T", nelbo_samples=2, parallel_eval_examples=2, parallel_eval_span_len="2")
-    for name, value in env_of({k: v for k, v in values.items() if k not in ("vocab_size", "eval_stride")}).items():
+    values = settings(
+        nelbo_windows="1,T", nelbo_samples=2, parallel_eval_examples=2, parallel_eval_span_len="2"
+    )
+    for name, value in env_of(
+        {k: v for k, v in values.items() if k not in ("vocab_size", "eval_stride")}
+    ).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("VOCAB_SIZE", "64")
     monkeypatch.setenv("EVAL_STRIDE", "4")
 
 
 def listed(tmp_path: Path, tokens: int, devices: int, **changes: Any) -> list[bench.Job]:
-    cfg = tg.Config(**settings(eval_stride=4, nelbo_windows="1,T", **changes, out_dir=str(tmp_path)))
+    cfg = tg.Config(
+        **settings(eval_stride=4, nelbo_windows="1,T", **changes, out_dir=str(tmp_path))
+    )
     cfg = dataclasses.replace(cfg, data_path=str(tmp_path / "data"))
     with tg.Run.start(cfg) as run:
         run.log.active = False
@@ -46,7 +54,9 @@ def test_the_whole_is_shared_by_devices_and_ends_at_nelbo_sequences(tmp_path: Pa
         pytest.approx(4 * job.whole) for job in four if job.name != bench.PARALLEL
     ]
     exact = one[0]
-    assert exact.whole * exact.tokens == pytest.approx(2 * 6000)  # before export and of the artifact
+    assert exact.whole * exact.tokens == pytest.approx(
+        2 * 6000
+    )  # before export and of the artifact
     few = {job.name: job for job in listed(tmp_path / "few", 6000, 1, nelbo_sequences=3)}
     bound = few["bound 1"]
     assert bound.whole * bound.tokens == pytest.approx(3 * tg.Config(**settings()).train_seq_len)
@@ -54,14 +64,31 @@ def test_the_whole_is_shared_by_devices_and_ends_at_nelbo_sequences(tmp_path: Pa
 
 
 def test_a_real_turn(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--rounds", "1", "--rows", "4", "--size", "NELBO_SAMPLES=2", "--size", "RECIPE=ar", "--tokens", "640"]
+    argv = [
+        "--rounds",
+        "1",
+        "--rows",
+        "4",
+        "--size",
+        "NELBO_SAMPLES=2",
+        "--size",
+        "RECIPE=ar",
+        "--tokens",
+        "640",
+    ]
     found = facts(outcome(bench.main, [*argv, "--out", str(tmp_path / "x.json")], capsys))
     rows = found["rows"]
-    assert {row["score"] for row in rows if row["size"] == "RECIPE=ar"} == {"exact", "sliding", "parallel_eval"}
+    assert {row["score"] for row in rows if row["size"] == "RECIPE=ar"} == {
+        "exact",
+        "sliding",
+        "parallel_eval",
+    }
     assert {row["score"] for row in rows} > {"bound 1"}
     assert min(row["seconds"] for row in rows) > 0
     for case, seconds in found["whole_seconds"].items():
-        assert seconds == pytest.approx(sum(row["whole_seconds"] for row in rows if row["size"] == case))
+        assert seconds == pytest.approx(
+            sum(row["whole_seconds"] for row in rows if row["size"] == case)
+        )
     assert json.loads((tmp_path / "x.json").read_text()) == found
 
 
@@ -69,7 +96,7 @@ def test_faults_are_named(small: None, capsys: pytest.CaptureFixture[str]) -> No
     for argv, named in (
         (["--size", "NELBO_SAMPLES=1"], "NELBO_SAMPLES=1 must be in [2"),
         (["--size", "NELBO=2"], "NELBO is no setting"),
-        (["--rows", "0"], "--rows=0 must be 1 or more"),
+        (["--rows", "0"], "argument --rows: 0 must be 1 or more"),
     ):
         status, out, err = outcome(bench.main, argv, capsys)
         assert (status, out) == (2, "")
@@ -78,7 +105,11 @@ def test_faults_are_named(small: None, capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize(("after", "whole"), [(16, 2), (7, 0)])
 def test_what_was_timed_before_ctrl_c_is_kept(
-    after: int, whole: int, small: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    after: int,
+    whole: int,
+    small: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Five jobs a turn, and the first turn does not count."""
     timed = list[bench.Job]()

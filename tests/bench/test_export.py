@@ -1,4 +1,6 @@
-"""scripts/bench_export.py: what is counted are the artifact's own bytes, and what rounding costs is measured on it."""
+"""scripts/bench/export.py: what is counted are the artifact's own bytes, and what rounding costs is
+measured on it.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-import bench_export as bench
 import pytest
 import torch
-from conftest import Called, Recorder, facts, make_run, outcome, randomise, tiny
 
 import train_gpt as tg
+from scripts.bench import export as bench
+from tests.conftest import Called, Recorder, facts, make_run, outcome, randomise, tiny
 
 
 @pytest.fixture
@@ -20,22 +22,31 @@ def checkpoint(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name in ("DATA_PATH", "TOKENIZER_PATH", "NELBO_SEQUENCES", "NELBO_SAMPLES"):
         monkeypatch.delenv(name, raising=False)
     cfg = tiny(**data, out_dir=str(tmp_path), run_id="r")
-    state = tg.TrainState(cfg, make_run(cfg), tg.TokenLoader(cfg, "train"), randomise(tg.GPT(cfg), std=0.05))
+    state = tg.TrainState(
+        cfg, make_run(cfg), tg.TokenLoader(cfg, "train"), randomise(tg.GPT(cfg), std=0.05)
+    )
     state.save()
     return cfg.path("checkpoints", ".pt")
 
 
 def call(path: Path, *argv: str, capsys: Any) -> Called:
-    return outcome(bench.main, [str(path), "--window", "8", "--keep", "100", "--device", "cpu", *argv], capsys)
+    return outcome(
+        bench.main, [str(path), "--window", "8", "--keep", "100", "--device", "cpu", *argv], capsys
+    )
 
 
 def test_scores_and_bytes_are_those_of_the_artifact(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(tg, "KEEP_FLOAT_NUMEL", 100)
     found = facts(call(checkpoint, "--levels", "127,31,3", capsys=capsys))
     cfg, weights = bench.load(checkpoint)
-    run, val, counter = make_run(cfg), tg.TokenLoader(cfg, "val"), tg.ByteCounter(cfg)
+    run = make_run(cfg)
+    val = tg.TokenLoader(cfg, "val")
+    counter = tg.ByteCounter(cfg)
     model = tg.GPT(cfg)
     model.load_state_dict(weights)
     exact, bound = (tg.evaluate_bpb(model, run, val, counter, size)["bpb"] for size in (0, 8))
@@ -55,13 +66,23 @@ def test_scores_and_bytes_are_those_of_the_artifact(
         assert line["model"] == sum(line[part] for part in ("integers", "scales", "fp16", "rest"))
     rough, fine = by_levels[3, 3], by_levels[127, 127]
     assert abs(rough["val_bpb_gap"]) > 3 * abs(fine["val_bpb_gap"])
-    assert rough["entropy"] < rough["bits"] == 3 * rough["integers"] / 8 < fine["bits"] == fine["integers"]
+    assert (
+        rough["entropy"]
+        < rough["bits"]
+        == 3 * rough["integers"] / 8
+        < fine["bits"]
+        == fine["integers"]
+    )
 
 
 def test_an_ideal_coder_takes_the_entropy() -> None:
-    assert bench.entropy(torch.tensor([[1, 1, -1, -1], [5, 5, 7, 7]], dtype=torch.int8)) == pytest.approx(2)
+    assert bench.entropy(
+        torch.tensor([[1, 1, -1, -1], [5, 5, 7, 7]], dtype=torch.int8)
+    ) == pytest.approx(2)
     assert bench.entropy(torch.full((3, 3), -127, dtype=torch.int8)) == 0
-    assert bench.entropy(torch.tensor([0, 0, 0, 1], dtype=torch.int8)) == pytest.approx(2 - 0.75 * math.log2(3))
+    assert bench.entropy(torch.tensor([0, 0, 0, 1], dtype=torch.int8)) == pytest.approx(
+        2 - 0.75 * math.log2(3)
+    )
 
 
 def test_errors_are_of_every_tensor(checkpoint: Path) -> None:
@@ -69,7 +90,9 @@ def test_errors_are_of_every_tensor(checkpoint: Path) -> None:
     lines = bench.errors(weights, keep=100)
     assert [line["tensor"] for line in lines] == list(weights)
     by_name = {line["tensor"]: line for line in lines}
-    fine, rough = (by_name["blocks.0.fc.weight"][f"{scheme} error"] for scheme in ("int8+zlib", "int6+lzma"))
+    fine, rough = (
+        by_name["blocks.0.fc.weight"][f"{scheme} error"] for scheme in ("int8+zlib", "int6+lzma")
+    )
     assert 3 < rough / fine < 5  # 127 / 31
     assert by_name["tok_emb"]["int8+zlib error"] == by_name["tok_emb"]["int6+lzma error"]
     assert by_name["blocks.0.attn.q_gain"]["int6+lzma bits"] == 16
@@ -91,13 +114,17 @@ def test_an_average_is_what_is_exported(data: dict[str, Any], tmp_path: Path) ->
         (["--window", "7"], "--window=7 must divide the 16 tokens"),
     ],
 )
-def test_faults_are_named(checkpoint: Path, argv: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_faults_are_named(
+    checkpoint: Path, argv: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     status, out, err = call(checkpoint, *argv, capsys=capsys)
     assert (status, out) == (2, "")
     assert named in err
 
 
-def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_no_checkpoint_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "x.pt").write_bytes(b"hello")
     status, out, err = call(tmp_path / "x.pt", capsys=capsys)
     assert (status, out) == (2, "")

@@ -1,4 +1,6 @@
-"""scripts/record.py: the plan is what a user would type; tests/smoke.sh rehearses it on two processes."""
+"""scripts/study/record.py: the plan is what a user would type; tests/smoke.sh rehearses it on two
+processes.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +8,36 @@ import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
-import package
 import pytest
-import record
-from conftest import facts, outcome
 
 import train_gpt as tg
+from scripts.study import package, record
+from tests.conftest import facts, outcome
 
 
 def planned(argv: list[str], env: dict[str, str]) -> list[tuple[str, dict[str, str]]]:
     steps = record.steps_of(record.parse_args(argv), env)
-    return [(" ".join(step.command).replace(f"{record.SCRIPTS}/", ""), step.settings) for step in steps]
+    return [
+        (" ".join(step.command).replace(f"{record.SCRIPTS}/", ""), step.settings) for step in steps
+    ]
 
 
 def test_the_record_is_data_three_seeds_the_split_of_bytes_and_a_report() -> None:
     data, sweep, export, table = planned(["8xh100"], {})
     assert data[0].endswith("prepare_data.py --source fineweb --train-shards 80 --out data/fineweb")
-    assert sweep[0].endswith("sweep.py direct --seeds 1337,42,2026 --seconds 600.0 --nproc 8 --out out/record_8xh100")
-    assert "bench_export.py CHECKPOINT --levels 31,27,23,19 --out out/record_8xh100/export.json" in export[0]
+    assert sweep[0].endswith(
+        "sweep.py direct --seeds 1337,42,2026 --seconds 600.0 --nproc 8 --out out/record_8xh100"
+    )
+    assert (
+        "bench/export.py CHECKPOINT --levels 31,27,23,19 --out out/record_8xh100/export.json"
+        in export[0]
+    )
     assert "--submission out/record_8xh100/submission.json --write" in table[0]
-    settings = {"PRESET": "8xh100", "DATA_PATH": "data/fineweb", "TOKENIZER_PATH": "data/fineweb/tokenizer.model"}
+    settings = {
+        "PRESET": "8xh100",
+        "DATA_PATH": "data/fineweb",
+        "TOKENIZER_PATH": "data/fineweb/tokenizer.model",
+    }
     assert data[1] == settings
     assert sweep[1] == settings | record.RECORD["8xh100"]
 
@@ -34,14 +46,23 @@ def test_source_and_variant_are_handed_to_the_data_and_set_the_vocabulary() -> N
     data, sweep, *_ = planned(["8xh100", "--variant", "sp8192", "--repo", "a/b"], {})
     source = "--source fineweb --train-shards 80 --variant sp8192 --repo a/b"
     assert data[0].endswith(f"prepare_data.py {source} --out data/fineweb_sp8192")
-    paths = {"DATA_PATH": "data/fineweb_sp8192", "TOKENIZER_PATH": "data/fineweb_sp8192/tokenizer.model"}
+    paths = {
+        "DATA_PATH": "data/fineweb_sp8192",
+        "TOKENIZER_PATH": "data/fineweb_sp8192/tokenizer.model",
+    }
     assert (paths | {"VOCAB_SIZE": "8192"}).items() <= sweep[1].items()
     data, *_ = planned(["cpu", "--source", "fineweb", "--variant", "sp4096"], {})
-    assert "--source fineweb --train-shards 80 --variant sp4096 --out data/fineweb_sp4096" in data[0]
+    assert (
+        "--source fineweb --train-shards 80 --variant sp4096 --out data/fineweb_sp4096" in data[0]
+    )
     data, sweep, *_ = planned(["1xgpu", "--source", "files 'my books/*.txt' --val-percent 5"], {})
-    assert data[0].endswith("prepare_data.py --source files my books/*.txt --val-percent 5 --out data/files")
+    assert data[0].endswith(
+        "prepare_data.py --source files my books/*.txt --val-percent 5 --out data/files"
+    )
     assert "VOCAB_SIZE" not in sweep[1]
-    with pytest.raises(tg.UserError, match=r"--variant=sp8192: DATA_PATH=mine names the data already; unset one"):
+    with pytest.raises(
+        tg.UserError, match=r"--variant=sp8192: DATA_PATH=mine names the data already; unset one"
+    ):
         planned(["8xh100", "--variant", "sp8192"], {"DATA_PATH": "mine"})
 
 
@@ -65,7 +86,9 @@ def test_a_package_is_made_of_the_record_runs(
     asked = list[package.Request]()
     monkeypatch.setattr(record, "steps_of", lambda *_: [])
     monkeypatch.setattr(record, "check", lambda _: None)
-    monkeypatch.setattr(package, "write_package", lambda request: asked.append(request) or {"made": 1})
+    monkeypatch.setattr(
+        package, "write_package", lambda request: asked.append(request) or {"made": 1}
+    )
     (tmp_path / "submission.json").write_text('{"val_bpb": 1.5}', encoding="utf-8")
     options = ["--out", str(tmp_path), "--seeds", "3,4", "--package", str(tmp_path / "p")]
     found = facts(outcome(record.main, [*argv, *options], capsys))
@@ -90,7 +113,9 @@ def test_a_package_that_is_refused_ends_with_2(
 
 
 def test_baselines_go_first_and_without_record_settings() -> None:
-    steps = planned(["1xgpu", "--seconds", "600", "--seeds", "1", "--out", "x"], {"DATA_PATH": "mine"})
+    steps = planned(
+        ["1xgpu", "--seconds", "600", "--seeds", "1", "--out", "x"], {"DATA_PATH": "mine"}
+    )
     assert len(steps) == 4  # nothing is downloaded
     (naive, plain), (strong, more), *_ = steps
     assert "sweep.py ar retrograde direct --seeds 1 --seconds 600.0 --nproc 1 --out x" in naive
@@ -116,8 +141,14 @@ def test_the_checkpoint_is_that_of_a_finished_run_of_this_protocol(tmp_path: Pat
     env = {"PRESET": "cpu"} | record.RECORD["cpu"]
     budget = {"MAX_WALLCLOCK_SECONDS": "7"}
     made = {}
-    for name, changes in (("plain", {"VALUE_RESIDUAL": "0"}), ("longer", {"MAX_WALLCLOCK_SECONDS": "8"}), ("mine", {})):
-        cfg, source, _ = tg.Config.from_env(env | budget | {"SEED": "42", "RECIPE": "direct"} | changes)
+    for name, changes in (
+        ("plain", {"VALUE_RESIDUAL": "0"}),
+        ("longer", {"MAX_WALLCLOCK_SECONDS": "8"}),
+        ("mine", {}),
+    ):
+        cfg, source, _ = tg.Config.from_env(
+            env | budget | {"SEED": "42", "RECIPE": "direct"} | changes
+        )
         run_id = f"direct_42_{cfg.path('', '').name[-8:]}"
         cfg = dataclasses.replace(cfg, run_id=run_id, out_dir=str(tmp_path))
         log = tg.Log(cfg, 0, continued=False)
@@ -131,7 +162,7 @@ def test_the_checkpoint_is_that_of_a_finished_run_of_this_protocol(tmp_path: Pat
     logged = sorted((tmp_path / "logs").glob("*.jsonl"))
     assert len(logged) == 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(record.report, "read_log", lambda path: SimpleNamespace(why_left_out=""))
+        patch.setattr(record, "read_log", lambda path: SimpleNamespace(why_left_out=""))
         assert record.checkpoint(args, env) == made["mine"]
 
 
@@ -166,7 +197,10 @@ def test_a_machine_without_the_devices_is_named(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     status, out, err = outcome(record.main, ["8xh100"], capsys)
     assert (status, out) == (2, "")
-    assert "PROTOCOL=8xh100 needs 8 CUDA devices, 2 found; run it there, or try the path with --rehearse" in err
+    assert (
+        "PROTOCOL=8xh100 needs 8 CUDA devices, 2 found; run it there, or try the path with "
+        "--rehearse" in err
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""scripts/bench_decode.py: what is counted, by hand and against tiny random models."""
+"""scripts/bench/decode.py: what is counted, by hand and against tiny random models."""
 
 from __future__ import annotations
 
@@ -8,16 +8,29 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import bench_decode as bench
-import policy
 import pytest
 import sentencepiece as spm
 import torch
-from conftest import ROOT, VOCAB, Recorder, random_rows, randomise, tiny, write_shard
 
 import train_gpt as tg
+from scripts import policy
+from scripts.bench import decode as bench
+from tests.conftest import (
+    ROOT,
+    VOCAB,
+    Called,
+    Recorder,
+    outcome,
+    random_rows,
+    randomise,
+    tiny,
+    write_shard,
+)
 
-V, PREFIX, TARGET, SUFFIX = 64, 6, 8, 3
+V = 64
+PREFIX = 6
+TARGET = 8
+SUFFIX = 3
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +44,23 @@ def model_of(recipe: str = "direct", std: float = 0.4) -> tg.GPT:
 
 
 def bench_of(rows: int = 6, judge: tg.GPT | None = None, repeats: int = 1) -> bench.Bench:
-    return bench.Bench(model_of(), judge, None, random_rows(rows, PREFIX + TARGET + SUFFIX, V), PREFIX, TARGET, repeats)
+    return bench.Bench(
+        model_of(),
+        judge,
+        None,
+        random_rows(rows, PREFIX + TARGET + SUFFIX, V),
+        PREFIX,
+        TARGET,
+        repeats,
+    )
 
 
-def jobs_of(modes: list[str], passes: list[int], batch: list[int], temperature: float = 0.0) -> list[bench.Job]:
-    return bench.plan_jobs(modes, Namespace(passes=passes, batch=batch, target=TARGET, temperature=temperature))
+def jobs_of(
+    modes: list[str], passes: list[int], batch: list[int], temperature: float = 0.0
+) -> list[bench.Job]:
+    return bench.plan_jobs(
+        modes, Namespace(passes=passes, batch=batch, target=TARGET, temperature=temperature)
+    )
 
 
 def measured(at: bench.Bench, *args: Any) -> list[dict[str, Any]]:
@@ -44,7 +69,9 @@ def measured(at: bench.Bench, *args: Any) -> list[dict[str, Any]]:
 
 def test_every_mode_has_the_passes_its_windows_can_take() -> None:
     jobs = jobs_of(["ar", "refine", "block", "threshold", "speculative"], [1, 6, 30], [3], 0.5)
-    stepped = [(mode, n) for mode in ("refine", "block") for n in (1, 6, 8)]  # 30 on eight tokens are eight
+    stepped = [
+        (mode, n) for mode in ("refine", "block") for n in (1, 6, 8)
+    ]  # 30 on eight tokens are eight
     assert [job[:2] for job in jobs] == [("ar", 0), *stepped, ("threshold", 0), ("speculative", 0)]
     for job in jobs:
         assert job.how == policy.MODES[job.mode]._replace(
@@ -53,12 +80,18 @@ def test_every_mode_has_the_passes_its_windows_can_take() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_decoding_without_a_cache_says_the_same(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_without_a_cache_says_the_same(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, prompt = model_of(), random_rows(5, PREFIX, V)
     how = tg.AR._replace(temperature=temperature, seed=3)
     expected = tg.generate(model, prompt, TARGET, how)
     read, real = list[int](), tg.GPT.clean
-    monkeypatch.setattr(tg.GPT, "clean", lambda self, ids, *rest: read.append(ids.shape[1]) or real(self, ids, *rest))
+    monkeypatch.setattr(
+        tg.GPT,
+        "clean",
+        lambda self, ids, *rest: read.append(ids.shape[1]) or real(self, ids, *rest),
+    )
     found = bench.uncached(model, prompt, TARGET, how)
     assert read == list(range(PREFIX, PREFIX + TARGET))
     assert found.ids.equal(expected.ids)
@@ -76,8 +109,12 @@ def test_what_is_decoded_is_not_seen(suffix: bool) -> None:
         assert decode(at.rows, 0).ids.shape[1] == PREFIX + TARGET + suffix * SUFFIX
 
 
-def test_speed_is_the_median_over_all_batches_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks, seeds, at = iter([0.0, 1.0, 10.0, 14.0, 20.0, 22.0]), list[int](), bench_of(repeats=3)
+def test_speed_is_the_median_over_all_batches_after_a_warm_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ticks = iter([0.0, 1.0, 10.0, 14.0, 20.0, 22.0])
+    seeds = list[int]()
+    at = bench_of(repeats=3)
     monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
 
     def decode(rows: torch.Tensor, seed: int) -> tg.Decoded:
@@ -94,22 +131,29 @@ def test_speed_is_the_median_over_all_batches_after_a_warm_up(monkeypatch: pytes
 def test_speeds_are_by_ar_of_the_same_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     real, at = bench.timed, bench_of()
     costs = iter([2.0, 0.5, 1.0, 8.0, 2.0, 4.0])
-    monkeypatch.setattr(bench, "timed", lambda *a: (real(*a)[0], {"tokens_per_second": next(costs), "seconds": []}))
+    monkeypatch.setattr(
+        bench, "timed", lambda *a: (real(*a)[0], {"tokens_per_second": next(costs), "seconds": []})
+    )
     rows = measured(at, ["ar", "speculative", "refine"], [2], [2, 3], 1.0)
     assert [row["times_cached_ar"] for row in rows] == [1, 0.25, 0.5, 1, 0.25, 0.5]
     assert rows[0]["identical"] == rows[1]["identical"] == 1 > rows[2]["identical"]
-    assert [row["right_infill"] is None for row in rows[:3]] == [True, True, False]
+    assert [row["infill_accuracy"] is None for row in rows[:3]] == [True, True, False]
 
 
-def test_a_wrong_token_makes_a_row_differ_and_rows_count_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_token_makes_a_row_differ_and_rows_count_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     at = bench_of(rows=4)
-    outputs, forwards = [at.rows[:, : PREFIX + TARGET].clone() for _ in range(4)], torch.tensor([[2], [8], [8], [8]])
+    outputs = [at.rows[:, : PREFIX + TARGET].clone() for _ in range(4)]
+    forwards = torch.tensor([[2], [8], [8], [8]])
     for changed in outputs[2:]:  # a warm-up and a repeat of each mode
         changed[0, -1] = (changed[0, -1] + 1) % V
-    monkeypatch.setattr(bench, "decoder", lambda *a, **k: lambda rows, seed: tg.Decoded(outputs.pop(0), forwards))
+    monkeypatch.setattr(
+        bench, "decoder", lambda *a, **k: lambda rows, seed: tg.Decoded(outputs.pop(0), forwards)
+    )
     rows = measured(at, ["ar", "speculative"], [1], [4])
     assert [row["identical"] for row in rows] == [1, 0.75]
-    assert [row["right"] for row in rows] == [1, 1 - 1 / (4 * TARGET)]
+    assert [row["accuracy"] for row in rows] == [1, 1 - 1 / (4 * TARGET)]
     assert rows[0]["tokens_per_forward"] == (TARGET / 2 + 3 * TARGET / 8) / 4  # not 4 * TARGET / 26
 
 
@@ -149,11 +193,15 @@ def test_python_is_cut_back_to_what_can_be_judged(decoded: str, accepted: bool) 
 
 def python_data(folder: Path, data: Any) -> spm.SentencePieceProcessor:
     sp = spm.SentencePieceProcessor(model_file=data["tokenizer_path"])
-    write_shard(folder / "x_val_000000.bin", sp.encode((ROOT / "train_gpt.py").read_text(encoding="utf-8")))
+    write_shard(
+        folder / "x_val_000000.bin", sp.encode((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
+    )
     return sp
 
 
-def test_excerpts_are_spread_out_and_python_begins_with_a_definition(data: dict[str, Any], tmp_path: Path) -> None:
+def test_excerpts_are_spread_out_and_python_begins_with_a_definition(
+    data: dict[str, Any], tmp_path: Path
+) -> None:
     write_shard(tmp_path / "x_val_000000.bin", range(1000))
     rows = bench.excerpts(tiny(vocab_size=1000, data_path=str(tmp_path)), 17, 9, None)
     assert rows[:, 0].tolist() == [i * 58 // 9 * 17 for i in range(9)]
@@ -163,25 +211,49 @@ def test_excerpts_are_spread_out_and_python_begins_with_a_definition(data: dict[
     assert len([text for text in texts if text.startswith(("def ", "class "))]) == 30
 
 
-def save(folder: Path, data: dict[str, Any], recipe: str = "direct", name: str = "m", sha256: str = "") -> Path:
+def save(
+    folder: Path, data: dict[str, Any], recipe: str = "direct", name: str = "m", sha256: str = ""
+) -> Path:
     cfg, path = tiny(recipe, **data | {"train_seq_len": 32}), folder / f"{name}.ptz"
     weights = dict(randomise(tg.GPT(cfg)).named_parameters())
     tg.save_artifact(path, weights, cfg, sha256 or tg.ByteCounter(cfg).sha256, Recorder())
     return path
 
 
-SMALL = ["--prefix=16", "--target=8", "--suffix=4", "--examples=4", "--passes=2", "--repeats=1", "--device=cpu"]
+SMALL = [
+    "--prefix=16",
+    "--target=8",
+    "--suffix=4",
+    "--examples=4",
+    "--passes=2",
+    "--repeats=1",
+    "--device=cpu",
+]
 
 
-def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
-    return bench.main([str(arg) for arg in argv]), *capsys.readouterr()
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> Called:
+    return outcome(bench.main, [str(arg) for arg in argv], capsys)
 
 
-def test_all_modes_from_end_to_end(data: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_modes_from_end_to_end(
+    data: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     python_data(tmp_path, data)
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
-    path, judge, out, plot = save(tmp_path, data), save(tmp_path, data, "ar", "j"), tmp_path / "json", tmp_path / "png"
-    more = ["--batch=1,4", "--python", "--predecessor", f"--judge={judge}", f"--out={out}", f"--plot={plot}"]
+    path, judge, out, plot = (
+        save(tmp_path, data),
+        save(tmp_path, data, "ar", "j"),
+        tmp_path / "json",
+        tmp_path / "png",
+    )
+    more = [
+        "--batch=1,4",
+        "--python",
+        "--predecessor",
+        f"--judge={judge}",
+        f"--out={out}",
+        f"--plot={plot}",
+    ]
     _, printed, _ = run(capsys, path, *SMALL, *more)
     found = json.loads(printed.splitlines()[-1])
     assert json.loads(out.read_text(encoding="utf-8")) == found
@@ -189,15 +261,26 @@ def test_all_modes_from_end_to_end(data: Any, tmp_path: Path, capsys: Any, monke
     assert [(row["batch"], row["mode"]) for row in found["rows"]] == [
         (n, mode) for n in (1, 4) for mode in policy.MODES
     ]
-    assert all(row["judge_nats"]["mean"] > 0 and row["python"] is not None for row in [*found["rows"], found["text"]])
+    assert all(
+        row["judge_nats"]["mean"] > 0 and row["python"] is not None
+        for row in [*found["rows"], found["text"]]
+    )
     slow, cached, *windows = found["predecessor"]
-    assert (slow["times_uncached_ar"], cached["times_cached_ar"], slow["right"]) == (1, 1, cached["right"])
+    assert (slow["times_uncached_ar"], cached["times_cached_ar"], slow["accuracy"]) == (
+        1,
+        1,
+        cached["accuracy"],
+    )
     assert [round(row["published_times_uncached_ar"], 1) for row in windows] == [21.9, 34.5, 97.3]
     assert all(f" {mode} | " in printed for mode in [*policy.MODES, "the text", "1 pass, infill"])
 
 
-def test_a_compiled_pass_says_the_same(data: dict[str, Any], tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    artifact, compiled, whole = save(tmp_path, data), list[Any](), torch.compile
+def test_a_compiled_pass_says_the_same(
+    data: dict[str, Any], tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    artifact = save(tmp_path, data)
+    compiled = list[Any]()
+    whole = torch.compile
 
     def eager(function: Any, **how: Any) -> Any:  # as the default backend, but without a compiler
         compiled.append((function.__name__, how))
@@ -208,11 +291,20 @@ def test_a_compiled_pass_says_the_same(data: dict[str, Any], tmp_path: Path, cap
     monkeypatch.setattr(torch, "compile", eager)
     fast = json.loads(run(capsys, artifact, *options, "--compile")[1].splitlines()[-1])
     assert compiled == [("trunk", {"dynamic": True})]
-    assert [row["right"] for row in fast["rows"]] == [row["right"] for row in plain["rows"]]
+    assert [row["accuracy"] for row in fast["rows"]] == [row["accuracy"] for row in plain["rows"]]
 
 
-def test_modes_that_need_a_denoiser_are_left_out(data: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
-    _, out, _ = run(capsys, save(tmp_path, data, "ar"), *SMALL, "--batch=2", "--modes=refine,ar", "--predecessor")
+def test_modes_that_need_a_denoiser_are_left_out(
+    data: dict[str, Any], tmp_path: Path, capsys: Any
+) -> None:
+    _, out, _ = run(
+        capsys,
+        save(tmp_path, data, "ar"),
+        *SMALL,
+        "--batch=2",
+        "--modes=refine,ar",
+        "--predecessor",
+    )
     found = json.loads(out.splitlines()[-1])
     assert ([row["mode"] for row in found["rows"]], len(found["predecessor"])) == (["ar"], 2)
     assert "has no trained denoiser: refine.\nNo --judge" in out
@@ -232,7 +324,9 @@ def test_modes_that_need_a_denoiser_are_left_out(data: dict[str, Any], tmp_path:
         ("--judge={other}", "has another tokenizer than"),
     ],
 )
-def test_mistakes_are_named(option: str, message: str, data: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+def test_mistakes_are_named(
+    option: str, message: str, data: dict[str, Any], tmp_path: Path, capsys: Any
+) -> None:
     path, other = save(tmp_path, data), save(tmp_path, data, "ar", "other", "0" * 64)
     option, message = (text.format(path=path, other=other) for text in (option, message))
     code, out, err = run(capsys, path, *SMALL, "--batch=2", option)

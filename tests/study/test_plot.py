@@ -1,4 +1,4 @@
-"""plot_runs.py: what is drawn is what the logs hold."""
+"""plot.py: what is drawn is what the logs hold."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import plot_runs
 import pytest
-import rows as ladder
-import runlog
 from matplotlib.figure import Figure
-from test_report import events
+
+from scripts.study import plot, report, runlog
+from tests.study.test_report import events
 
 STYLE = {"direct": {"color": "b", "marker": "o"}, "ar": {"color": "r", "marker": "o"}}
 
@@ -40,16 +39,22 @@ def logs(tmp_path: Path) -> Path:
     folder = tmp_path / "logs"
     write(folder, "d1", lines_of(seed=1, bpb=2.0))
     second = lines_of(seed=2, bpb=2.2)
-    next(line for line in second if line.get("task") == "infill" and line["steps"] == 8)["token_acc"] = 0.6
+    next(line for line in second if line.get("task") == "infill" and line["steps"] == 8)[
+        "token_acc"
+    ] = 0.6
     write(folder, "d2", second)
     write(folder, "d3", lines_of(seed=3, bpb=9.0)[:7])
     unable = ("nelbo", "parallel_eval")
-    write(folder, "a1", [line for line in lines_of(recipe="ar", bpb=1.9) if line["event"] not in unable])
+    write(
+        folder,
+        "a1",
+        [line for line in lines_of(recipe="ar", bpb=1.9) if line["event"] not in unable],
+    )
     return folder
 
 
-def rows_in(logs: Path) -> ladder.Rows:
-    ((_, rows),) = ladder.by_context(runlog.read_logs(logs))[0].items()
+def rows_in(logs: Path) -> report.Rows:
+    ((_, rows),) = report.by_context(runlog.read_logs(logs))[0].items()
     return rows
 
 
@@ -58,10 +63,10 @@ def points(line: Any) -> list[tuple[float, float]]:
 
 
 def test_curves_are_against_seconds_and_one_that_died_is_dotted(logs: Path) -> None:
-    ((_, runs),) = plot_runs.curves_by_context(runlog.read_logs(logs)).items()
+    ((_, runs),) = plot.curves_by_context(runlog.read_logs(logs)).items()
     assert {name: len(of_row) for name, of_row in runs.items()} == {"direct": 3, "ar": 1}
     loss, bpb = Figure().subplots(2)
-    plot_runs.draw_curves(loss, bpb, {"direct": runs["direct"]}, STYLE)
+    plot.draw_curves(loss, bpb, {"direct": runs["direct"]}, STYLE)
     assert [points(line) for line in loss.lines] == [[(0.5, 6.0), (1.0, 5.0)]] * 3
     assert [points(line) for line in bpb.lines] == [[(1.2, 2.5)]] * 3
     assert [line.get_linestyle() for line in loss.lines] == ["-", "-", ":"]
@@ -70,20 +75,20 @@ def test_curves_are_against_seconds_and_one_that_died_is_dotted(logs: Path) -> N
 
 def test_infill_is_drawn_against_passes_as_mean_and_deviation(logs: Path) -> None:
     panel = Figure().subplots()
-    plot_runs.draw_infill(panel, rows_in(logs), 8, "token_acc", STYLE)
+    plot.draw_infill(panel, rows_in(logs), 8, "token_acc", STYLE)
     (container,) = panel.containers  # ar has filled no hole
     line, _, (bars,) = container
     assert points(line) == [(1.0, 0.375), (8.0, 0.5)]
     low, high = bars.get_segments()[1][:, 1]
     assert (low, high) == (pytest.approx(0.5 - 0.02**0.5), pytest.approx(0.5 + 0.02**0.5))
     assert [tick.get_text() for tick in panel.get_xticklabels()] == ["1", "8"]
-    plot_runs.draw_infill(panel, rows_in(logs), 64, "token_acc", STYLE)
+    plot.draw_infill(panel, rows_in(logs), 64, "token_acc", STYLE)
     assert len(panel.containers) == 1
 
 
 def test_a_recipe_is_one_labelled_point_over_its_bound(logs: Path) -> None:
     panel = Figure().subplots()
-    plot_runs.draw_likelihood(panel, rows_in(logs), 16, STYLE)
+    plot.draw_likelihood(panel, rows_in(logs), 16, STYLE)
     (container,) = panel.containers
     assert points(container[0]) == [(pytest.approx(2.6), pytest.approx(2.1))]
     (across, along) = (bars.get_segments()[0] for bars in container[2])
@@ -96,7 +101,7 @@ def test_a_recipe_is_one_labelled_point_over_its_bound(logs: Path) -> None:
 def test_one_seed_has_no_bars(tmp_path: Path) -> None:
     write(tmp_path, "d1", lines_of())
     panel = Figure().subplots()
-    plot_runs.draw_likelihood(panel, rows_in(tmp_path), 16, STYLE)
+    plot.draw_likelihood(panel, rows_in(tmp_path), 16, STYLE)
     assert panel.containers[0][2] == ()
 
 
@@ -104,15 +109,20 @@ def test_many_recipes_are_told_apart_by_numbers(tmp_path: Path) -> None:
     names = [f"r{i:02}" for i in range(12)]
     for i, name in enumerate(names):
         write(tmp_path, name, lines_of(recipe=name, bpb=2 + 0.1 * i))
-    panel, style = Figure().subplots(), plot_runs.styles(names)
-    assert len({(s["color"], s["marker"]) for s in plot_runs.styles([str(i) for i in range(60)]).values()}) == 60
-    plot_runs.draw_likelihood(panel, rows_in(tmp_path), 16, style)
+    panel, style = Figure().subplots(), plot.styles(names)
+    assert (
+        len({(s["color"], s["marker"]) for s in plot.styles([str(i) for i in range(60)]).values()})
+        == 60
+    )
+    plot.draw_likelihood(panel, rows_in(tmp_path), 16, style)
     assert [text.get_text() for text in panel.texts] == [str(i) for i in range(1, 13)]
-    assert panel.get_legend_handles_labels()[1] == [f"{i} {name}" for i, name in enumerate(names, start=1)]
+    assert panel.get_legend_handles_labels()[1] == [
+        f"{i} {name}" for i, name in enumerate(names, start=1)
+    ]
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: Any, code: int = 0) -> str:
-    assert plot_runs.main([str(arg) for arg in argv]) == code
+    assert plot.main([str(arg) for arg in argv]) == code
     captured = capsys.readouterr()
     return captured.err if code else captured.out
 
@@ -121,25 +131,42 @@ def test_every_context_of_a_folder_has_its_pictures(
     logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(logs, "more", lines_of(changed={"iterations": 50}))
-    write(logs, "books", [line for line in lines_of(data="/x/books") if line["event"] != "parallel_eval"])
+    write(
+        logs,
+        "books",
+        [line for line in lines_of(data="/x/books") if line["event"] != "parallel_eval"],
+    )
     out = run(capsys, "--logs", logs, "--plots", tmp_path / "new" / "plots")
     files = json.loads(out.splitlines()[-1])["plots"]
     three = ["training", "infill", "likelihood"]
     expected = {f"logs_{data}_{kind}.png" for data in ("stdlib", "stdlib_2") for kind in three}
-    assert {Path(file).name for file in files} == expected | {"logs_books_training.png", "logs_books_likelihood.png"}
+    assert {Path(file).name for file in files} == expected | {
+        "logs_books_training.png",
+        "logs_books_likelihood.png",
+    }
     assert all(Path(file).read_bytes().startswith(b"\x89PNG") for file in files)
-    out = run(capsys, "--logs", logs, "--plots", tmp_path, "--rows", "main")  # a ladder: ar, retrograde, direct
+    out = run(
+        capsys, "--logs", logs, "--plots", tmp_path, "--rows", "main"
+    )  # a ladder: ar, retrograde, direct
     assert len(json.loads(out.splitlines()[-1])["plots"]) == len(files)
     out = run(capsys, "--logs", logs, "--plots", tmp_path, "--rows", "ar")
-    assert [Path(file).name for file in json.loads(out.splitlines()[-1])["plots"]] == ["logs_stdlib_training.png"]
+    assert [Path(file).name for file in json.loads(out.splitlines()[-1])["plots"]] == [
+        "logs_stdlib_training.png"
+    ]
 
 
 def test_faults_are_named(
     logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "--rows=late: no run of it" in run(capsys, "--logs", logs, "--plots", tmp_path, "--rows", "ar,late", code=2)
+    assert "--rows=late: no run of it" in run(
+        capsys, "--logs", logs, "--plots", tmp_path, "--rows", "ar,late", code=2
+    )
     (tmp_path / "file").write_text("", encoding="utf-8")
-    assert "name another folder" in run(capsys, "--logs", logs, "--plots", tmp_path / "file", code=2)
-    assert "is not a folder" in run(capsys, "--logs", tmp_path / "none", "--plots", tmp_path, code=2)
+    assert "name another folder" in run(
+        capsys, "--logs", logs, "--plots", tmp_path / "file", code=2
+    )
+    assert "is not a folder" in run(
+        capsys, "--logs", tmp_path / "none", "--plots", tmp_path, code=2
+    )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install matplotlib" in run(capsys, "--logs", logs, "--plots", tmp_path, code=2)

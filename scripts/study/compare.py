@@ -1,25 +1,27 @@
-"""Test every recipe's scores against a reference, and set the order of the recipes beside the published one.
+"""Test every recipe's scores against a reference, and compare their order with the published.
 
-    python scripts/compare.py                              against `ar` and `direct`, in logs/ and logs/ladder/
-    python scripts/compare.py --against td_control --logs logs/ladder
-    python scripts/compare.py --noise 0.002                what a row with one seed may be off by, as a share
+    python scripts/study/compare.py            against `ar` and `direct`, in logs/ and logs/ladder/
+    python scripts/study/compare.py --against td_control --logs logs/ladder
+    python scripts/study/compare.py --noise 0.002     relative noise of a row with one seed
 
-Only runs on the same data and machine, of the same size and settings, are compared. Rows with two seeds or more in
-common with the reference are compared seed by seed (paired t-test), others with two seeds on either side by Welch's
-test; one seed gives a difference and no p-value. p-values are two-sided and not adjusted for the number of tests.
-Folders are read one by one. The last line is one JSON object.
+Only runs on the same data and machine, of the same size and settings, are compared. Rows with two
+seeds or more in common with the reference are compared seed by seed (paired t-test), others with
+two seeds on either side by Welch's test; one seed gives a difference and no p-value. p-values are
+two-sided and not adjusted for the number of tests. Folders are read one by one. The last line is
+one JSON object.
 
-tau, rho  Kendall's (tau-b, ties count as ties) and Spearman's correlation of our val_bpb with the published ones
-beyond    pairs of rows in the other order than published whose difference exceeds two standard errors: those of the
-          tests above or, where a row has one seed, those of --noise. Without it, noise is pooled over the rows that
-          have several seeds; for two rows with the same seeds it is that of their differences, which is less
+tau, rho  Kendall's (tau-b, ties count as ties) and Spearman's correlation of our val_bpb with the
+          published ones
+beyond    pairs of rows in the other order than published whose difference exceeds two standard
+          errors: those of the tests above or, where a row has one seed, those of --noise. Without
+          it, noise is pooled over the rows that have several seeds; for two rows with the same
+          seeds it is that of their differences, which is less
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -27,18 +29,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import rows as ladder
-import sweep
-from rows import Rows
-from runlog import NONE, Group, Key, ReportError, markdown, mean_cell, need, read_logs
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-ROOT = Path(__file__).resolve().parents[1]
+from scripts.common import NONE, ROOT, Parser, fail, in_range, markdown, need, run_command
+from scripts.study import report, sweep
+from scripts.study.report import Rows
+from scripts.study.runlog import Group, Key, mean_cell, read_logs
+
 REFERENCES = ("ar", "direct")
 BEYOND = 2  # standard errors
 NOISE_OF = ("over seeds", "in differences at one seed")
 VAL = "val_bpb"
 
-# The published orders of a ladder: a column each, its phases in order of preference where a row has several scores.
+# The published orders of a ladder: a column each, its phases in order of preference where a row has
+# several scores.
 SHORT = ("1", "2", "2, corruption", "3", "3b", "3d", "3e", "4")  # 180 s on one H100
 PHASES: dict[str, tuple[tuple[str, ...], ...]] = {
     "phase1": (("1",),),
@@ -55,15 +59,13 @@ PHASES: dict[str, tuple[tuple[str, ...], ...]] = {
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--logs", type=Path, action="append", help="folder of logs; may be given again")
-    parser.add_argument("--against", action="append", metavar="ROW", help="reference; may be given again")
-    noise = "standard deviation of one run's val_bpb, as a share of it (default: pooled over rows with several seeds)"
-    parser.add_argument("--noise", type=float, help=noise)
-    args = parser.parse_args(argv)
-    if args.noise is not None and not 0 <= args.noise < 1:
-        parser.error(f"--noise={args.noise} must be a share, from 0 to below 1; 0.002 is 0.2 %")
-    return args
+    parser = Parser(__doc__)
+    add, share = parser.add_argument, in_range(float, 0, math.nextafter(1, 0))
+    add("--logs", type=Path, action="append", help="folder of logs; may be given again")
+    add("--against", action="append", metavar="ROW", help="reference; may be given again")
+    noise = "standard deviation of one run's val_bpb, as a share of it, below 1"
+    add("--noise", type=share, help=f"{noise} (default: pooled over rows with several seeds)")
+    return parser.parse_args(argv)
 
 
 # ==============================================================================
@@ -81,28 +83,24 @@ class Difference(NamedTuple):
     test: str
 
 
-def two_sided(t: float, freedom: float) -> float:
+def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
+    """Compare scores by seed: paired if two seeds are shared, else Welch's test, else no test."""
     from scipy import stats
 
-    return float(2 * stats.t.sf(abs(t), freedom))
-
-
-def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
-    """Compare scores by seed: paired where two seeds are shared, else Welch's test, else no test."""
     shared = sorted(ours.keys() & theirs.keys())
     a, b = list(ours.values()), list(theirs.values())
+    n = f"{len(a)}, {len(b)}"
     if len(shared) > 1:
         pairs = [ours[seed] - theirs[seed] for seed in shared]
-        mean, error, freedom = statistics.mean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs)), len(pairs) - 1.0
-        n, test = f"{len(pairs)} pairs", "paired"
-    elif min(len(a), len(b)) > 1:
-        parts = [statistics.variance(values) / len(values) for values in (a, b)]
-        mean, error = statistics.mean(a) - statistics.mean(b), math.sqrt(sum(parts))
-        scaled = sum(part**2 / (len(values) - 1) for part, values in zip(parts, (a, b), strict=True))
-        n, test, freedom = f"{len(a)}, {len(b)}", "Welch", sum(parts) ** 2 / scaled if scaled else 1.0
-    else:
-        return Difference(statistics.mean(a) - statistics.mean(b), None, None, f"{len(a)}, {len(b)}", NONE)
-    return Difference(mean, error, two_sided(mean / error, freedom) if error else None, n, test)
+        mean, error = statistics.mean(pairs), float(stats.sem(pairs))
+        p = float(stats.ttest_1samp(pairs, 0.0).pvalue) if error else None
+        return Difference(mean, error, p, f"{len(pairs)} pairs", "paired")
+    mean = statistics.mean(a) - statistics.mean(b)
+    if min(len(a), len(b)) < 2:
+        return Difference(mean, None, None, n, NONE)
+    error = math.hypot(stats.sem(a), stats.sem(b))
+    p = float(stats.ttest_ind(a, b, equal_var=False).pvalue) if error else None
+    return Difference(mean, error, p, n, "Welch")
 
 
 def scores(g: Group, measure: str) -> dict[int, float]:
@@ -111,23 +109,29 @@ def scores(g: Group, measure: str) -> dict[int, float]:
         return dict(zip(g.seeds, g.values("final", VAL), strict=True))
     found = {}
     for seed, run in zip(g.seeds, g.runs, strict=True):
-        for value in ladder.bounds(Group(g.key, [run]), int(measure)):
+        for value in report.bounds(Group(g.key, [run]), int(measure)):
             found[seed] = value
     return found
 
 
 def differences(rows: Rows, name: str) -> Iterator[dict[str, Any]]:
     """Compare every other row with a reference by val_bpb and each bound that both have."""
-    reference = ladder.find(rows, name)
+    reference = report.find_row(rows, name)
     if reference is None:
         return
     for row, g in rows.items():
-        for measure in (VAL, *map(str, ladder.windows_of(rows))) if g is not reference else ():
+        for measure in (VAL, *map(str, report.windows_of(rows))) if g is not reference else ():
             ours, theirs = scores(g, measure), scores(reference, measure)
             if ours and theirs:
                 label = measure if measure == VAL else f"bound, window {measure}"
                 found = difference(ours, theirs)._asdict()
-                yield {"row": row, "against": name, "measure": label, "score": list(ours.values()), **found}
+                yield {
+                    "row": row,
+                    "against": name,
+                    "measure": label,
+                    "score": list(ours.values()),
+                    **found,
+                }
 
 
 def p_cell(found: Mapping[str, Any]) -> str:
@@ -143,7 +147,13 @@ def difference_table(found: Iterable[Mapping[str, Any]], name: str) -> str:
     body = []
     for line in found:
         error = NONE if line["error"] is None else f"{line['error']:.4f}"
-        start = [f"`{line['row']}`", line["measure"], mean_cell(line["score"]), f"{line['mean']:+.4f}", error]
+        start = [
+            f"`{line['row']}`",
+            line["measure"],
+            mean_cell(line["score"]),
+            f"{line['mean']:+.4f}",
+            error,
+        ]
         body.append([*start, line["n"], p_cell(line), line["test"]])
     return markdown(head, body, 2)
 
@@ -154,25 +164,33 @@ def difference_table(found: Iterable[Mapping[str, Any]], name: str) -> str:
 
 
 class Noise(NamedTuple):
-    """Standard deviation of one run's val_bpb, as a share of it; None if no row has several seeds."""
+    """Standard deviation of one run's val_bpb, as a share of it; None without several seeds."""
 
     seeds: float | None  # over seeds
     paired: float | None  # in a difference of two rows at one seed
 
 
 def pooled(samples: Iterable[Sequence[float]]) -> float | None:
-    """Pool the standard deviation of samples of two values or more, each about a mean of its own."""
-    parts = [(len(values) - 1, statistics.variance(values)) for values in samples if len(values) > 1]
+    """Pool the standard deviation of samples of two values or more, each about its own mean."""
+    parts = [
+        (len(values) - 1, statistics.variance(values)) for values in samples if len(values) > 1
+    ]
     return math.sqrt(sum(n * v for n, v in parts) / sum(n for n, _ in parts)) if parts else None
 
 
 def pooled_noise(rows: Rows) -> Noise:
     """Measure the noise where rows have several seeds."""
-    shares = [{seed: math.log(value) for seed, value in scores(g, VAL).items()} for g in rows.values()]
-    pairs = [[a[seed] - b[seed] for seed in a.keys() & b.keys()] for a, b in itertools.combinations(shares, 2)]
+    shares = [
+        {seed: math.log(value) for seed, value in scores(g, VAL).items()} for g in rows.values()
+    ]
+    pairs = [
+        [a[seed] - b[seed] for seed in a.keys() & b.keys()]
+        for a, b in itertools.combinations(shares, 2)
+    ]
     paired = pooled(pairs)
     return Noise(
-        pooled([list(values.values()) for values in shares]), None if paired is None else paired / math.sqrt(2)
+        pooled([list(values.values()) for values in shares]),
+        None if paired is None else paired / math.sqrt(2),
     )
 
 
@@ -193,11 +211,17 @@ def published(name: str, phases: Sequence[str]) -> float | None:
     return next((of_row[phase] for phase in phases if phase in of_row), None)
 
 
-def ranked_rows(rows: Rows, names: Iterable[str], phases: Sequence[str]) -> tuple[list[Ranked], list[str]]:
-    """Return the rows of a published order that have runs, each run once, and the names of the others."""
-    found, lacking, taken = list[Ranked](), list[str](), list[Group]()
+def ranked_rows(
+    rows: Rows, names: Iterable[str], phases: Sequence[str]
+) -> tuple[list[Ranked], list[str]]:
+    """Return the rows of a published order that have runs, each run once, and the names of the
+    others.
+    """
+    found = list[Ranked]()
+    lacking = list[str]()
+    taken = list[Group]()
     for name in names:
-        score, g = published(name, phases), ladder.find(rows, name)
+        score, g = published(name, phases), report.find_row(rows, name)
         if score is None or any(g is other for other in taken):
             continue
         if g is None:
@@ -214,7 +238,11 @@ def standard_error(a: Ranked, b: Ranked, noise: Noise) -> float | None:
         return difference(a.ours, b.ours).error
     same = a.ours.keys() == b.ours.keys() and noise.paired is not None
     share = noise.paired if same else noise.seeds
-    return None if share is None else share * math.hypot(*(r.mean / math.sqrt(len(r.ours)) for r in (a, b)))
+    return (
+        None
+        if share is None
+        else share * math.hypot(*(r.mean / math.sqrt(len(r.ours)) for r in (a, b)))
+    )
 
 
 def swapped_pairs(found: Sequence[Ranked], noise: Noise) -> Iterator[dict[str, Any]]:
@@ -223,7 +251,12 @@ def swapped_pairs(found: Sequence[Ranked], noise: Noise) -> Iterator[dict[str, A
         if better.published < worse.published and better.mean > worse.mean:
             apart, error = better.mean - worse.mean, standard_error(better, worse, noise)
             beyond = None if error is None else apart > BEYOND * error
-            yield {"rows": [better.row, worse.row], "difference": apart, "error": error, "beyond": beyond}
+            yield {
+                "rows": [better.row, worse.row],
+                "difference": apart,
+                "error": error,
+                "beyond": beyond,
+            }
 
 
 def correlation(kind: str, found: Sequence[Ranked]) -> float | None:
@@ -244,7 +277,9 @@ def order(rows: Rows, name: str, phases: Sequence[str], noise: Noise) -> dict[st
     return {
         "ladder": name,
         "phase": "180 s" if phases == SHORT else phases[0],
-        "rows": [{"row": r.row, "published": r.published, "ours": list(r.ours.values())} for r in found],
+        "rows": [
+            {"row": r.row, "published": r.published, "ours": list(r.ours.values())} for r in found
+        ],
         "lacking": lacking,
         "tau": correlation("tau", found),
         "rho": correlation("rho", found),
@@ -266,8 +301,13 @@ def pair_cell(pair: Mapping[str, Any]) -> str:
 def order_text(found: Mapping[str, Any]) -> str:
     """One ladder: published and ours side by side, agreement, and the pairs that disagree."""
     lines, title = found["rows"], f"Ladder `{found['ladder']}`, phase {found['phase']}"
-    lacking = f" No finished run: {', '.join(f'`{name}`' for name in found['lacking'])}." if found["lacking"] else ""
-    theirs, ours = [line["published"] for line in lines], [statistics.mean(line["ours"]) for line in lines]
+    lacking = (
+        f" No finished run: {', '.join(f'`{name}`' for name in found['lacking'])}."
+        if found["lacking"]
+        else ""
+    )
+    theirs = [line["published"] for line in lines]
+    ours = [statistics.mean(line["ours"]) for line in lines]
     body = [
         [
             f"`{line['row']}`",
@@ -281,8 +321,14 @@ def order_text(found: Mapping[str, Any]) -> str:
     ]
     table = markdown(["row", "published", "rank", "ours", "rank", "n"], body, 1)
     tau, rho = (NONE if found[kind] is None else f"{found[kind]:+.3f}" for kind in ("tau", "rho"))
-    said = f"tau {tau}, rho {rho}, {len(lines)} rows; {len(found['swapped'])} of {found['pairs']} pairs the other way."
-    for beyond, label in ((True, "Beyond noise"), (None, "With one seed and no --noise, not to be judged")):
+    said = (
+        f"tau {tau}, rho {rho}, {len(lines)} rows; {len(found['swapped'])} of {found['pairs']} "
+        "pairs the other way."
+    )
+    for beyond, label in (
+        (True, "Beyond noise"),
+        (None, "With one seed and no --noise, not to be judged"),
+    ):
         if pairs := [pair_cell(pair) for pair in found["swapped"] if pair["beyond"] is beyond]:
             said += f" {label}: {'; '.join(pairs)}."
     return f"{title}:\n\n{table}\n\n{said}{lacking}"
@@ -292,11 +338,27 @@ def summary(orders: Sequence[Mapping[str, Any]]) -> str:
     head = ["ladder", "phase", "rows", "of", "tau", "rho", "pairs", "the other way", "beyond noise"]
     body = []
     for found in orders:
-        tau, rho = (NONE if found[kind] is None else f"{found[kind]:+.3f}" for kind in ("tau", "rho"))
+        tau, rho = (
+            NONE if found[kind] is None else f"{found[kind]:+.3f}" for kind in ("tau", "rho")
+        )
         n, beyond = len(found["rows"]), sum(pair["beyond"] is True for pair in found["swapped"])
         undecided = any(pair["beyond"] is None for pair in found["swapped"])
-        counts = [str(found["pairs"]), str(len(found["swapped"])), NONE if undecided else str(beyond)]
-        body.append([f"`{found['ladder']}`", found["phase"], str(n), str(n + len(found["lacking"])), tau, rho, *counts])
+        counts = [
+            str(found["pairs"]),
+            str(len(found["swapped"])),
+            NONE if undecided else str(beyond),
+        ]
+        body.append(
+            [
+                f"`{found['ladder']}`",
+                found["phase"],
+                str(n),
+                str(n + len(found["lacking"])),
+                tau,
+                rho,
+                *counts,
+            ]
+        )
     return markdown(head, body, 2)
 
 
@@ -305,52 +367,68 @@ def summary(orders: Sequence[Mapping[str, Any]]) -> str:
 # ==============================================================================
 
 
-def compare(rows: Rows, references: Sequence[str], given: float | None) -> tuple[list[str], dict[str, Any]]:
+def compare(
+    rows: Rows, references: Sequence[str], given: float | None
+) -> tuple[list[str], dict[str, Any]]:
     """Compare the rows of one context; return text and data."""
     parts, tests = list[str](), list[dict[str, Any]]()
     for name in references:
         found = list(differences(rows, name))
         if found:
             parts.append(difference_table(found, name))
-        elif ladder.find(rows, name) is None:
+        elif report.find_row(rows, name) is None:
             parts.append(f"No finished run of `{name}` to compare with.")
         tests += found
     noise = pooled_noise(rows) if given is None else Noise(given, given)
-    orders = [order(rows, name, phases, noise) for name, columns in PHASES.items() for phases in columns]
+    orders = [
+        order(rows, name, phases, noise) for name, columns in PHASES.items() for phases in columns
+    ]
     orders = [found for found in orders if len(found["rows"]) > 1]
     if orders:
-        said = [f"{share:.2%} {of}" for share, of in zip(noise, NOISE_OF, strict=True) if share is not None]
+        said = [
+            f"{share:.2%} {of}"
+            for share, of in zip(noise, NOISE_OF, strict=True)
+            if share is not None
+        ]
         known = "; ".join(said) or "not known, no row has two seeds and --noise is not given"
-        heading = f"Order of val_bpb against the published one. Noise of one run's val_bpb: {known}."
+        heading = (
+            f"Order of val_bpb against the published one. Noise of one run's val_bpb: {known}."
+        )
         parts += [heading, summary(orders), *map(order_text, orders)]
     else:
         parts.append("No ladder has two published rows with finished runs: no order to compare.")
     return parts, {"noise": noise._asdict(), "differences": tests, "orders": orders}
 
 
-def folders_of(args: argparse.Namespace) -> list[Path]:
-    given = [ROOT / "logs", ROOT / "logs" / "ladder"] if args.logs is None else args.logs
-    return [folder for folder in given if args.logs is not None or folder.is_dir()]
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Compare what every folder holds; ReportError: it cannot be, or a reference that was asked for has no run."""
+    """Compare what every folder holds; UserError: it cannot be, or a reference that was asked for
+    has no run.
+    """
     need("scipy", "compare.py")
-    held = {folder: ladder.by_context(read_logs(folder)) for folder in folders_of(args)}
+    held = {
+        folder: report.by_context(read_logs(folder)) for folder in args.logs or report.log_folders()
+    }
     tables = [rows for contexts, _ in held.values() for rows in contexts.values()]
     for name in args.against or ():
-        if not any(ladder.find(rows, name) for rows in tables):
+        if not any(report.find_row(rows, name) for rows in tables):
             have = ", ".join(dict.fromkeys(row for rows in tables for row in rows)) or "none"
-            raise ReportError(f"--against={name}: no finished run of that row; there are: {have}; name one of them")
+            fail(
+                f"--against={name}: no finished run of that row; there are: {have}; name one of "
+                "them"
+            )
     found: dict[str, Any] = {}
     for folder, (contexts, notes) in held.items():
-        parts, data = [f"## {shown(folder)}", *([] if contexts else ["No finished run."])], list[dict[str, Any]]()
+        parts = [f"## {shown(folder)}", *([] if contexts else ["No finished run."])]
+        data = list[dict[str, Any]]()
         for key, rows in contexts.items():
             texts, compared = compare(rows, args.against or REFERENCES, args.noise)
-            parts += [f"### {ladder.context_name(key)}", *texts]
+            parts += [f"### {report.context_name(key)}", *texts]
             data.append({**context_data(key), **compared})
         if notes:
-            parts.append("Not compared, or to be read with care:\n\n" + "\n".join(f"- {note}" for note in notes))
+            parts.append(
+                "Not compared, or to be read with care:\n\n"
+                + "\n".join(f"- {note}" for note in notes)
+            )
         print("\n\n".join(parts) + "\n")
         found[shown(folder)] = {"contexts": data, "notes": notes}
     return found
@@ -361,19 +439,18 @@ def shown(folder: Path) -> str:
 
 
 def context_data(key: Key) -> dict[str, Any]:
-    return {"data": key.data, "machine": key.machine, "ranks": key.ranks, "changed_settings": list(key.changes)}
+    return {
+        "data": key.data,
+        "machine": key.machine,
+        "ranks": key.ranks,
+        "changed_settings": list(key.changes),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after an error the user can repair."""
+    """Run the command; return its exit status."""
     args = parse_args(argv)
-    try:
-        found = run(args)
-    except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps({"folders": found}, ensure_ascii=False))
-    return 0
+    return run_command(lambda: {"folders": run(args)})
 
 
 if __name__ == "__main__":

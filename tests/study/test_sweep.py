@@ -1,4 +1,6 @@
-"""sweep.py: rows are what their names say, and no finished run is made twice, lost, or passed off as another."""
+"""sweep.py: rows are what their names say, and no finished run is made twice, lost, or passed off
+as another.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ladder
 import pytest
-import runlog
-import sweep
-from conftest import ROOT, TINY, env_of, make_run
 
 import train_gpt as tg
+from scripts import ladder
+from scripts.study import runlog, sweep
+from tests.conftest import ROOT, TINY, env_of, make_run
 
 # What was published, copied from the reports a second time; a name that stands for two recipes has a row for each.
 # fmt: off
@@ -162,7 +163,9 @@ def test_a_defect_is_put_back_alone(name: str) -> None:
 def test_rows_that_are_said_to_be_equal_are() -> None:
     assert differing(config("mercury_hybrid35_mixsc"), config("retrograde")) == set()
     assert differing(config("td_control"), config("ar")) == set()
-    assert differing(config("retrograde_bidirectional"), config("retrograde")) == {"diffusion_causal"}
+    assert differing(config("retrograde_bidirectional"), config("retrograde")) == {
+        "diffusion_causal"
+    }
     assert config("retrograde_bidirectional").diffusion_causal is False
 
 
@@ -171,7 +174,10 @@ def test_different_rows_differ() -> None:
     for name in sweep.rows():
         rows.setdefault(config(name).path("", "").name[-8:], []).append(name)
     same = [names for names in rows.values() if len(names) > 1]
-    assert same == [["ar", "td_control", "ab_control", "mdlm_100_0"], ["retrograde", "mercury_hybrid35_mixsc"]]
+    assert same == [
+        ["ar", "td_control", "ab_control", "mdlm_100_0"],
+        ["retrograde", "mercury_hybrid35_mixsc"],
+    ]
 
 
 def test_ladders_name_rows_and_leave_none_out() -> None:
@@ -185,7 +191,10 @@ def test_ladders_name_rows_and_leave_none_out() -> None:
 
 def test_every_row_trains(data: dict[str, Any]) -> None:
     sizes = {name for values in tg.PRESETS.values() for name in values} | {"device", "compile"}
-    small = {k: v for k, v in TINY.items() if k in sizes} | {"train_seq_len": 64, "train_batch_tokens": 128}
+    small = {k: v for k, v in TINY.items() if k in sizes} | {
+        "train_seq_len": 64,
+        "train_batch_tokens": 128,
+    }
     rest = {"nelbo_windows": "T", "parallel_eval_examples": 0}
     for name in sweep.rows():
         cfg = config(name, **env_of(small | data | rest))
@@ -249,7 +258,9 @@ class Bench:
     """A folder with the stand-in, its orders, and the command."""
 
     def __init__(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.root, self.capsys, self.out = root, capsys, root / "out"
+        self.root = root
+        self.capsys = capsys
+        self.out = root / "out"
         self.program, self.calls_path = root / "train_gpt.py", root / "calls"
         self.program.write_text(STAND_IN, encoding="utf-8")
         self.order()
@@ -259,7 +270,11 @@ class Bench:
 
     def calls(self) -> list[str]:
         """Which runs were started since the last look, and with which RESUME."""
-        made = self.calls_path.read_text(encoding="utf-8").splitlines() if self.calls_path.exists() else []
+        made = (
+            self.calls_path.read_text(encoding="utf-8").splitlines()
+            if self.calls_path.exists()
+            else []
+        )
         self.calls_path.unlink(missing_ok=True)
         return made
 
@@ -269,10 +284,15 @@ class Bench:
         assert sweep.main([*argv, "--out", str(self.out)]) == code
         captured = self.capsys.readouterr()
         assert (captured.out == "") == (code == 2)
-        return json.loads(captured.out.splitlines()[-1]) if captured.out else {}, captured.out + captured.err
+        return json.loads(
+            captured.out.splitlines()[-1]
+        ) if captured.out else {}, captured.out + captured.err
 
     def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.out / "sweep.jsonl").read_text(encoding="utf-8").splitlines()]
+        return [
+            json.loads(line)
+            for line in (self.out / "sweep.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
 
     def folder(self, name: str) -> Path:
         (path,) = self.out.glob(f"{name}_*")
@@ -281,7 +301,10 @@ class Bench:
 
 @pytest.fixture
 def bench(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, data: dict[str, Any]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    data: dict[str, Any],
 ) -> Bench:
     for name in tg.Config.__dataclass_fields__:
         monkeypatch.delenv(name.upper(), raising=False)
@@ -300,9 +323,16 @@ def test_a_sweep_runs_every_row_and_seed_and_says_what_came_out(bench: Bench) ->
     assert bench.calls() == ["ar_1 no", "defect_causal_1 no", "ar_2 no", "defect_causal_2 no"]
     deviation = statistics.stdev([0.01, 0.02])
     assert "| row | val_bpb | n | published (phase) | bound, window 1 | bound, window 16 |" in out
-    assert f"| `ar` | 1.0150 ± {deviation:.4f} | 2 | - | 2.5000 ± 0.0000 | 3.0150 ± {deviation:.4f} |" in out
+    assert (
+        f"| `ar` | 1.0150 ± {deviation:.4f} | 2 | - | 2.5000 ± 0.0000 | 3.0150 ± {deviation:.4f} |"
+        in out
+    )
     assert f"| `defect_causal` | 0.0150 ± {deviation:.4f} | 2 |" in out
-    assert end["rows"]["ar"] == {"val_bpb": pytest.approx(1.015), "std": pytest.approx(deviation), "n": 2}
+    assert end["rows"]["ar"] == {
+        "val_bpb": pytest.approx(1.015),
+        "std": pytest.approx(deviation),
+        "n": 2,
+    }
     assert (end["ran"], end["failed"], end["interrupted"]) == (4, [], False)
     first = bench.lines()[0]
     assert len(bench.lines()) == 4
@@ -312,7 +342,9 @@ def test_a_sweep_runs_every_row_and_seed_and_says_what_came_out(bench: Bench) ->
     assert [decoded["token_acc"] for decoded in first["parallel_eval"]] == [0.25]
     made = bench.folder("ar_1").name
     assert first["run"] == made == f"ar_1_{first['hash']}"
-    assert {made + ".txt", made + ".jsonl"} <= {path.name for path in (bench.out / "logs").iterdir()}
+    assert {made + ".txt", made + ".jsonl"} <= {
+        path.name for path in (bench.out / "logs").iterdir()
+    }
 
 
 def test_published_scores_stand_beside_ours(bench: Bench) -> None:
@@ -359,7 +391,10 @@ def test_a_run_that_another_row_began_is_resumed_by_one_of_equal_settings(bench:
 
 def test_every_run_is_told_the_name_of_its_row(bench: Bench) -> None:
     bench.run("td_late05", "retrograde")
-    assert [Path(bench.folder(name) / "logs" / "recipe").read_text() for name in ("td_late05", "retrograde")] == [
+    assert [
+        Path(bench.folder(name) / "logs" / "recipe").read_text()
+        for name in ("td_late05", "retrograde")
+    ] == [
         "td_late05",
         "retrograde",
     ]
@@ -369,7 +404,10 @@ def test_another_version_of_the_program_is_run_anew_unless_told_otherwise(bench:
     bench.run("ar")
     bench.program.write_text(STAND_IN + "# changed\n", encoding="utf-8")
     (log,) = Path(bench.folder("ar"), "logs").glob("*.jsonl")
-    log.write_text(log.read_text().replace('"eval_seed": 0', '"eval_seed": 0, "export_of_then": 1'), encoding="utf-8")
+    log.write_text(
+        log.read_text().replace('"eval_seed": 0', '"eval_seed": 0, "export_of_then": 1'),
+        encoding="utf-8",
+    )
     bench.run("ar", "--any-version")  # a setting that is no more does not matter
     assert len(bench.calls()) == 1
     end, out = bench.run("ar")
@@ -420,7 +458,9 @@ def test_a_failure_is_recorded_and_the_next_run_starts(bench: Bench, order: str,
     assert [line["error"] for line in bench.lines() if "error" in line] == [failed["error"]]
     bench.order()
     bench.run(*PAIR)
-    assert [call.split()[0] for call in bench.calls()] == ["ar_1"]  # a failed run is tried again, others are not
+    assert [call.split()[0] for call in bench.calls()] == [
+        "ar_1"
+    ]  # a failed run is tried again, others are not
 
 
 def test_a_stale_log_is_never_taken_for_a_result(bench: Bench) -> None:
@@ -442,7 +482,9 @@ def test_other_scoring_scores_the_finished_weights_again(bench: Bench) -> None:
     assert bench.calls() == ["ar_1337 auto"]
 
 
-def test_runs_on_other_data_are_not_mixed(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_on_other_data_are_not_mixed(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench.run("ar")
     (tmp_path / "copy").symlink_to(os.environ["DATA_PATH"])
     bench.run("ar", "--set", f"DATA_PATH={tmp_path / 'copy'}")  # the same folder by another name
@@ -486,22 +528,25 @@ def child(bench: Bench) -> Iterator[subprocess.Popen[str]]:
     """A sweep in a process of its own whose second run never ends."""
     bench.order(defect_causal_1="hang")
     code = (  # whoever started the tests may have had these signals ignored, and that is inherited
-        "import pathlib, signal, sweep\n"
+        "import pathlib, signal\n"
+        "from scripts.study import sweep\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         f"sweep.PROGRAM = pathlib.Path({str(bench.program)!r})\n"
         "raise SystemExit(sweep.main())"
     )
     argv = [sys.executable, "-c", code, *PAIR, "--out", str(bench.out)]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "scripts"))), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
     yield process
     process.kill()
     process.communicate()
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_an_interrupted_sweep_ends_its_run_and_says_how_to_go_on(
+def test_an_interrupted_sweep_ends_its_run_and_says_how_to_resume(
     bench: Bench, child: subprocess.Popen[str], name: str
 ) -> None:
     pid = started(bench.root / "running")
@@ -509,7 +554,7 @@ def test_an_interrupted_sweep_ends_its_run_and_says_how_to_go_on(
     out, err = child.communicate(timeout=60)
     assert child.returncode == 130
     assert "Traceback" not in err
-    assert "interrupted with 3 of 4 runs to go; the same command goes on" in err
+    assert "interrupted with 3 of 4 runs to go; rerun the command to resume" in err
     end = json.loads(out.splitlines()[-1])
     assert (end["interrupted"], end["ran"], list(end["rows"])) == (True, 1, ["ar"])
     with pytest.raises(ProcessLookupError):
@@ -539,7 +584,8 @@ def test_an_interrupted_sweep_ends_its_run_and_says_how_to_go_on(
         (["ar", "--steps", "0"], "ITERATIONS=0 must be in [1, inf]"),
         (["ar", "--nproc", "3"], "--nproc=3 must divide MICRO_BATCHES=4"),
         (["direct", "bd3_4", "--set", "DIFFUSION_WINDOWS=8"],
-         "DIFFUSION_WINDOWS='8' is the row's to set; leave it out of --set and the environment (rows: bd3_4)"),
+         "DIFFUSION_WINDOWS='8' is the row's to set; leave it out of --set and the environment "
+         "(rows: bd3_4)"),
         (["direct", "ar", "--set", "DIFFUSION_LOSS_WEIGHT=8"], "DIFFUSION_LOSS_WEIGHT='8' is the row's to set"),
         (["ar", "--set", "DATA_PATH=nowhere"], "DATA_PATH='nowhere' holds no *_train_*.bin"),
     ],
@@ -556,7 +602,9 @@ def test_a_damaged_ladder_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch
     assert f"error: {ladder.FILE} is damaged" in bench.run("ar", code=2)[1]
 
 
-@pytest.mark.parametrize("argv", [[], ["ar", "--seconds", "0"], ["ar", "--nproc", "0"], ["ar", "--steps", "x"]])
+@pytest.mark.parametrize(
+    "argv", [[], ["ar", "--seconds", "0"], ["ar", "--nproc", "0"], ["ar", "--steps", "x"]]
+)
 def test_a_wrong_command_line_exits_with_2(bench: Bench, argv: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         sweep.main(argv)
@@ -567,11 +615,15 @@ def test_a_setting_in_the_environment_that_is_the_rows_is_a_fault(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DIFFUSION_CAUSAL", "0")
-    assert "error: DIFFUSION_CAUSAL='0' is the row's to set" in bench.run("defect_causal", code=2)[1]
+    assert (
+        "error: DIFFUSION_CAUSAL='0' is the row's to set" in bench.run("defect_causal", code=2)[1]
+    )
     bench.run("direct")
 
 
-def test_what_the_environment_and_the_budget_take_away_is_said(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_environment_and_the_budget_take_away_is_said(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SEED", "5")
     monkeypatch.setenv("NUM_LAYER", "5")
     end, _ = bench.run("direct", "defect_ramp", "retrograde", "--steps", "100", "--dry-run")
@@ -586,10 +638,18 @@ def test_what_the_environment_and_the_budget_take_away_is_said(bench: Bench, mon
     assert not any("RAMP" in note or "START" in note for note in end["notes"])
 
 
-def test_names_of_runs_in_the_environment_do_not_reach_them(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_runs_in_the_environment_do_not_reach_them(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench.run("ar")
     made = bench.lines()
-    for name, value in {"RUN_ID": "mine", "OUT_DIR": "mine", "RESUME": "auto", "RECIPE": "direct", "RANK": "1"}.items():
+    for name, value in {
+        "RUN_ID": "mine",
+        "OUT_DIR": "mine",
+        "RESUME": "auto",
+        "RECIPE": "direct",
+        "RANK": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     bench.run("ar")
     bench.run("ar", "--seeds", "2")
@@ -601,18 +661,23 @@ def test_a_dry_run_shows_all_and_does_nothing(bench: Bench) -> None:
     end, out = bench.run("all", "--seeds", "1,2", "--dry-run")
     assert (end["rows"], end["runs"]) == (len(sweep.rows()), 2 * len(sweep.rows()))
     assert (
-        "| `defect_causal` | `direct` | `DIFFUSION_CAUSAL=1` | attention inside a window is causal | 1 2 | - |" in out
+        "| `defect_causal` | `direct` | `DIFFUSION_CAUSAL=1` | attention inside a window is causal "
+        "| 1 2 | - |" in out
     )
     assert bench.calls() == []
     assert not bench.out.exists()
 
 
-def test_several_processes_are_started_by_torchrun(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_are_started_by_torchrun(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = bench.root / "torch" / "distributed"
     package.mkdir(parents=True)
     (bench.root / "torch" / "__init__.py").touch()
     launched = "pathlib.Path('launched').write_text(' '.join(sys.argv[1:]))"
-    (package / "run.py").write_text(f"import pathlib, runpy, sys; {launched}; runpy.run_path(sys.argv[-1])")
+    (package / "run.py").write_text(
+        f"import pathlib, runpy, sys; {launched}; runpy.run_path(sys.argv[-1])"
+    )
     monkeypatch.setenv("PYTHONPATH", str(bench.root))
     monkeypatch.chdir(bench.root)
     bench.run("ar", "--nproc", "2")
@@ -628,17 +693,30 @@ def test_several_processes_are_started_by_torchrun(bench: Bench, monkeypatch: py
 def test_one_row_end_to_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "PROGRAM", ROOT / "train_gpt.py")
     taken = {*tg.all_recipes()["mdlm_50_50"], "vocab_size", "iterations", "max_wallclock_seconds"}
-    for key, value in env_of({k: v for k, v in TINY.items() if k not in taken} | {"OMP_NUM_THREADS": 1}).items():
+    for key, value in env_of(
+        {k: v for k, v in TINY.items() if k not in taken} | {"OMP_NUM_THREADS": 1}
+    ).items():
         monkeypatch.setenv(key, value)
     end, _ = bench.run("mdlm_50_50", "--steps", "4")
     (line,) = bench.lines()
     assert (line["steps"], line["world_size"], sorted(line["bounds"])) == (4, 1, ["1", "4"])
     assert 0 < line["val_bpb"] == end["rows"]["mdlm_50_50"]["val_bpb"]
     assert (bench.folder("mdlm_50_50") / "final_model.int8.ptz").is_file()
-    events = [json.loads(text) for text in (bench.out / "logs" / f"{line['run']}.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(text)
+        for text in (bench.out / "logs" / f"{line['run']}.jsonl").read_text().splitlines()
+    ]
     config = next(e for e in events if e["event"] == "config")
-    assert (config["values"]["recipe"], config["values"]["diffusion_loss_weight"]) == ("mdlm_50_50", 0.5)
-    assert {config["source"][name] for name in tg.all_recipes()["mdlm_50_50"]} == {"recipe mdlm_50_50"}
-    assert runlog.key_of(runlog.read_log(bench.out / "logs" / f"{line['run']}.jsonl")).recipe == "mdlm_50_50"
+    assert (config["values"]["recipe"], config["values"]["diffusion_loss_weight"]) == (
+        "mdlm_50_50",
+        0.5,
+    )
+    assert {config["source"][name] for name in tg.all_recipes()["mdlm_50_50"]} == {
+        "recipe mdlm_50_50"
+    }
+    assert (
+        runlog.key_of(runlog.read_log(bench.out / "logs" / f"{line['run']}.jsonl")).recipe
+        == "mdlm_50_50"
+    )
     end, _ = bench.run("mdlm_50_50", "--steps", "4")
     assert end["skipped"] == 1

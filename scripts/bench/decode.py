@@ -1,0 +1,493 @@
+"""Measure every decoding mode of an artifact: speedup over its cached AR, and quality.
+
+    DATA_PATH=data/stdlib python scripts/bench/decode.py final_model.int8.ptz --judge other_ar.ptz
+    python scripts/bench/decode.py final_model.int8.ptz --modes speculative,refine --passes 1,8
+
+Prompts are excerpts of the validation data (DATA_PATH; else that of the artifact). Seconds include
+the pass over the prompt in every row, AR's too, and only decoded tokens count; median of --repeats
+runs after a warm-up. The last line of the output is one JSON object.
+
+passes              of one window; `block` and `remask` take several windows
+tokens per forward  mean over examples of decoded tokens by passes, without the one over the prompt
+speedup             over AR with a cache: same weights, same batch, same run
+identical           share of examples in which every token equals AR's
+accuracy            share of tokens equal to the text, in a continuation; infill accuracy: in a
+                    masked span whose suffix the window reads
+judge, own nats     per token of what was decoded, under a model trained apart and under this one.
+                    Repetition has few nats under both, so the entropy of all decoded tokens and
+                    distinct-2 (mean over examples) stand beside them
+python              (--python) share of outputs, prompt included, that ast.parse accepts; prompts
+                    begin with a top-level `def` or `class`. A last line that is not complete is
+                    dropped, then each last line that only lacks what would come next (an open
+                    bracket or string, a block without a body). Something decoded besides blanks
+                    must be left; one line is enough, so see the entropy too. The true text is cut
+                    likewise
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import codeop
+import contextlib
+import math
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
+
+import train_gpt as tg
+from scripts import policy
+from scripts.bench.infill import distinct_2, estimate, unigram_entropy
+from scripts.common import (
+    Artifact,
+    Parser,
+    autocast,
+    cell,
+    check_outputs,
+    closest,
+    counts,
+    fail,
+    load_artifact,
+    markdown,
+    names,
+    open_tokenizer,
+    pick_device,
+    run_command,
+    text_config,
+    write_result,
+)
+
+SCORED_AT_ONCE, SCAN_TOKENS = 32, 1 << 22  # rows; validation tokens searched for functions
+BAD_SOURCE = (
+    SyntaxError,
+    ValueError,
+    OverflowError,
+    RecursionError,
+    MemoryError,
+)  # what parsing a text may raise
+# Tokens/s of the "Mercury in Retrograde" submission on one H100.
+PUBLISHED = {"ar, no cache": 1519, "1 pass": 33315, "2 passes": 52424, "1 pass, infill": 147729}
+Decode = Callable[[Tensor, int], tg.Decoded]  # of excerpts (B, L) and a seed
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; exits with 2 on a wrong one."""
+    parser = Parser(__doc__)
+    add, modes = parser.add_argument, ",".join(policy.MODES)
+    add("artifact", type=Path)
+    add("--judge", type=Path, metavar="ARTIFACT", help="another model of the same tokenizer")
+    add("--modes", type=names, default=modes, help="default all; ar is always measured")
+    passes, batch = "1,2,4,8,12,20,30", "examples at once (default %(default)s)"
+    add("--passes", type=counts, default=passes, help="default %(default)s")
+    add("--batch", type=counts, default="1,32", help=batch)
+    parser.whole("--examples", 32, "excerpts", low=2)
+    parser.whole("--prefix", 128, "tokens of a prompt")
+    parser.whole("--target", 64, "tokens to decode")
+    parser.whole("--suffix", 64, "tokens after an infill span")
+    parser.real("--temperature", 0.0, "0: greedy", 0, 1e6)
+    parser.whole("--repeats", 3, "timed runs")
+    add("--predecessor", action="store_true", help="add rows in the predecessor's protocol")
+    add("--python", action="store_true", help="the text is Python: count outputs that parse")
+    add("--compile", action="store_true", help="compile what a pass computes (torch.compile)")
+    parser.whole("--threads", 0, "of the CPU; 0: PyTorch's choice", low=0)
+    parser.device()
+    parser.outputs("draw quality against speed")
+    args = parser.parse_args(argv)
+    if odd := [size for size in args.batch if args.examples % size]:
+        rule = f"must be a multiple of --batch={odd[0]}, so that all batches are alike"
+        parser.error(f"--examples={args.examples} {rule}")
+    for name in args.modes:
+        if name not in policy.MODES:
+            near = f"{closest(name, policy.MODES)}; all: {', '.join(policy.MODES)}"
+            parser.error(f"--modes: no mode is called {name!r}; {near}")
+    args.modes = names(",".join(["ar", *args.modes]))
+    return args
+
+
+class Job(NamedTuple):
+    mode: str
+    passes: int  # a window; 0: the mode has none, or takes as many as it needs
+    batch: int
+    how: tg.Decoding
+
+
+class Bench(NamedTuple):
+    """What all lines share."""
+
+    model: tg.GPT
+    judge: tg.GPT | None
+    tokenizer: Any  # SentencePiece; None unless outputs are to be parsed
+    # (N, prefix + target + suffix) int64: prompts, their true continuation, and what follows it.
+    rows: Tensor
+    prefix: int
+    target: int
+    repeats: int
+
+    def text(self, ids: Tensor) -> Tensor:
+        """The part between prefix and suffix of ids (N, L), (N, target)."""
+        return ids[:, self.prefix : self.prefix + self.target]
+
+    def clock(self) -> float:
+        """Seconds, once the device has done all it was asked."""
+        if self.rows.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def reads_suffix(how: tg.Decoding) -> bool:
+    """Do windows fill the span, so that the last one reads what follows it?"""
+    return how.window > 0 and not how.verify
+
+
+def plan_jobs(modes: Sequence[str], args: argparse.Namespace) -> list[Job]:
+    """List every mode x passes x batch, the first mode first in each batch; no window has more
+    passes than tokens.
+    """
+    jobs = []
+    for batch in args.batch:
+        for mode in modes:
+            how = policy.MODES[mode]._replace(temperature=args.temperature)
+            stepped = reads_suffix(how) and how.threshold == math.inf
+            steps = (
+                sorted({min(n, how.window, args.target) for n in args.passes}) if stepped else [0]
+            )
+            jobs += [Job(mode, n, batch, how._replace(steps=n or how.steps)) for n in steps]
+    return jobs
+
+
+def decoder(at: Bench, how: tg.Decoding, suffix: bool = False) -> Decode:
+    """Continue prompts, or with the suffix fill the hole before it."""
+    before = slice(at.prefix)
+    after = slice(at.prefix + at.target, None if suffix else at.prefix + at.target)
+    return lambda rows, seed: tg.infill(
+        at.model, rows[:, before], rows[:, after], at.target, how._replace(seed=seed)
+    )
+
+
+@torch.no_grad()
+def uncached(model: tg.GPT, prompt: Tensor, count: int, how: tg.Decoding) -> tg.Decoded:
+    """Continue prompts (B, P) by `count` tokens, the same as `generate` with AR, but read all again
+    for each token.
+    """
+    ids = prompt
+    keys = tg.derive(torch.arange(len(prompt), device=prompt.device)[:, None], how.seed)
+    for place in range(prompt.shape[1], prompt.shape[1] + count):
+        token, _ = tg.pick(model.clean(ids)[0][:, -1:], how, tg.derive(keys, place))
+        ids = torch.cat((ids, token), dim=1)
+    return tg.Decoded(ids, torch.full_like(ids[:, :1], count))
+
+
+def decode_all(at: Bench, decode: Decode, batch: int) -> tg.Decoded:
+    """Decode all excerpts, `batch` at a time, each batch with a seed of its own."""
+    parts = [decode(at.rows[i : i + batch], i) for i in range(0, len(at.rows), batch)]
+    return tg.Decoded(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def timed(at: Bench, decode: Decode, batch: int) -> tuple[tg.Decoded, dict[str, Any]]:
+    """Decode all excerpts once, then again under the clock; return output (N, L) and speed."""
+    found, seconds = decode_all(at, decode, batch), list[float]()
+    for _ in range(at.repeats):
+        began = at.clock()
+        decode_all(at, decode, batch)
+        seconds.append(at.clock() - began)
+    speed = at.text(found.ids).numel() / statistics.median(seconds)
+    return found, {"tokens_per_second": speed, "seconds": seconds}
+
+
+def nats(model: tg.GPT | None, ids: Tensor, prefix: int) -> dict[str, float] | None:
+    """Estimate the exact nats per token after the prefix of ids (N, L)."""
+    if model is None:
+        return None
+    batches = torch.split(ids, SCORED_AT_ONCE)
+    parts = [tg.score(model, part)[:, prefix - 1 :].double() for part in batches]
+    return estimate(torch.cat(parts).mean(-1))
+
+
+def accuracy(at: Bench, ids: Tensor) -> float:
+    """Share of decoded tokens of ids (N, L) that equal the text."""
+    return (at.text(ids) == at.text(at.rows)).double().mean().item()
+
+
+def parses(text: str, prompt: str) -> bool:
+    """Is what can be judged of a Python text right, and does it reach beyond the prompt? The rule
+    stands at the top.
+    """
+    lines = text.split("\n")[:-1]
+    with warnings.catch_warnings(), contextlib.suppress(*BAD_SOURCE):
+        warnings.simplefilter("ignore")  # "\d" is bad style, not bad syntax
+        while len((source := "\n".join(lines)).rstrip()) > len(prompt.rstrip()):
+            with contextlib.suppress(*BAD_SOURCE):
+                ast.parse(source + "\n")
+                return True
+            codeop.compile_command(
+                source + "\n", symbol="exec"
+            )  # raises unless only its end is missing
+            lines.pop()
+    return False
+
+
+def quality(at: Bench, ids: Tensor) -> dict[str, Any]:
+    """Judge continuations, (N, prefix + target)."""
+    new, python = at.text(ids), None
+    if at.tokenizer is not None:
+        found = []
+        for row in ids.tolist():
+            text, prompt = at.tokenizer.decode(row), at.tokenizer.decode(row[: at.prefix])
+            found.append(parses(text, prompt))
+        python = sum(found) / len(found)
+    return {
+        "judge_nats": nats(at.judge, ids, at.prefix),
+        "own_nats": nats(at.model, ids, at.prefix),
+        "entropy_bits": unigram_entropy(new) / math.log(2),
+        "distinct_2": distinct_2(new),
+        "python": python,
+    }
+
+
+def measure(at: Bench, jobs: Sequence[Job], bar: Any) -> list[dict[str, Any]]:
+    """Measure every job; the first of a batch, ar, is its reference."""
+    found, references = list[dict[str, Any]](), dict[int, tuple[float, Tensor]]()
+    for job in jobs:
+        out, speed = timed(at, decoder(at, job.how), job.batch)
+        rate = speed["tokens_per_second"]
+        reference, ids = references.setdefault(job.batch, (rate, out.ids))
+        row: dict[str, Any] = {"mode": job.mode, "passes": job.passes or None, "batch": job.batch}
+        row["tokens_per_forward"] = (at.target / out.forwards.double()).mean().item()
+        row |= speed | {"times_cached_ar": rate / reference}
+        row["identical"] = (out.ids == ids).all(dim=1).double().mean().item()
+        row |= {"accuracy": accuracy(at, out.ids), "infill_accuracy": None}
+        if reads_suffix(job.how):
+            filled = decode_all(at, decoder(at, job.how, suffix=True), job.batch)
+            row["infill_accuracy"] = accuracy(at, filled.ids)
+        found.append(row | quality(at, out.ids))
+        bar.update()
+    return found
+
+
+def predecessor(at: Bench, bar: Any) -> list[dict[str, Any]]:
+    """Measure as the predecessor did: all examples at once, greedy, a hole against a continuation,
+    AR not cached.
+    """
+    decoders: dict[str, Decode] = {
+        "ar, no cache": lambda rows, _: uncached(at.model, rows[:, : at.prefix], at.target, tg.AR),
+        "ar": decoder(at, tg.AR),
+    }
+    if at.model.mask_emb is not None:
+        once, twice = (policy.MODES["refine"]._replace(steps=n) for n in (1, 2))
+        decoders |= {"1 pass": decoder(at, once), "2 passes": decoder(at, twice)}
+        decoders["1 pass, infill"] = decoder(at, once, suffix=True)
+    found = list[dict[str, Any]]()
+    for name, decode in decoders.items():
+        out, speed = timed(at, decode, len(at.rows))
+        found.append(
+            {
+                "decoding": name,
+                **speed,
+                "accuracy": accuracy(at, out.ids),
+                "published": PUBLISHED.get(name),
+            }
+        )
+        bar.update()
+    for row in found:
+        for key, reference in zip(("times_uncached_ar", "times_cached_ar"), found, strict=False):
+            row[key] = row["tokens_per_second"] / reference["tokens_per_second"]
+        row["published_times_uncached_ar"] = (
+            row["published"] and row["published"] / PUBLISHED["ar, no cache"]
+        )
+    return found
+
+
+def function_starts(stream: Tensor, tokenizer: Any, length: int) -> list[int]:
+    """Find where a top-level `def` or `class` begins in a stream (n,), at least `length` apart and
+    from the end.
+    """
+    newlines = torch.tensor(
+        [i for i in range(tokenizer.vocab_size()) if tokenizer.decode([i]) == "\n"]
+    )
+    starts, free = list[int](), 0
+    for start in (torch.isin(stream, newlines).nonzero()[:, 0] + 1).tolist():
+        fits = free <= start <= len(stream) - length
+        if fits and tokenizer.decode(stream[start : start + 8].tolist()).startswith(
+            ("def ", "class ")
+        ):
+            starts, free = [*starts, start], start + length
+    return starts
+
+
+def excerpts(cfg: tg.Config, length: int, examples: int, tokenizer: Any) -> Tensor:
+    """Take evenly spaced excerpts, (examples, length), with a tokenizer of Python; UserError: they
+    would overlap.
+    """
+    loader = tg.TokenLoader(cfg, "val")
+    starts, what = list(range(0, loader.total - length + 1, length)), "excerpts"
+    if tokenizer is not None:
+        starts = function_starts(
+            loader.rows(0, 1, min(loader.total, SCAN_TOKENS) - 1)[0], tokenizer, length
+        )
+        what = "excerpts that begin with a top-level def or class"
+    if len(starts) < examples:
+        held = (
+            f"{len(starts)} {what} of --prefix + --target + --suffix = {length} tokens; ask for "
+            "less, or prepare more"
+        )
+        fail(
+            f"--examples={examples}: the {loader.total:,} validation tokens of {cfg.data_path} "
+            f"hold only {held}"
+        )
+    chosen = [starts[i * len(starts) // examples] for i in range(examples)]
+    return torch.cat([loader.rows(start, 1, length - 1) for start in chosen])
+
+
+def check_judge(args: argparse.Namespace, artifact: Artifact, judge: Artifact) -> None:
+    """Raise UserError if a judge has another tokenizer, or is the model it is to judge."""
+    if judge.tokenizer_sha256 != artifact.tokenizer_sha256:
+        rule = f"has another tokenizer than {args.artifact}; name a judge with the same"
+        fail(f"--judge={args.judge} {rule}")
+    if args.judge.read_bytes() == args.artifact.read_bytes():
+        rule = "is the model to be judged; name one that was trained apart, or none"
+        fail(f"--judge={args.judge} {rule}")
+
+
+def check_length(artifact: Artifact, needed: int) -> None:
+    """Raise UserError if a model was trained to read fewer tokens."""
+    if needed > artifact.model.cfg.train_seq_len:
+        read = f"was trained to read {artifact.model.cfg.train_seq_len} (TRAIN_SEQ_LEN)"
+        rule = f"{artifact.path} {read}; shorten one of them"
+        fail(f"--prefix, --target and --suffix take {needed} tokens; {rule}")
+
+
+def load(args: argparse.Namespace, device: torch.device) -> tuple[Bench, str]:
+    """Read artifacts and text, and say where it is from.
+
+    Raises:
+        UserError: one is missing or damaged, or does not fit the others.
+    """
+    artifact, judge = load_artifact(args.artifact, device), None
+    stop, tokenizer = args.prefix + args.target, None
+    if args.compile:  # the warm-up of every timing compiles what is new
+        policy.compiled(artifact.model)
+    check_length(artifact, stop + args.suffix)
+    if args.judge is not None:
+        judge = load_artifact(args.judge, device)
+        check_judge(args, artifact, judge)
+        check_length(judge, stop)
+    cfg = text_config(artifact.model.cfg)
+    if args.python or "TOKENIZER_PATH" in os.environ:
+        counter = open_tokenizer(artifact, cfg.tokenizer_path)
+        tokenizer = counter.tokenizer if args.python else None
+    rows = excerpts(cfg, stop + args.suffix, args.examples, tokenizer).to(device)
+    shape = (args.prefix, args.target, args.repeats)
+    return Bench(artifact.model, judge and judge.model, tokenizer, rows, *shape), cfg.data_path
+
+
+LABELS = {"times_cached_ar": "speedup over cached AR", "times_uncached_ar": "over uncached AR"}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lay out what was measured, without columns that no row has a value for."""
+    keys = [key for key in rows[0] if any(row.get(key) is not None for row in rows)]
+    keys.remove("seconds")
+    head = [LABELS.get(key, key.replace("_", " ")) for key in keys]
+    return markdown(head, [[cell(row.get(key)) for key in keys] for row in rows])
+
+
+def draw_batch(panel: Any, result: Mapping[str, Any], batch: int, key: str) -> None:
+    """Draw the nats of one batch size against new tokens/s, a line a mode."""
+    for mode in dict.fromkeys(row["mode"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if (row["batch"], row["mode"]) == (batch, mode)]
+        points = [(row["tokens_per_second"], row[key]["mean"]) for row in rows]
+        panel.plot(*zip(*points, strict=True), "o-", label=mode)
+        for row, point in zip(rows, points, strict=True):
+            place: dict[str, Any] = dict(textcoords="offset points", xytext=(4, 4), size=8)
+            panel.annotate(str(row["passes"] or ""), point, **place)
+    panel.axhline(result["text"][key]["mean"], color="0.5", ls="-.", label="the text")
+    panel.set(title=f"batch {batch}", xlabel="new tokens/s", xscale="log")
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Draw nats per token, a judge's or the model's own, against new tokens/s: a panel a batch."""
+    from matplotlib.figure import Figure
+
+    key = "own_nats" if result["judge"] is None else "judge_nats"
+    batches = list(dict.fromkeys(row["batch"] for row in result["rows"]))
+    figure = Figure(figsize=(1 + 5 * len(batches), 5), layout="constrained")
+    panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)
+    for panel, batch in zip(panels[0], batches, strict=True):
+        draw_batch(panel, result, batch, key)
+    whose = "the model's own" if key == "own_nats" else "of the judge"
+    panels[0, 0].set_ylabel(f"nats per token, {whose}")
+    panels[0, 0].legend()
+    about = "Numbers at points: passes a window. Repetition has few nats too: see the entropy."
+    figure.suptitle(about, size=10)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def notes_of(args: argparse.Namespace, at: Bench, modes: Sequence[str]) -> list[str]:
+    """Say what is left out, and what is not comparable."""
+    notes = list[str]()
+    if left_out := [mode for mode in args.modes if mode not in modes]:
+        why = f"{args.artifact} has no trained denoiser"
+        notes.append(f"Left out, since {why}: {', '.join(left_out)}.")
+    if at.judge is None:
+        own = "only the model's own nats, which favour what it would say anyway"
+        notes.append(f"No --judge: {own}.")
+    if args.predecessor and (args.examples, args.prefix, args.target) != (32, 128, 64):
+        protocol = "it decoded 64 tokens after 128, of 32 examples at once"
+        notes.append(f"Not the predecessor's protocol: {protocol}.")
+    return notes
+
+
+def measure_all(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure all modes asked for; UserError: they cannot be measured."""
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    at, data_path = load(args, pick_device(args.device))
+    modes = args.modes if at.model.mask_emb is not None else ["ar"]
+    jobs, cuda = plan_jobs(modes, args), at.rows.is_cuda
+    bar = tqdm(total=len(jobs) + 5 * args.predecessor, desc="decode", disable=None)
+    with bar, autocast(at.rows.device):
+        text = quality(at, at.rows[:, : args.prefix + args.target])
+        rows = measure(at, jobs, bar)
+        before = predecessor(at, bar) if args.predecessor else None
+    options = vars(args).items()
+    about = {name: str(value) if isinstance(value, Path) else value for name, value in options}
+    about |= {"data_path": data_path, "recipe": at.model.cfg.recipe}
+    about |= {"threads": torch.get_num_threads(), "notes": notes_of(args, at, modes)}
+    about |= {"device": torch.cuda.get_device_name() if cuda else "cpu"}
+    about |= {"parameters": sum(p.numel() for p in at.model.parameters())}
+    return about | {"text": text, "rows": rows, "predecessor": before}
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print and write; UserError: it cannot be."""
+    check_outputs(args)
+    result = measure_all(args)
+    write_result(args.out, result)
+    print(table([*result["rows"], {"mode": "the text"} | result["text"]]))
+    if result["predecessor"]:
+        title = f"All {args.examples} examples at once, greedy"
+        print(f"\n{title}:\n\n{table(result['predecessor'])}")
+    print("", *result["notes"], sep="\n")
+    if args.plot is not None:
+        draw(result, args.plot)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    args = parse_args(argv)
+    return run_command(lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""Measure what an artifact's bytes are, and what fewer of them cost: levels x compressors, and
+scores after rounding.
+
+    DATA_PATH=data/stdlib python scripts/bench/export.py checkpoints/RUN_ID.pt
+    DATA_PATH=data/stdlib python scripts/bench/export.py checkpoints/RUN_ID.pt --levels 31,15,7
+
+Reads a checkpoint, whose weights are not rounded (their average, if EMA_DECAY was set), and rounds
+them as an artifact. Three tables: every largest integer of matrices with the bytes by each
+compressor and what rounding adds to the exact bits per byte and to the bound (the same noise before
+and after, so that the difference is no noise); where the bytes of every scheme of train_gpt.SCHEMES
+go; and the error of every tensor. "entropy" is what an ideal coder of single integers would take,
+"bits" ceil(log2(2 n + 1)) of them side by side. zstd is left out where zstandard is not installed.
+Text comes from DATA_PATH and TOKENIZER_PATH, or from where the model was trained; NELBO_SEQUENCES
+and NELBO_SAMPLES are the environment's, too. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import lzma
+import math
+import os
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
+
+import train_gpt as tg
+from scripts.common import (
+    Parser,
+    cell,
+    check_outputs,
+    counts,
+    fail,
+    pick_device,
+    run_command,
+    table,
+    write_result,
+)
+
+TABLES = ("tok_emb", "lm_head")  # what a scheme may round more finely than the other matrices
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; exits with 2 on a wrong one."""
+    parser = Parser(__doc__)
+    add, levels = parser.add_argument, "largest integers of matrices (default %(default)s)"
+    add("checkpoint", type=Path, help="checkpoints/RUN_ID.pt of train_gpt.py")
+    add("--levels", type=counts, default="127,63,31,15,7", help=levels)
+    parser.whole("--window", 16, "window of the bound")
+    kept = "tensors of up to this many numbers stay fp16; small models need less"
+    parser.whole("--keep", tg.KEEP_FLOAT_NUMEL, kept, low=0)
+    parser.device()
+    parser.outputs()
+    args = parser.parse_args(argv)
+    if args.levels[-1] > 127:
+        parser.error(f"--levels={args.levels[-1]} must be at most 127, the largest of int8")
+    return args
+
+
+def compressors() -> dict[str, Callable[[bytes], bytes]]:
+    found: dict[str, Callable[[bytes], bytes]] = {
+        "zlib-9": lambda data: zlib.compress(data, 9),
+        "lzma-9e": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
+    }
+    if importlib.util.find_spec("zstandard"):
+        import zstandard
+
+        found["zstd-22"] = zstandard.ZstdCompressor(level=22).compress
+    return found
+
+
+def load(path: Path) -> tuple[tg.Config, dict[str, Tensor]]:
+    """Read settings and unrounded weights of a checkpoint; UserError: it is missing, damaged or not
+    ours.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        cfg = tg.Config(**saved["config"])
+        model, weights = tg.GPT(cfg), dict(saved["model"])
+        model.load_state_dict(weights)
+        if saved["ema"]:
+            weights = dict(zip(dict(model.named_parameters()), saved["ema"], strict=True))
+    except Exception as error:  # torch raises many kinds on foreign files
+        fail(
+            f"checkpoint {path} is missing, damaged or not ours ({error}); name "
+            "checkpoints/RUN_ID.pt of a run"
+        )
+    names = ("data_path", "tokenizer_path", "nelbo_sequences", "nelbo_samples")
+    fixed = {
+        k.upper(): str(int(v)) if isinstance(v, bool) else str(v)
+        for k, v in vars(cfg).items()
+        if k != "preset"
+    }
+    given = {name.upper(): os.environ[name.upper()] for name in names if name.upper() in os.environ}
+    return tg.Config.from_env(fixed | {"PRESET": cfg.preset} | given)[0], weights
+
+
+# ==============================================================================
+# 1  ROUNDING -- as train_gpt.pack, tensor by tensor
+# ==============================================================================
+
+
+def rounded(
+    weights: Mapping[str, Tensor], matrices: int, tables: int, keep: int
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Return what is stored of every tensor: integers and scales, or fp16 and None."""
+    stored: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for name, w in weights.items():
+        big = w.ndim == 2 and w.numel() > keep
+        stored[name] = (
+            tg.quantize_rows(w, tables if name in TABLES else matrices) if big else (w.half(), None)
+        )
+    return stored
+
+
+def restored(stored: Mapping[str, tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
+    return {
+        n: q.float() if scale is None else q.float() * scale.float()[:, None]
+        for n, (q, scale) in stored.items()
+    }
+
+
+def entropy(q: Tensor) -> float:
+    """Bits an integer takes of an ideal coder that knows how often each occurs."""
+    p = torch.bincount(q.flatten().int() + 128).double() / q.numel()
+    return float(-(p[p > 0] * p[p > 0].log2()).sum())
+
+
+def raw_bytes(stored: Mapping[str, tuple[Tensor, Tensor | None]]) -> dict[str, bytes]:
+    """The bytes of integers, of their scales and of what stays fp16, each in one piece."""
+    parts = {"integers": b"", "scales": b"", "fp16": b""}
+    for q, scale in stored.values():
+        parts["fp16" if scale is None else "integers"] += q.numpy().tobytes()
+        parts["scales"] += b"" if scale is None else scale.numpy().tobytes()
+    return parts
+
+
+def sizes(stored: Mapping[str, tuple[Tensor, Tensor | None]]) -> dict[str, float]:
+    """Bytes of all integers of a rounding, by compressor, ideal and side by side."""
+    integers = [q for q, scale in stored.values() if scale is not None]
+    data = raw_bytes(stored)["integers"]
+    found: dict[str, float] = {
+        name: len(compress(data)) for name, compress in compressors().items()
+    }
+    found["entropy"] = sum(entropy(q) * q.numel() for q in integers) / 8
+    found["bits"] = (
+        sum(math.ceil(math.log2(2 * int(q.abs().max()) + 1)) * q.numel() for q in integers) / 8
+    )
+    return found
+
+
+# ==============================================================================
+# 2  SCORES
+# ==============================================================================
+
+
+def scores(
+    cfg: tg.Config, weights: Mapping[str, Tensor], window: int, device: torch.device
+) -> dict[str, float | None]:
+    """Exact bits per byte of the validation split, and the bound (None without a denoiser)."""
+    model = tg.GPT(cfg)
+    model.load_state_dict(dict(weights))
+    with tempfile.TemporaryDirectory() as nowhere:  # evaluate_bpb writes no event
+        run = tg.Run(
+            cfg, 0, 1, device, tg.Log(dataclasses.replace(cfg, out_dir=nowhere), 0, continued=False)
+        )
+    val, counter = tg.TokenLoader(cfg, "val"), tg.ByteCounter(cfg)
+    of: list[int] = [0, window] if cfg.diffusion else [0]
+    found = [
+        tg.evaluate_bpb(model.to(device).eval(), run, val, counter, size)["bpb"] for size in of
+    ]
+    return {"val_bpb": found[0], "bound": found[1] if cfg.diffusion else None}
+
+
+def round_all(
+    args: argparse.Namespace, cfg: tg.Config, weights: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Score unrounded weights, then every rounding with its bytes."""
+    device = pick_device(args.device)
+    floats, rows = scores(cfg, weights, args.window, device), []
+    tables = sorted({embedding for _, embedding, _ in tg.SCHEMES.values()})  # 0: as the matrices
+    grid = dict.fromkeys((n, embedding or n) for n in args.levels for embedding in tables)
+    for matrices, embedding in tqdm(list(grid), desc="roundings", disable=None):
+        stored = rounded(weights, matrices, embedding, args.keep)
+        after = scores(cfg, restored(stored), args.window, device)
+        gaps = {f"{k}_gap": None if v is None else v - (floats[k] or 0.0) for k, v in after.items()}
+        count = sum(q.numel() for q, scale in stored.values() if scale is not None)
+        row = {"levels": matrices, "embedding": embedding, "integers": count}
+        rows.append({**row, **gaps, **sizes(stored)})
+    return {"floats": floats, "roundings": rows}
+
+
+def measure(
+    args: argparse.Namespace, cfg: tg.Config, weights: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Score unrounded weights and every rounding; gather bytes and errors."""
+    found = round_all(args, cfg, weights)
+    schemes, sha256 = [], tg.ByteCounter(cfg).sha256
+    code = Path(tg.__file__).stat().st_size
+    tg.KEEP_FLOAT_NUMEL = args.keep
+    for name, (levels, embedding, compress) in tg.SCHEMES.items():
+        stored = rounded(weights, levels[0], embedding or levels[0], args.keep)
+        parts = {part: len(compress(data)) for part, data in raw_bytes(stored).items()}
+        scheme = dataclasses.replace(cfg, export_scheme=name)
+        whole = len(tg.pack(weights, scheme, sha256, levels[0]))
+        rest = whole - sum(parts.values())
+        schemes.append({"scheme": name, "code": code, "model": whole, **parts, "rest": rest})
+    return found | {"schemes": schemes, "tensors": errors(weights, args.keep)}
+
+
+def errors(weights: Mapping[str, Tensor], keep: int) -> list[dict[str, Any]]:
+    """Relative RMS error of every scheme, and bits a weight, tensor by tensor."""
+    found = []
+    for name, w in weights.items():
+        line: dict[str, Any] = {"tensor": name, "shape": list(w.shape)}
+        for scheme, (levels, embedding, _) in tg.SCHEMES.items():
+            q, scale = rounded({name: w}, levels[0], embedding or levels[0], keep)[name]
+            error = restored({name: (q, scale)})[name] - w
+            share = float(error.square().mean().sqrt() / w.square().mean().sqrt().clamp_min(1e-30))
+            line[f"{scheme} error"] = share
+            line[f"{scheme} bits"] = 16.0 if scale is None else entropy(q)
+        found.append(line)
+    return found
+
+
+# ==============================================================================
+# 3  TABLES
+# ==============================================================================
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print; UserError: the checkpoint cannot be measured."""
+    check_outputs(args)
+    cfg, weights = load(args.checkpoint)
+    if cfg.diffusion and cfg.train_seq_len % args.window:
+        rule = f"must divide the {cfg.train_seq_len} tokens of a row; choose another"
+        fail(f"--window={args.window} {rule}")
+    found = measure(args, cfg, weights)
+    write_result(args.out, found)
+    exact, bound = (cell(found["floats"][name], 4) for name in ("val_bpb", "bound"))
+    print(f"Unrounded: val_bpb {exact}, bound {bound}\n")
+    for name, num_texts in (("roundings", 0), ("schemes", 1), ("tensors", 2)):
+        print(table(found[name], num_texts, 4) + "\n")
+    return {name: value for name, value in found.items() if name != "tensors"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    args = parse_args(argv)
+    return run_command(lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,640 @@
+"""Turn run logs into tables, submission.json and results.json, and check that these agree.
+
+    python scripts/study/report.py            print the tables
+    python scripts/study/report.py --write    also update README.md and both JSON files
+    python scripts/study/report.py --check    exit 1 if one of them disagrees with the logs
+
+submission.json has the challenge's fields and no other, null until ranked runs (eight devices,
+FineWeb) are there; logs/results.json has what was measured on any machine.
+Runs that differ only in their seed are one row. A run counts once it has written its `done` event.
+Runs of sweep.py's rows lie in a folder of their own, logs/ladder, and have a table of their own.
+See compare.py for tests of differences, plot.py for curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
+
+import train_gpt as tg
+from scripts.common import NONE, ROOT, Parser, fail, markdown, run_command
+from scripts.study import sweep
+from scripts.study.runlog import (
+    ABOUT,
+    LEFT_TO_RIGHT,
+    REFINE,
+    Group,
+    Key,
+    RunLog,
+    group_runs,
+    is_number,
+    mean_cell,
+    missing_seeds,
+    numbers,
+    read_lines,
+    read_logs,
+    rounded,
+    seed_result,
+    spread,
+    submission_entry,
+)
+
+INFILL_SPAN, INFILL_PASSES = 8, (1, 8)
+
+Rows = dict[str, Group]  # of one data set, machine and settings, in the order of the ladder, by row
+
+
+class Block(NamedTuple):
+    """What stands between two lines of README.md is written here."""
+
+    begin: str
+    end: str
+
+
+RESULTS, RECIPES = (
+    Block(f"<!-- {name} -->", f"<!-- /{name} -->") for name in ("results", "recipes")
+)
+
+# What the challenge ranks: our recipe on FineWeb on eight devices, for at most so many seconds.
+RANKED_RECIPES = ("record", "direct")
+RANKED_DATA = "fineweb"
+RANKED_RANKS = 8
+RANKED_PRESET = "8xh100"
+RANKED_SECONDS = 600.0
+RANKED_TRACK = "10min_16mb"
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; exits with 2 on a wrong one."""
+    parser = Parser(__doc__)
+    add, action = parser.add_argument, parser.add_mutually_exclusive_group()
+    lines = " and ".join(RESULTS)
+    add("--logs", type=Path, default=ROOT / "logs", help="folder of *.jsonl run logs")
+    add("--readme", type=Path, default=ROOT / "README.md", help=f"file with {lines}")
+    add("--ladder", type=Path, help="folder of logs of the ladder (default: ladder in --logs)")
+    add("--submission", type=Path, default=ROOT / "submission.json")
+    add("--results", type=Path, help="all measurements (default: results.json in --logs)")
+    action.add_argument("--check", action="store_true", help="exit 1 if a file disagrees with logs")
+    action.add_argument("--write", action="store_true", help="update all files")
+    args = parser.parse_args(argv)
+    args.ladder = args.ladder or args.logs / "ladder"
+    args.results = args.results or args.logs / "results.json"
+    return args
+
+
+def log_folders() -> list[Path]:
+    """List the folders of logs that this repository holds."""
+    return [folder for folder in (ROOT / "logs", ROOT / "logs" / "ladder") if folder.is_dir()]
+
+
+# ==============================================================================
+# 1  TABLES -- Markdown for README.md
+# ==============================================================================
+
+
+def shared_changes(groups: Sequence[Group]) -> list[str]:
+    """List the settings given by hand that every row has in common: they are said once, below the
+    table.
+    """
+    return [
+        change for change in groups[0].key.changes if all(change in g.key.changes for g in groups)
+    ]
+
+
+def name_cells(key: Key, shared: Sequence[str]) -> list[str]:
+    ranks = f", {key.ranks} ranks" if key.ranks > 1 else ""
+    own = [change for change in key.changes if change not in shared]
+    return [
+        ", ".join(f"`{name}`" for name in [key.recipe, *own]),
+        key.data,
+        f"{key.machine}{ranks}",
+    ]
+
+
+def score_table(groups: Sequence[Group]) -> str:
+    """One row a group: exact bits per byte, diffusion bounds by window, size, speed, memory."""
+    shared = shared_changes(groups)
+    windows = sorted({window for g in groups for run in g.runs for window in run.nelbo})
+    head = ["recipe", "data", "machine", "n", "val_bpb", *(f"bound, window {w}" for w in windows)]
+    rows = []
+    for g in groups:
+        bounds = [
+            mean_cell(numbers(run.nelbo.get(w, {}).get("nelbo_bpb") for run in g.runs))
+            for w in windows
+        ]
+        speed = numbers(run.events.get("train", {}).get("tok_per_sec") for run in g.runs)
+        rows.append(
+            [
+                *name_cells(g.key, shared),
+                str(len(g.runs)),
+                mean_cell(g.values("final", "val_bpb")),
+                *bounds,
+                f"{max(g.values('size', 'total_bytes')):,.0f}",
+                f"{statistics.mean(speed):,.0f}" if speed else NONE,
+                f"{max(g.values('done', 'peak_memory_mib')):,.0f}",
+            ]
+        )
+    return markdown([*head, "bytes", "train tok/s", "peak MiB"], rows, 3)
+
+
+def decode_table(groups: Sequence[Group]) -> str:
+    """One row a group, task and span; one column a number of passes: token accuracy and decoded
+    tokens a second.
+    """
+    shared = shared_changes(groups)
+    ways = sorted(
+        {
+            (key[3], key[2])
+            for g in groups
+            for run in g.runs
+            for key in run.decode
+            if key[3] != LEFT_TO_RIGHT
+        }
+    )
+    rows = []
+    for g in groups:
+        for task, span in sorted(
+            {key[:2] for run in g.runs for key in run.decode}, key=lambda t: (t[0], -t[1])
+        ):
+            wanted = [(task, span, steps, mode) for mode, steps in ways] + [
+                (task, span, span, LEFT_TO_RIGHT)
+            ]
+            rows.append(
+                [
+                    *name_cells(g.key, shared),
+                    task,
+                    str(span),
+                    *(decode_cell(g, key) for key in wanted),
+                ]
+            )
+    heads = [
+        f"{n} pass{'es' if n > 1 else ''}{'' if mode == REFINE else f', {mode}'}"
+        for mode, n in ways
+    ]
+    return markdown(["recipe", "data", "machine", "task", "span", *heads, "left to right"], rows, 4)
+
+
+def decode_cell(g: Group, key: tuple[str, int, int, str]) -> str:
+    rows = [run.decode.get(key, {}) for run in g.runs]
+    accuracy = numbers(r.get("token_acc") for r in rows)
+    speed = numbers(r.get("tok_per_sec") for r in rows)
+    return (
+        f"{mean_cell(accuracy, 3)} ({statistics.mean(speed):,.0f}/s)"
+        if accuracy and speed
+        else NONE
+    )
+
+
+def bound_note(groups: Sequence[Group]) -> str:
+    """State the Monte Carlo error that bounds carry besides the spread over seeds."""
+    rows = [row for g in groups for run in g.runs for row in run.nelbo.values()]
+    errors = [float(row["standard_error"]) for row in rows if row.get("standard_error")]
+    if not errors:
+        return ""
+    return f" Largest Monte Carlo standard error of one run's bound: {max(errors):.4f}."
+
+
+def version_notes(groups: Sequence[Group]) -> list[str]:
+    notes = []
+    for g in groups:
+        name = ", ".join(name_cells(g.key, shared_changes(groups)))
+        versions = {run.get("header", "sha256") for run in g.runs}
+        if len(versions) > 1:
+            notes.append(f"{name}: averages {len(versions)} versions of train_gpt.py")
+    return notes
+
+
+def results_block(groups: Sequence[Group], notes: Sequence[str]) -> str:
+    """The text that README.md carries between its markers."""
+    if not groups:
+        parts = ["No finished run."]
+    else:
+        parts = [
+            score_table(groups),
+            "val_bpb is exact, over the whole validation split. A bound is the diffusion upper "
+            "bound in bits per byte over the rows that NELBO_SEQUENCES names; at window 1 it is "
+            "their exact value. Mean ± standard deviation "
+            f"over n seeds; bytes and peak MiB are the largest.{bound_note(groups)}",
+        ]
+        if shared := shared_changes(groups):
+            parts.append(f"In all rows: {', '.join(f'`{change}`' for change in shared)}.")
+        if any(run.decode for g in groups for run in g.runs):
+            parts += [
+                decode_table(groups),
+                "Share of tokens equal to the text, and decoded tokens a second, by number of "
+                "refinement passes over "
+                "the span; left to right reads no text after the span.",
+            ]
+    left_out = [*notes, *version_notes(groups)]
+    if left_out:
+        parts.append(
+            "Not averaged, or to be read with care:\n\n"
+            + "\n".join(f"- {note}" for note in left_out)
+        )
+    return "\n\n".join(parts)
+
+
+# ==============================================================================
+# 2  LADDER -- the runs of a ladder by row, and what every row costs and gives
+# ==============================================================================
+
+
+def by_context(runs: Iterable[RunLog]) -> tuple[dict[Key, Rows], list[str]]:
+    """Gather finished runs by what rows must share to be compared (a key without recipe), and say
+    what is left out.
+    """
+    groups, notes = group_runs(runs)
+    order = {name: place for place, name in enumerate(sweep.rows())}
+    contexts: dict[Key, Rows] = {}
+    for g in sorted(groups, key=lambda g: (order.get(g.key.recipe, len(order)), g.key.recipe)):
+        contexts.setdefault(g.key._replace(recipe=""), {})[g.key.recipe] = g
+    return {key: contexts[key] for key in sorted(contexts)}, [
+        *notes,
+        *missing_seeds(groups),
+        *version_note(groups),
+    ]
+
+
+def version_note(groups: Sequence[Group]) -> list[str]:
+    versions = {run.get("header", "sha256") for g in groups for run in g.runs}
+    return (
+        [f"the runs were made by {len(versions)} versions of train_gpt.py"]
+        if len(versions) > 1
+        else []
+    )
+
+
+def equal_rows(name: str) -> list[str]:
+    """List the rows with the settings of this one, itself included; a sweep runs them once."""
+    recipes = tg.all_recipes()
+    return [row for row in sweep.rows() if name in recipes and recipes[row] == recipes[name]]
+
+
+def find_row(rows: Rows, name: str) -> Group | None:
+    """Return a row's runs, or those of a row with equal settings."""
+    return next((rows[other] for other in (name, *equal_rows(name)) if other in rows), None)
+
+
+def shared_note(rows: Rows) -> str:
+    """Name the rows that have no runs of their own, since another has the same settings."""
+    others = {
+        name: [f"`{other}`" for other in equal_rows(name) if other not in rows] for name in rows
+    }
+    said = [f"`{name}` is also {', '.join(names)}" for name, names in others.items() if names]
+    return f"\n\nOf equal settings, so the same runs: {'; '.join(said)}." if said else ""
+
+
+def context_name(key: Key) -> str:
+    """Say what all rows of a table share."""
+    ranks = f", {key.ranks} ranks" if key.ranks > 1 else ""
+    return ", ".join(
+        [key.data, f"{key.machine}{ranks}", *(f"`{change}`" for change in key.changes)]
+    )
+
+
+def of_runs(g: Group, event: str, name: str) -> list[float]:
+    return numbers(run.events.get(event, {}).get(name) for run in g.runs)
+
+
+def bounds(g: Group, window: int) -> list[float]:
+    return numbers(run.nelbo.get(window, {}).get("nelbo_bpb") for run in g.runs)
+
+
+def windows_of(rows: Mapping[str, Group]) -> list[int]:
+    return sorted({window for g in rows.values() for run in g.runs for window in run.nelbo})
+
+
+def infill(g: Group, passes: int, name: str, span: int = INFILL_SPAN) -> list[float]:
+    return numbers(run.decode.get(("infill", span, passes, REFINE), {}).get(name) for run in g.runs)
+
+
+def whole(values: Sequence[float], of: Any = statistics.mean) -> str:
+    return f"{of(values):,.0f}" if values else NONE
+
+
+def cost_table(rows: Rows) -> str:
+    """One line a row: steps, speed, memory, exact bits per byte, bounds, infill, size, and what was
+    published.
+    """
+    windows = windows_of(rows)
+    head = [
+        "row",
+        "n",
+        "steps",
+        "train tok/s",
+        "peak MiB",
+        "val_bpb",
+        *(f"bound, window {w}" for w in windows),
+    ]
+    head += [f"infill {INFILL_SPAN}, {n} pass{'es' if n > 1 else ''}" for n in INFILL_PASSES]
+    body = []
+    for name, g in rows.items():
+        body.append(
+            [
+                f"`{name}`",
+                str(len(g.runs)),
+                whole(of_runs(g, "done", "steps")),
+                whole(of_runs(g, "train", "tok_per_sec")),
+                whole(of_runs(g, "done", "peak_memory_mib"), max),
+                mean_cell(g.values("final", "val_bpb")),
+                *(mean_cell(bounds(g, w)) for w in windows),
+                *(mean_cell(infill(g, n, "token_acc"), 3) for n in INFILL_PASSES),
+                whole(of_runs(g, "size", "total_bytes"), max),
+                sweep.published_cell(name) if name in sweep.rows() else NONE,
+            ]
+        )
+    return markdown([*head, "bytes", "published (phase)"], body, 1)
+
+
+def recipes_block(runs: Iterable[RunLog]) -> str:
+    """The text that README.md carries between its markers for recipes."""
+    contexts, notes = by_context(runs)
+    tables = [
+        f"{context_name(key)}:\n\n{cost_table(rows)}{shared_note(rows)}"
+        for key, rows in contexts.items()
+    ]
+    parts = tables or ["No finished run."]
+    if contexts:
+        parts.append(
+            "Means over n seeds, ± standard deviation; bytes and peak MiB are the largest. Infill: "
+            f"share of tokens of {INFILL_SPAN}-token holes equal to the text. Published: val_bpb "
+            "on FineWeb, one H100 for 180 s unless "
+            "said."
+        )
+    if notes:
+        parts.append(
+            "Not averaged, or to be read with care:\n\n" + "\n".join(f"- {note}" for note in notes)
+        )
+    return "\n\n".join(parts)
+
+
+# ==============================================================================
+# 3  RESULTS -- what submission.json and results.json say
+# ==============================================================================
+
+
+def measured(g: Group) -> dict[str, Any]:
+    """Describe one group of runs for `measured_here`."""
+    bpb, loss = g.values("final", "val_bpb"), g.values("final", "val_loss")
+    return {
+        "recipe": g.key.recipe,
+        "hardware": g.key.machine,
+        "ranks": g.key.ranks,
+        "preset": g.key.preset,
+        "changed_settings": list(g.key.changes),
+        "n": len(g.runs),
+        "seeds": g.seeds,
+        "val_bpb_mean": rounded(statistics.mean(bpb)),
+        "val_bpb_std": rounded(spread(bpb)),
+        "val_loss_mean": rounded(statistics.mean(loss)),
+        "val_loss_std": rounded(spread(loss)),
+        "bytes_total": int(max(g.values("size", "total_bytes"))),
+        "bytes_code": int(max(g.values("size", "code_bytes"))),
+        "bytes_model": int(max(g.values("size", "model_bytes"))),
+        "per_seed": seed_results(g),
+        "parallel_eval": decode_means(g),
+        "logs": [run.name for run in g.runs],
+    }
+
+
+def seed_results(g: Group) -> dict[str, dict[str, Any]]:
+    named = zip(g.seeds, g.runs, strict=True)
+    return {str(seed): seed_result(run) | {"log": run.name} for seed, run in named}
+
+
+def decode_means(g: Group) -> list[dict[str, Any]] | None:
+    """Average what parallel decoding scored over the seeds; None if it was not measured in every
+    run.
+    """
+    found = []
+    for key in (key for key in g.runs[0].decode if all(key in run.decode for run in g.runs)):
+        task, span, steps, mode = key
+        row: dict[str, Any] = {"task": task, "span": span, "mode": mode, "steps": steps}
+        for name in ("token_acc", "exact_seq", "tok_per_sec"):
+            values = numbers(run.decode[key].get(name) for run in g.runs)
+            row[name] = rounded(statistics.mean(values)) if values else None
+        found.append(row)
+    return found or None
+
+
+def read_benchmarks(folder: Path) -> list[dict[str, Any]]:
+    """Read what bench/decode.py printed or wrote into *decode*.txt and *decode*.json: its JSON
+    lines.
+
+    Raises:
+        UserError: a line that begins as JSON is none, or lacks what bench/decode.py writes.
+    """
+    found = []
+    for path in sorted([*folder.glob("*decode*.txt"), *folder.glob("*decode*.json")]):
+        for number, line in enumerate(read_lines(path), start=1):
+            if not line.startswith("{"):
+                continue
+            try:
+                found.append(benchmark(json.loads(line), path.name))
+            except (ValueError, TypeError, KeyError) as error:
+                fail(
+                    f"log {path}, line {number}: not a result of bench/decode.py "
+                    f"({type(error).__name__}: {error}); "
+                    "copy it again or move it away"
+                )
+    return found
+
+
+def benchmark(line: dict[str, Any], log: str) -> dict[str, Any]:
+    """Keep of a result of bench/decode.py what a reader compares."""
+    about = {
+        name: line[name] for name in ("recipe", "artifact", "judge", "device", "threads", "python")
+    }
+    about |= {
+        name: line[name] for name in ("examples", "prefix", "target", "temperature", "repeats")
+    }
+    rows = []
+    for row in line["rows"]:
+        kept = {name: row[name] for name in ("mode", "passes", "batch")}
+        for name in (
+            "tokens_per_forward",
+            "tokens_per_second",
+            "times_cached_ar",
+            "identical",
+            "judge_nats",
+        ):
+            value = row[name]["mean"] if isinstance(row[name], dict) else row[name]
+            kept[name] = rounded(value) if is_number(value) else None
+        rows.append(kept)
+    return {"log": log, "data": Path(line["data_path"]).name, **about, "rows": rows}
+
+
+def is_ranked(key: Key) -> bool:
+    """Are these runs what the challenge ranks? Any settings will do but those of the time."""
+    same = key.recipe in RANKED_RECIPES and (key.ranks, key.preset) == (RANKED_RANKS, RANKED_PRESET)
+    given = dict(change.partition("=")[::2] for change in key.changes)
+    in_time = 0 < float(given.get("MAX_WALLCLOCK_SECONDS", RANKED_SECONDS)) <= RANKED_SECONDS
+    return same and in_time and key.data.startswith(RANKED_DATA)
+
+
+def preference(g: Group) -> tuple[int, float]:
+    """Order ranked runs: the most seeds first, then the best score."""
+    return -len(g.runs), statistics.mean(g.values("final", "val_bpb"))
+
+
+def submission(groups: Sequence[Group]) -> dict[str, Any]:
+    """Build submission.json: the challenge's fields from ranked runs, null without one."""
+    ranked = min(filter(lambda g: is_ranked(g.key), groups), key=preference, default=None)
+    if ranked is None:
+        return submission_entry(ABOUT, [])
+    date = max(str(run.get("header", "time")) for run in ranked.runs)[:10]
+    return submission_entry({**ABOUT, "date": date, "track": RANKED_TRACK}, ranked.runs)
+
+
+def results(groups: Sequence[Group], benchmarks: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Build results.json: what our recipes scored and how fast they decode, by data."""
+    here: dict[str, list[dict[str, Any]]] = {}
+    for g in groups:
+        if g.key.recipe in RANKED_RECIPES:
+            here.setdefault(g.key.data, []).append(measured(g))
+    decoded: dict[str, list[dict[str, Any]]] = {}
+    for found in benchmarks:
+        decoded.setdefault(found["data"], []).append(found)
+    return {"measured_here": here or None, "decode_benchmark_here": decoded or None}
+
+
+# ==============================================================================
+# 4  FILES -- compare or replace
+# ==============================================================================
+
+
+def read_readme(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        fail(f"{path} cannot be read ({error.strerror}); name it with --readme")
+
+
+def split(text: str, block: Block, path: Path) -> tuple[str, str, str]:
+    """Cut README.md into before, between and after the lines of a block; UserError: not there
+    once each, in order.
+    """
+    begin, end = block
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        fail(f"{path} needs the lines {begin} and {end}, once each and in this order; add them")
+    before, rest = text.split(begin)
+    between, after = rest.split(end)
+    return before, between, after
+
+
+def block_differences(args: argparse.Namespace, block: Block, text: str) -> list[str]:
+    """List how one block of README.md disagrees with the logs."""
+    try:
+        _, held, _ = split(read_readme(args.readme), block, args.readme)
+    except tg.UserError as error:
+        return [str(error)]
+    ours, theirs = text.split("\n"), held.strip().split("\n")
+    found = [f"{args.readme}: logs give {line!r}" for line in ours if line not in theirs]
+    found += [f"{args.readme}: no log gives {line!r}" for line in theirs if line not in ours]
+    if not found and ours != theirs:
+        found.append(
+            f"{args.readme}: lines between {block.begin} and {block.end} stand in another order"
+        )
+    return found
+
+
+def file_differences(path: Path, expected: dict[str, Any]) -> list[str]:
+    """List how a JSON file disagrees with the logs."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [f"{path} cannot be read ({error})"]
+    if not isinstance(stored, dict):
+        return [f"{path} is not a JSON object"]
+    found = []
+    for key in dict.fromkeys([*expected, *stored]):
+        if key not in expected or key not in stored or expected[key] != stored[key]:
+            found.append(f"{path}: {key} is {stored.get(key)!r}, logs give {expected.get(key)!r}")
+    return found
+
+
+def differences(
+    args: argparse.Namespace, blocks: dict[Block, str], files: dict[Path, dict[str, Any]]
+) -> list[str]:
+    """List how README.md, submission.json and results.json disagree with the logs."""
+    found = []
+    for block, text in blocks.items():
+        found += block_differences(args, block, text)
+    for path, expected in files.items():
+        found += file_differences(path, expected)
+    return found
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file as a whole, or leave the old one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        fail(f"{path} was not written ({error.strerror}); the old one is intact: free space")
+
+
+def write(
+    args: argparse.Namespace, blocks: dict[Block, str], files: dict[Path, dict[str, Any]]
+) -> None:
+    readme = read_readme(args.readme)
+    for block, text in blocks.items():
+        before, _, after = split(readme, block, args.readme)
+        readme = f"{before}{block.begin}\n\n{text}\n\n{block.end}{after}"
+    replace_file(args.readme, readme)
+    for path, content in files.items():
+        replace_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def recipes(args: argparse.Namespace) -> tuple[list[RunLog], dict[Block, str]]:
+    """Read the logs of the ladder; without one, README.md needs no place for their table."""
+    runs = read_logs(args.ladder) if args.ladder.exists() else []
+    readme = read_readme(args.readme) if args.readme.exists() else ""
+    if not runs and not any(line in readme for line in RECIPES):
+        return [], {}
+    return runs, {RECIPES: recipes_block(runs)}
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Print the tables, and write or check the files; UserError: logs or files are damaged."""
+    runs = read_logs(args.logs)
+    groups, notes = group_runs(runs)
+    ladder, more = recipes(args)
+    blocks = {RESULTS: results_block(groups, notes), **more}
+    measurements = results(groups, read_benchmarks(args.logs))
+    files = {args.submission: submission(groups), args.results: measurements}
+    print("\n\n".join(blocks.values()))
+    if args.write:
+        write(args, blocks, files)
+    found = differences(args, blocks, files) if args.check else []
+    missing = missing_seeds(groups)
+    for line in missing:
+        print(f"note: {line}", file=sys.stderr)
+    for line in found:
+        print(f"differs: {line}", file=sys.stderr)
+    if found:
+        advice = "run python scripts/study/report.py --write, and read what changed"
+        print(advice, file=sys.stderr)
+    counts = {"logs": len(runs), "averaged": sum(len(g.runs) for g in groups)}
+    counts |= {"groups": len(groups), "ladder_logs": len(ladder)}
+    return {**counts, "left_out": list(notes), "missing_seeds": missing, "differences": found}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status, 1 if --check found a disagreement."""
+    args = parse_args(argv)
+    return run_command(lambda: run(args), lambda result: int(bool(result["differences"])))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
