@@ -1,13 +1,12 @@
-"""Fine-tune an artifact on new text by low-rank updates of its matrices, which are kept in a small
-file beside it.
+"""Fine-tune an artifact on new text by low-rank updates of its matrices, kept in a small file.
 
     DATA_PATH=data/mine python scripts/finetune.py final_model.int8.ptz --rank 8 --out adapter.ptz
-    DATA_PATH=data/mine RECIPE=ar MAX_WALLCLOCK_SECONDS=60 python scripts/finetune.py final_model.int8.ptz
+    DATA_PATH=data/mine RECIPE=ar python scripts/finetune.py final_model.int8.ptz
     python scripts/sample.py --artifact final_model.int8.ptz --adapter adapter.ptz --prompt 'Dear'
 
 Settings are those of train_gpt.py, from the environment: RECIPE (default: the artifact's) chooses
 the loss, ADAPTER_LR the rate, LORA_RANK the rank of the updates (as --rank), ITERATIONS and
-MAX_WALLCLOCK_SECONDS the budget; logs and checkpoints go to OUT_DIR, RESUME=auto goes on. What a
+MAX_WALLCLOCK_SECONDS the budget; logs and checkpoints go to OUT_DIR, RESUME=auto resumes. What a
 model is (its sizes, and how its windows are read) is the artifact's. Windows carry loss from the
 first step unless DIFFUSION_START_FRAC says else. New text is prepared with the artifact's tokenizer
 (scripts/prepare_data.py). Progress goes to standard error; the last line of standard output is one
@@ -21,13 +20,12 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import json
 import os
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,70 +34,44 @@ from torch.nn.utils import parametrize
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
 import train_gpt as tg
+from scripts.common import (
+    Parser,
+    check_faults,
+    fail,
+    load_artifact,
+    open_tokenizer,
+    run_command,
+)
 
 FORMAT = "text-diffusion-adapter-1"
 MOST_BYTES = 1 << 30  # of an unpacked adapter: more than any needs
 # Settings that say what a model is; an adapter must not be trained on, or beside, another one.
+# The last two are what they are by default.
+# fmt: off
 MODEL = (
-    *(
-        "vocab_size",
-        "num_layers",
-        "model_dim",
-        "num_heads",
-        "num_kv_heads",
-        "mlp_mult",
-        "tie_embeddings",
-    ),
-    *(
-        "rope_base",
-        "rope_scale",
-        "logit_softcap",
-        "value_residual",
-        "bigram_vocab_size",
-        "look_ahead",
-    ),
-    *(
-        "time_embed_dim",
-        "self_condition",
-        "diffusion_causal",
-        "diffusion_shift",
-        "diffusion_corruption_mode",
-    ),
-    *(
-        "train_seq_len",
-        "init_from",
-        "diffusion_anneal_frac",
-    ),  # the last two are what they are by default
+    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
+    "tie_embeddings", "rope_base", "rope_scale", "logit_softcap", "value_residual",
+    "bigram_vocab_size", "look_ahead", "time_embed_dim", "self_condition", "diffusion_causal",
+    "diffusion_shift", "diffusion_corruption_mode", "train_seq_len", "init_from",
+    "diffusion_anneal_frac",
 )
-
-
-def fail(message: str) -> NoReturn:
-    """Raise the error that `main` prints without a traceback."""
-    raise tg.UserError(message)
+# fmt: on
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "artifact", type=Path, help="what to fine-tune: final_model.int8.ptz of train_gpt.py"
-    )
-    parser.add_argument(
-        "--rank", type=int, help="rank of every update (default: LORA_RANK, or 8 without it)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("adapter.ptz"), help="default %(default)s")
-    parser.add_argument(
-        "--window",
-        type=int,
-        help="window size of the bound (default 16, or T where 16 does not fit)",
-    )
+    parser = Parser(__doc__)
+    add, out = parser.add_argument, Path("adapter.ptz")
+    add("artifact", type=Path, help="what to fine-tune: final_model.int8.ptz of train_gpt.py")
+    add("--rank", type=int, help="rank of every update (default: LORA_RANK, or 8 without it)")
+    add("--out", type=Path, default=out, help="default %(default)s")
+    window = "window size of the bound (default 16, or T where 16 does not fit)"
+    add("--window", type=int, help=window)
     args = parser.parse_args(argv)
-    if args.rank is None and not (text := os.environ.get("LORA_RANK", "8")).isdecimal():
-        parser.error(
-            f"LORA_RANK={text!r} must be a whole number from 1; set another, or name one by --rank"
-        )
+    text = os.environ.get("LORA_RANK", "8")
+    if args.rank is None and not text.isdecimal():
+        rule = "must be a whole number from 1; set another, or name one by --rank"
+        parser.error(f"LORA_RANK={text!r} {rule}")
     args.rank = int(text) if args.rank is None else args.rank
     return args
 
@@ -121,9 +93,8 @@ class LowRank(nn.Module):
         start = torch.empty(rank, columns).uniform_(
             -(columns**-0.5), columns**-0.5, generator=generator
         )
-        self.lora_a = nn.Parameter(
-            start.to(weight.device)
-        )  # (rank, columns); names that GROUPS trains by Adam
+        # (rank, columns); names that GROUPS trains by Adam.
+        self.lora_a = nn.Parameter(start.to(weight.device))
         self.lora_b = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -224,9 +195,7 @@ def load_adapter(path: Path, model: tg.GPT, artifact: Path) -> dict[str, Any]:
         Exception
     ) as error:  # zlib, zipfile, pickle and torch each fail in their own ways on foreign bytes
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise tg.UserError(
-            f"adapter {path} is missing, damaged or not ours ({why}); copy it again, or {again}"
-        ) from error
+        fail(f"adapter {path} is missing, damaged or not ours ({why}); copy it again, or {again}")
     if about["artifact_sha256"] != found:
         theirs = f"{about['artifact_sha256'][:12]}, that of {artifact} is {found[:12]}"
         fail(
@@ -243,22 +212,9 @@ def load_adapter(path: Path, model: tg.GPT, artifact: Path) -> dict[str, Any]:
 # ==============================================================================
 
 
-def configure(model: tg.GPT, env: Mapping[str, str]) -> tuple[tg.Config, dict[str, str], list[str]]:
-    """Take what a model is from the artifact, all else from the environment; as
-    train_gpt.Config.from_env.
-
-    Raises:
-        UserError: no DATA_PATH, a setting of the environment contradicts the artifact, or the loss
-        needs a denoiser
-            that it does not have.
-    """
-    if "DATA_PATH" not in env:
-        fail(
-            "DATA_PATH is not set, so there is no new text; name a folder of shards, made by: "
-            f"{tg.PREPARE}"
-        )
-    default = tg.Config()
-    made = ("init_from", "diffusion_anneal_frac")
+def fixed_settings(model: tg.GPT, env: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the artifact sets; UserError: the environment contradicts it."""
+    default, made = tg.Config(), ("init_from", "diffusion_anneal_frac")
     fixed = {name: getattr(default if name in made else model.cfg, name) for name in MODEL}
     faults = []
     for name in [name for name in fixed if name.upper() in env]:
@@ -268,30 +224,37 @@ def configure(model: tg.GPT, env: Mapping[str, str]) -> tuple[tg.Config, dict[st
         except ValueError:
             same = False
         if not same:
-            faults.append(
-                f"{name.upper()}={env[name.upper()]!r} is the artifact's, {fixed[name]!r}; leave "
-                "it out"
-            )
-    if faults:
-        fail("\n".join(faults))
-    usual = {
-        name.upper(): getattr(model.cfg, name) for name in ("recipe", "preset", "tokenizer_path")
-    }
-    usual |= {
-        "DIFFUSION_START_FRAC": "0",
-        "DIFFUSION_START_STEP": "0",
-    }  # its denoiser has begun long ago
-    text = {
-        name.upper(): str(int(value)) if isinstance(value, bool) else str(value)
-        for name, value in fixed.items()
-    }
+            rule = f"is the artifact's, {fixed[name]!r}; leave it out"
+            faults.append(f"{name.upper()}={env[name.upper()]!r} {rule}")
+    check_faults(faults)
+    return fixed
+
+
+def configure(model: tg.GPT, env: Mapping[str, str]) -> tuple[tg.Config, dict[str, str], list[str]]:
+    """Take what a model is from the artifact, all else from the environment.
+
+    Returns:
+        What train_gpt.Config.from_env returns.
+
+    Raises:
+        UserError: no DATA_PATH, a setting of the environment contradicts the artifact, or the loss
+            needs a denoiser that it does not have.
+    """
+    if "DATA_PATH" not in env:
+        remedy = f"name a folder of shards, made by: {tg.PREPARE}"
+        fail(f"DATA_PATH is not set, so there is no new text; {remedy}")
+    fixed = fixed_settings(model, env)
+    shared = ("recipe", "preset", "tokenizer_path")
+    usual = {name.upper(): getattr(model.cfg, name) for name in shared}
+    # Its denoiser has begun long ago.
+    usual |= {"DIFFUSION_START_FRAC": "0", "DIFFUSION_START_STEP": "0"}
+    numbers = {name: int(v) if isinstance(v, bool) else v for name, v in fixed.items()}
+    text = {name.upper(): str(value) for name, value in numbers.items()}
     cfg, source, warnings = tg.Config.from_env({**usual, **env, **text})
     if cfg.diffusion and not model.cfg.diffusion:
         why = "and this artifact has no denoiser (DIFFUSION_LOSS_WEIGHT=0)"
-        fail(
-            f"RECIPE={cfg.recipe!r} trains windows, {why}; use RECIPE=ar, or give it one: "
-            "INIT_FROM of train_gpt.py"
-        )
+        remedy = "use RECIPE=ar, or give it one: INIT_FROM of train_gpt.py"
+        fail(f"RECIPE={cfg.recipe!r} trains windows, {why}; {remedy}")
     return cfg, source | dict.fromkeys(MODEL, "artifact"), warnings
 
 
@@ -300,19 +263,17 @@ def bound_window(args: argparse.Namespace, cfg: tg.Config) -> int:
     T = cfg.train_seq_len
     size = args.window if args.window is not None else 16 if T % 16 == 0 else T
     if size < 1 or T % size:
-        fail(
-            f"--window={size} must divide the {T} tokens of a row (TRAIN_SEQ_LEN); choose another, "
-            "or leave it out"
-        )
+        rule = f"must divide the {T} tokens of a row (TRAIN_SEQ_LEN)"
+        fail(f"--window={size} {rule}; choose another, or leave it out")
     return int(size)
 
 
-def scores(
-    model: tg.GPT, run: tg.Run, val: tg.TokenLoader, counter: tg.ByteCounter, size: int
-) -> dict[str, Any]:
-    """Score the validation split: exact bits per byte, and the bound with its standard error if
-    there is a denoiser.
-    """
+Bound = tuple[tg.TokenLoader, tg.ByteCounter, int]  # validation split, its bytes, window size
+
+
+def scores(model: tg.GPT, run: tg.Run, of: Bound) -> dict[str, Any]:
+    """Score the validation split: exact bits per byte, and the bound if there is a denoiser."""
+    val, counter, size = of
     exact = tg.evaluate_bpb(model, run, val, counter)
     found: dict[str, Any] = {"val_bpb": exact["bpb"], "bound": None, "bound_se": None}
     if model.mask_emb is not None:  # RECIPE=ar trains no windows, but it moves them
@@ -321,90 +282,93 @@ def scores(
     return found
 
 
+def train_adapter(
+    args: argparse.Namespace, run: tg.Run, model: tg.GPT, of: Bound
+) -> dict[str, Any]:
+    """Train updates and write them; return what is said of the run."""
+    val, counter, size = of
+    loader = tg.TokenLoader(run.cfg, "train")
+    counts = {"train_tokens": loader.total, "val_tokens": val.total}
+    run.log.event("data", train_shards=len(loader.paths), **counts)
+    before = scores(model.to(run.device), run, of)  # the updates are zero
+    about = {"artifact": str(args.artifact), "sha256": sha256_of(args.artifact)}
+    run.log.event("before", window=size, **about, **before)
+    state = tg.TrainState(run.cfg, run, loader, model)
+    state.resume()
+    tg.train(state, val, counter)
+    if run.rank == 0:
+        save_adapter(args.out, state.weights(), run.cfg, args.rank, args.artifact)
+    run.from_rank0(0.0)  # nobody reads the adapter before it is written
+    return {
+        "artifact": str(args.artifact),
+        "adapter": str(args.out),
+        "rank": args.rank,
+        "recipe": run.cfg.recipe,
+        "adapter_bytes": args.out.stat().st_size,
+        "artifact_bytes": args.artifact.stat().st_size,
+        "steps": state.step,
+        "train_seconds": state.seconds,
+        "window": size,
+        "log": str(run.log.path),
+        "before": before,
+    }
+
+
 def finetune(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]:
-    """Train updates, write them, load them beside the artifact and score both; empty where this is
-    not rank 0.
+    """Train updates, write them, and score them as read from the file.
+
+    Returns:
+        What was measured; empty where this is not rank 0.
     """
-    model, expected = tg.load_artifact(args.artifact, torch.device("cpu"))
+    artifact = load_artifact(args.artifact, torch.device("cpu"))
+    model = artifact.model
     cfg, source, warnings = configure(model, env)
-    size, sha256 = bound_window(args, cfg), sha256_of(args.artifact)
-    loader = tg.TokenLoader(cfg, "train")
+    size, remedy = bound_window(args, cfg), "name that one, and prepare the text with it"
+    tg.TokenLoader(cfg, "train")  # UserError, before the tokenizer's
     val = tg.TokenLoader(cfg, "val")
-    counter = tg.ByteCounter(cfg)
-    if counter.sha256 != expected:
-        fail(
-            f"TOKENIZER_PATH={cfg.tokenizer_path!r} (SHA-256 {counter.sha256[:12]}) is not the tokenizer "
-            f"{args.artifact} was trained with ({expected[:12]}); name that one, and prepare the text with it"
-        )
+    counter = open_tokenizer(artifact, cfg.tokenizer_path, remedy=remedy)
     # A checkpoint is of one artifact and rank.
-    name = f"{cfg.path('', '').name}_finetune_{sha256[:8]}_r{args.rank}"
-    cfg = dataclasses.replace(cfg, run_id=name)
+    suffix = f"finetune_{sha256_of(args.artifact)[:8]}_r{args.rank}"
+    cfg = dataclasses.replace(cfg, run_id=f"{cfg.path('', '').name}_{suffix}")
     add_updates(model, args.rank, cfg.seed)
     model.cfg = cfg
     with tg.Run.start(cfg) as run:
         run.header(source, warnings)
-        run.log.event(
-            "data", train_tokens=loader.total, val_tokens=val.total, train_shards=len(loader.paths)
-        )
-        before = scores(model.to(run.device), run, val, counter, size)  # the updates are zero
-        run.log.event("before", artifact=str(args.artifact), sha256=sha256, window=size, **before)
-        state = tg.TrainState(cfg, run, loader, model)
-        state.resume()
-        tg.train(state, val, counter)
-        if run.rank == 0:
-            save_adapter(args.out, state.weights(), cfg, args.rank, args.artifact)
-        run.from_rank0(0.0)  # nobody reads the adapter before it is written
-        tuned, _ = tg.load_artifact(args.artifact, run.device)
+        of = (val, counter, size)
+        result = train_adapter(args, run, model, of)
+        tuned = load_artifact(args.artifact, run.device).model
         load_adapter(args.out, tuned, args.artifact)  # what is scored is the file
-        after = scores(tuned, run, val, counter, size)
-        result = {
-            "artifact": str(args.artifact),
-            "adapter": str(args.out),
-            "rank": args.rank,
-            "recipe": cfg.recipe,
-        }
-        result |= {
-            "adapter_bytes": args.out.stat().st_size,
-            "artifact_bytes": args.artifact.stat().st_size,
-        }
-        result |= {
-            "steps": state.step,
-            "train_seconds": state.seconds,
-            "window": size,
-            "log": str(run.log.path),
-        }
-        run.log.event("after", **after, **result)
-        return {**result, "before": before, "after": after} if run.rank == 0 else {}
+        after = scores(tuned, run, of)
+        event = {name: value for name, value in result.items() if name != "before"}
+        run.log.event("after", **after, **event)
+        return result | {"after": after} if run.rank == 0 else {}
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print before and after for people, then everything as one line of JSON."""
+    """Print before and after."""
     before, after = result["before"], result["after"]
     print(f"val_bpb               {before['val_bpb']:.4f} -> {after['val_bpb']:.4f}")
     if before["bound"] is not None:
+        bounds = f"{before['bound']:.4f} -> {after['bound']:.4f}"
         errors = f"s.e. {before['bound_se']:.4f}, {after['bound_se']:.4f}"
-        print(
-            f"bound, window {result['window']:<7} {before['bound']:.4f} -> {after['bound']:.4f}  "
-            f"({errors})"
-        )
-    print(
-        f"adapter {result['adapter']} of {result['adapter_bytes']:,} bytes, rank {result['rank']}"
-    )
-    print(json.dumps(result, allow_nan=False))
+        print(f"bound, window {result['window']:<7} {bounds}  ({errors})")
+    size = f"{result['adapter_bytes']:,} bytes, rank {result['rank']}"
+    print(f"adapter {result['adapter']} of {size}")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Fine-tune and print; None where this is not rank 0."""
+    with contextlib.redirect_stdout(sys.stderr):  # the training log is progress here
+        result = finetune(args, os.environ)
+    if result:
+        show(result)
+    return result or None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after an error the user can repair."""
+    """Run the command; return its exit status."""
     args = parse_args(argv)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # the training log is progress here
-            result = finetune(args, os.environ)
-    except (tg.UserError, OSError) as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    if result:
-        show(result)
-    return 0
+    return run_command(lambda: run(args), resume="RESUME=auto resumes from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How many floating-point operations training takes, how many a device could do (what MFU in the
-logs is made of), and what it is called.
+"""How many floating-point operations training takes, how many a device could do (what MFU in the logs is made of), and
+what it is called.
 
-train_gpt.py runs this file, beside itself; bench/train.py reads it, too.
+train_gpt.py runs this file, beside itself; bench_train.py reads it, too.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-# Dense bf16 operations a second with fp32 sums, from the makers' data sheets, by a part of the
-# device's name.
+# Dense bf16 operations a second with fp32 sums, from the makers' data sheets, by a part of the device's name.
 PEAKS = {
     "B200": 2.25e15,
     "H200": 989.4e12,
@@ -34,10 +33,9 @@ PEAKS = {
 def per_token(cfg: Any, size: int = 0) -> float:
     """Count operations of one training step a token of the batch, forward and backward.
 
-    A matrix takes 6 a weight and token, attention 12 a layer, channel and key that is read
-    (arXiv:2204.02311, appendix B, but keys that a mask hides do not count). Windows ride on
-    DIFFUSION_ROW_FRAC of the rows: S + 1 tokens each, once for every pass, a third of that where a
-    pass has no gradient.
+    A matrix takes 6 a weight and token, attention 12 a layer, channel and key that is read (arXiv:2204.02311, appendix
+    B, but keys that a mask hides do not count). Windows ride on DIFFUSION_ROW_FRAC of the rows: S + 1 tokens each, once
+    for every pass, a third of that where a pass has no gradient.
 
     Args:
         cfg: train_gpt.Config.
@@ -52,9 +50,7 @@ def per_token(cfg: Any, size: int = 0) -> float:
         passes = cfg.diffusion_passes + (cfg.self_condition != "none") / 3
         ahead = dim * dim if cfg.look_ahead and not cfg.diffusion_causal else 0
         token = 6 * (weights + ahead) + key * ((T - size) / 2 + own)
-        rows = (
-            cfg.train_batch_tokens // cfg.micro_batches // T
-        )  # of a part, some of which carry windows
+        rows = cfg.train_batch_tokens // cfg.micro_batches // T  # of a part, some of which carry windows
         share = max(round(rows * cfg.diffusion_row_frac), 1) / rows
         total += share * passes * (size + 1) / size * token
     return total
@@ -72,10 +68,8 @@ def machine(device: str) -> str:
 
 @functools.cache
 def peak(device: str) -> float:
-    """Say how many operations a second a device does at best: a GPU by its data sheet (NaN if it is
-    not listed), a CPU by what an fp32 matrix product of 512 rows and columns reaches here, the best
-    of 9.
-    """
+    """Say how many operations a second a device does at best: a GPU by its data sheet (NaN if it is not listed), a CPU
+    by what an fp32 matrix product of 512 rows and columns reaches here, the best of 9."""
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
         return next((value for part, value in PEAKS.items() if part in name), float("nan"))

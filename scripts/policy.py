@@ -1,10 +1,10 @@
 """Decode in modes that have names; watch it, fall back where it is bad, and choose the mode that
 meets a target.
 
-    edit(model, ids, start, stop)                      tokens that the model holds improbable are filled in again
-    guard(model, ids, start, stop, MODES["block"])     rows outside the limits get the tokens of mode ar instead
-    choose(model, ids, start, stop, seconds=0.5)       the likeliest mode that takes at most half a second a call
-    choose(model, ids, start, stop, nats=3.0)          the fastest mode that reaches 3 nats a token
+    edit(model, ids, start, stop)                    low-probability tokens are remasked
+    guard(model, ids, start, stop, MODES["block"])   rows outside the limits get those of mode ar
+    choose(model, ids, start, stop, seconds=0.5)     the best mode within half a second a call
+    choose(model, ids, start, stop, nats=3.0)        the fastest mode that reaches 3 nats a token
 
 Likelihood alone cannot judge decoded text: it is highest where text repeats itself
 (arXiv:1904.09751), and a row of one token may be the likeliest of all. `Limits.repeat` catches
@@ -60,13 +60,14 @@ MODES = {  # ways to decode, by name
 
 PASSES, THRESHOLDS = (1, 2, 4, 8, 12, 20, 30), (0.5, 0.7, 0.9)
 TIMED = 3  # calls whose median counts, after one that does not
+# Settings of Decoding that no mode changes.
 SAMPLING = (
     "temperature",
     "top_k",
     "top_p",
     "seed",
     "end",
-)  # settings of Decoding that no mode changes
+)
 
 
 class Quality(NamedTuple):

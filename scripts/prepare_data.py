@@ -1,9 +1,8 @@
 """Turn text into the token shards that train_gpt.py reads, with their tokenizer and a manifest.
 
-    python scripts/prepare_data.py                 the Python standard library; no network
-    python scripts/prepare_data.py --source files --out data/books --tokenizer bpe.model \\
-        'books/*.jsonl.xz'
-    python scripts/prepare_data.py --source fineweb --train-shards 10      the challenge's export
+    python scripts/prepare_data.py                       the Python standard library; no network
+    python scripts/prepare_data.py --source files --tokenizer bpe.model 'books/*.jsonl.xz'
+    python scripts/prepare_data.py --source fineweb --train-shards 10      the published export
     python scripts/prepare_data.py --source fineweb --variant sp8192 --repo OWNER/NAME
 
 A shard is a header of 256 little-endian int32 (magic, version, number of tokens, zeros) and then
@@ -40,12 +39,16 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
+from scripts.common import Parser, fail, in_range, run_command
 
 Item = TypeVar("Item")
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
-STAGING, DOWNLOADS = ".staging", ".download"  # folders inside --out, removed at the end
-SETTINGS = "settings.json"  # in DOWNLOADS: what is being downloaded
+# Folders inside --out that a finished command leaves no trace of.
+STAGING, DOWNLOADS = (
+    ".staging",
+    ".download",
+)
 MAX_VOCAB = 65_535  # tokens are uint16
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 SAMPLE_BYTES = 8_000_000  # of training text that a tokenizer is fitted to; trains in seconds
@@ -54,16 +57,13 @@ MAX_DOCUMENT = (
     16_000_000  # bytes; encoding takes about 45 bytes of memory for each byte of a document
 )
 STDLIB_MAX_BYTES = 24_000_000
-SPACE_MARK = "\u2581"  # a space inside SentencePiece, which cannot tell the two apart
-HUB_REPO, HUB_ROOT = "willdepueoai/parameter-golf", "datasets"  # of the challenge; its root folder
+SPACE_MARK = (
+    "\u2581"  # stands for a space inside SentencePiece, which therefore cannot tell it from one
+)
+SETTINGS = "settings.json"  # in DOWNLOADS: what is being downloaded
+HUB_REPO = "willdepueoai/parameter-golf"
+HUB_ROOT = "datasets"
 VARIANTS = {"sp1024": 1024, "sp4096": 4096, "sp8192": 8192}  # pieces of the tokenizer
-
-
-def fail(message: str) -> NoReturn:
-    """Raise the error that `main` prints without a traceback."""
-    from train_gpt import UserError
-
-    raise UserError(message)
 
 
 def reason(error: Exception) -> str:
@@ -76,89 +76,48 @@ def reason(error: Exception) -> str:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--source", choices=list(SOURCES), default="stdlib", help="where text comes from"
-    )
-    parser.add_argument(
-        "patterns", nargs="*", metavar="GLOB", help="files: JSONL with a text field, or plain text"
-    )
-    parser.add_argument("--files", nargs="+", default=[], metavar="GLOB", help="the same as GLOB")
-    parser.add_argument("--out", type=Path, help="folder to write; default ./data/SOURCE")
-    parser.add_argument(
-        "--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model, train none"
-    )
-    parser.add_argument(
-        "--vocab-size",
-        type=int,
-        default=1024,
-        help="pieces of a trained tokenizer (default %(default)s)",
-    )
-    parser.add_argument(
-        "--val-percent", type=float, help="share of documents held out (default: stdlib 5, files 2)"
-    )
-    parser.add_argument(
-        "--shard-tokens",
-        type=int,
-        default=100_000_000,
-        help="most tokens a shard (default %(default)s)",
-    )
-    parser.add_argument(
-        "--max-bytes", type=int, help=f"stdlib: most bytes of text (default {STDLIB_MAX_BYTES})"
-    )
-    parser.add_argument(
-        "--train-shards", type=int, help="fineweb: how many training shards (default 1)"
-    )
-    parser.add_argument(
-        "--force", action="store_true", help="replace the shards of another manifest in --out"
-    )
-    parser.add_argument(
-        "--variant", choices=VARIANTS, help="fineweb: which tokenizer (default sp1024)"
-    )
-    parser.add_argument(
-        "--repo", metavar="OWNER/NAME", help=f"fineweb: dataset repository (default {HUB_REPO})"
-    )
+    parser = Parser(__doc__)
+    add, glob_help = parser.add_argument, "files: JSONL with a text field, or plain text"
+    add("--source", choices=list(SOURCES), default="stdlib", help="where text comes from")
+    add("patterns", nargs="*", metavar="GLOB", help=glob_help)
+    add("--files", nargs="+", default=[], metavar="GLOB", help="the same as GLOB")
+    add("--out", type=Path, help="folder to write; default ./data/SOURCE")
+    tokenizer = "use this SentencePiece model, train none"
+    add("--tokenizer", type=Path, metavar="MODEL", help=tokenizer)
+    parser.whole("--vocab-size", 1024, "pieces of a trained tokenizer", high=MAX_VOCAB)
+    held_out = "share of documents held out (default: stdlib 5, files 2)"
+    add("--val-percent", type=in_range(float, 0, 100), help=held_out)
+    parser.whole("--shard-tokens", 100_000_000, "most tokens a shard", high=MAX_SHARD_TOKENS)
+    parser.whole("--max-bytes", None, f"stdlib: most bytes of text (default {STDLIB_MAX_BYTES})")
+    shards = "fineweb: how many training shards (default 1)"
+    parser.whole("--train-shards", None, shards, high=1_000_000)
+    add("--variant", choices=VARIANTS, help="fineweb: which tokenizer (default sp1024)")
+    add("--repo", metavar="OWNER/NAME", help=f"fineweb: dataset repository (default {HUB_REPO})")
+    add("--force", action="store_true", help="replace the shards of another manifest in --out")
     args = parser.parse_args(argv)
     args.patterns += args.files
-    complete(parser, args)
+    check_source(parser, args)
+    args.out = args.out or Path("data", "_".join(filter(None, (args.source, args.variant))))
+    if args.val_percent is None:
+        args.val_percent = 5.0 if args.source == "stdlib" else 2.0
+    args.max_bytes = args.max_bytes or STDLIB_MAX_BYTES
+    args.train_shards = args.train_shards or 1
     return args
 
 
-def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Fill in defaults that depend on the source; exits with 2 on options that do not fit."""
-    of_source = {"patterns": "files", "max_bytes": "stdlib"}
-    of_source |= dict.fromkeys(("train_shards", "variant", "repo"), "fineweb")
-    for name, source in of_source.items():
+def check_source(parser: Parser, args: argparse.Namespace) -> None:
+    """Exit with 2 if an option does not fit the source."""
+    owners = {"patterns": "files", "max_bytes": "stdlib"}
+    owners |= dict.fromkeys(("train_shards", "variant", "repo"), "fineweb")
+    for name, source in owners.items():
         if getattr(args, name) and args.source != source:
             flag = "GLOB" if name == "patterns" else "--" + name.replace("_", "-")
             parser.error(f"{flag} needs --source {source}; got --source {args.source}")
     if args.source == "files" and not args.patterns:
         parser.error("--source files needs at least one GLOB, as in 'books/*.jsonl'")
     if args.repo and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo):
-        parser.error(
-            f"--repo={args.repo} must be OWNER/NAME of a dataset repository, as in {HUB_REPO}"
-        )
-    args.out = args.out or Path("data") / "_".join(
-        [args.source, *([args.variant] if args.variant else [])]
-    )
-    args.val_percent = (
-        {"stdlib": 5.0}.get(args.source, 2.0) if args.val_percent is None else args.val_percent
-    )
-    args.max_bytes = STDLIB_MAX_BYTES if args.max_bytes is None else args.max_bytes
-    args.train_shards = 1 if args.train_shards is None else args.train_shards
-    for name, low, high in (
-        ("vocab_size", 1, MAX_VOCAB),
-        ("val_percent", 0, 100),
-        ("shard_tokens", 1, MAX_SHARD_TOKENS),
-        ("max_bytes", 1, sys.maxsize),
-        ("train_shards", 1, 1_000_000),
-    ):
-        if not low <= getattr(args, name) <= high:
-            parser.error(
-                f"--{name.replace('_', '-')}={getattr(args, name)} must lie in {low}..{high}"
-            )
+        rule = f"must be OWNER/NAME of a dataset repository, as in {HUB_REPO}"
+        parser.error(f"--repo={args.repo} {rule}")
 
 
 # ==============================================================================
@@ -206,11 +165,9 @@ class Corpus:
                         "character; remove it"
                     )
                 if len(data) > MAX_DOCUMENT:
-                    fail(
-                        f"{document.place}: one document of {len(data):,} bytes, more than "
-                        f"{MAX_DOCUMENT:,}; cut it "
-                        "into several files or JSONL lines"
-                    )
+                    size = f"one document of {len(data):,} bytes, more than {MAX_DOCUMENT:,}"
+                    remedy = "cut it into several files or JSONL lines"
+                    fail(f"{document.place}: {size}; {remedy}")
                 yield document, hashlib.sha256(data).digest()
         self.skipped |= {"empty": empty, "with_space_mark": marked}
 
@@ -222,34 +179,36 @@ def read_bytes(path: Path) -> bytes:
         fail(f"{path} cannot be read ({reason(error)}); check its permissions or leave it out")
 
 
+def stdlib_paths(root: Path) -> Iterator[Path]:
+    """Yield the Python files and texts of a standard library, without those wrong on purpose."""
+    for path in sorted(root.rglob("*")):
+        parts = path.relative_to(root).parts
+        installed = {"site-packages", "dist-packages"} & set(parts)
+        if installed or parts[:3] == ("lib2to3", "tests", "data"):
+            continue
+        if path.suffix in (".py", ".rst", ".txt") and path.is_file():
+            yield path
+
+
 def stdlib_corpus(root: Path, max_bytes: int, val_percent: float) -> Corpus:
-    """Collect the Python files and texts of a standard library, without duplicates, up to
-    `max_bytes`.
+    """Collect the texts of a standard library, without duplicates, up to `max_bytes`.
 
     Documents come in order of the SHA-256 of their text, which is also the order they are dropped
     in at the cap, so the choice and the mixture depend on the library alone. Files that are not
     UTF-8 are counted and left out.
     """
     chosen: dict[bytes, Document] = {}
+    documents, digest = list[Document](), hashlib.sha256()
     foreign = found = total = 0
-    for path in sorted(root.rglob("*")):
-        parts = path.relative_to(root).parts
-        if path.suffix not in (".py", ".rst", ".txt") or {"site-packages", "dist-packages"} & set(
-            parts
-        ):
-            continue
-        if (
-            parts[:3] == ("lib2to3", "tests", "data") or not path.is_file()
-        ):  # files that are wrong on purpose
-            continue
+    for path in stdlib_paths(root):
         found += 1
         try:
             text = read_bytes(path).decode("utf-8")
         except UnicodeDecodeError:
             foreign += 1
             continue
-        chosen.setdefault(hashlib.sha256(text.encode()).digest(), Document(text, "/".join(parts)))
-    documents, digest = [], hashlib.sha256()
+        document = Document(text, path.relative_to(root).as_posix())
+        chosen.setdefault(hashlib.sha256(text.encode()).digest(), document)
     for key in sorted(chosen):
         size = len(chosen[key].text.encode())
         if total + size > max_bytes:
@@ -257,17 +216,10 @@ def stdlib_corpus(root: Path, max_bytes: int, val_percent: float) -> Corpus:
         total += size
         digest.update(key)
         documents.append(chosen[key])
-    inputs = {
-        "python": platform.python_version(),
-        "files": len(documents),
-        "bytes": total,
-        "sha256": digest.hexdigest(),
-    }
-    skipped = {
-        "not_utf8": foreign,
-        "duplicates": found - foreign - len(chosen),
-        "over_cap": len(chosen) - len(documents),
-    }
+    duplicates, over_cap = found - foreign - len(chosen), len(chosen) - len(documents)
+    skipped = {"not_utf8": foreign, "duplicates": duplicates, "over_cap": over_cap}
+    inputs: dict[str, Any] = {"python": platform.python_version(), "files": len(documents)}
+    inputs |= {"bytes": total, "sha256": digest.hexdigest()}
 
     def is_val(key: bytes) -> bool:
         return int.from_bytes(key[:4], "big") % 10_000 < val_percent * 100
@@ -318,9 +270,8 @@ def text_field(line: bytes, place: str) -> str:
     try:
         row = json.loads(line)
     except ValueError as error:  # also where the bytes are not UTF-8
-        fail(
-            f'{place}: not JSON ({reason(error)}); each line must be an object such as {{"text": "..."}}'
-        )
+        rule = 'each line must be an object such as {"text": "..."}'
+        fail(f"{place}: not JSON ({reason(error)}); {rule}")
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         held = (
             f"fields {', '.join(map(repr, row)) or 'none'}"
@@ -397,56 +348,56 @@ def training_sample(corpus: Corpus, max_bytes: int) -> list[str]:
     return [text for _, _, text in sorted(heap, reverse=True)]
 
 
-def train_tokenizer(sample: Sequence[str], vocab_size: int) -> bytes:
-    """Train a BPE that gives every text back unchanged, and return its model file.
+# Of SentencePiece. A newline is a piece of its own and no other piece crosses it; runs of spaces
+# may be pieces, for indentation; what is outside the alphabet is spelled in UTF-8 bytes.
+TOKENIZER_OPTIONS: dict[str, Any] = dict(
+    model_type="bpe",
+    byte_fallback=True,
+    split_digits=True,
+    normalization_rule_name="identity",
+    remove_extra_whitespaces=False,
+    add_dummy_prefix=False,
+    allow_whitespace_only_pieces=True,
+    user_defined_symbols=["\n"],
+    character_coverage=0.9995,
+    pad_id=0,
+    bos_id=1,
+    eos_id=2,
+    unk_id=3,
+    max_sentence_length=1 << 20,  # a line; the default of 4,192 bytes drops long ones
+    shuffle_input_sentence=False,
+    num_threads=2,  # a constant, because the model file records it
+    minloglevel=2,
+)
 
-    A newline is a piece of its own and no other piece crosses it; runs of spaces may be pieces, for
-    indentation; what is outside the alphabet is spelled in UTF-8 bytes.
-    """
+
+def sample_lines(sample: Sequence[str]) -> Iterator[str]:
+    """Yield the lines of texts that the trainer takes, up to SAMPLE_BYTES."""
+    budget = SAMPLE_BYTES
+    for text in sample:
+        for line in text.split("\n"):
+            budget -= len(line.encode()) + 1
+            if budget < 0:
+                return
+            if line and "\0" not in line:  # the trainer refuses NUL; encoding does not
+                yield line
+
+
+def train_tokenizer(sample: Sequence[str], vocab_size: int) -> bytes:
+    """Train a BPE that gives every text back unchanged, and return its model file."""
     import sentencepiece as spm
 
-    model, budget = io.BytesIO(), SAMPLE_BYTES
-
-    def lines() -> Iterator[str]:
-        nonlocal budget
-        for text in sample:
-            for line in text.split("\n"):
-                budget -= len(line.encode()) + 1
-                if budget < 0:
-                    return
-                if line and "\0" not in line:  # the trainer refuses NUL; encoding does not
-                    yield line
-
+    model = io.BytesIO()
+    sizes: dict[str, Any] = dict(vocab_size=vocab_size, model_writer=model)
     try:
-        spm.SentencePieceTrainer.train(
-            sentence_iterator=lines(),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            user_defined_symbols=["\n"],
-            character_coverage=0.9995,
-            pad_id=0,
-            bos_id=1,
-            eos_id=2,
-            unk_id=3,
-            max_sentence_length=1 << 20,  # a line; the default of 4,192 bytes drops long ones
-            shuffle_input_sentence=False,
-            num_threads=2,  # a constant, because the model file records it
-            minloglevel=2,
-        )
+        trainer = spm.SentencePieceTrainer
+        trainer.train(sentence_iterator=sample_lines(sample), **sizes, **TOKENIZER_OPTIONS)
     except (RuntimeError, OSError) as error:
+        why = reason(error).split("] ")[-1]
         fail(
-            f"--vocab-size={vocab_size} does not fit this text ({reason(error).split('] ')[-1]}): "
-            "261 pieces are fixed "
+            f"--vocab-size={vocab_size} does not fit this text ({why}): 261 pieces are fixed "
             "(4 control, 256 bytes, newline), each common character needs one, and merges are "
-            "limited by the text; "
-            "change it or add text"
+            "limited by the text; change it or add text"
         )
     return model.getvalue()
 
@@ -460,20 +411,15 @@ def load_tokenizer(data: bytes, name: str) -> spm.SentencePieceProcessor:
     import sentencepiece as spm
 
     try:
-        tokenizer = spm.SentencePieceProcessor(
-            model_proto=data or b"empty"
-        )  # without a model it would not complain
+        # Without a model it would not complain.
+        tokenizer = spm.SentencePieceProcessor(model_proto=data or b"empty")
         size, bos = tokenizer.vocab_size(), tokenizer.bos_id()
     except (RuntimeError, OSError) as error:
-        fail(
-            f"{name} is not a SentencePiece model ({reason(error)}); name another, or train one "
-            "without --tokenizer"
-        )
+        remedy = "name another, or train one without --tokenizer"
+        fail(f"{name} is not a SentencePiece model ({reason(error)}); {remedy}")
     if size > MAX_VOCAB:
-        fail(
-            f"{name} has {size:,} pieces, uint16 shards hold at most {MAX_VOCAB:,}; use a smaller "
-            "vocabulary"
-        )
+        rule = f"uint16 shards hold at most {MAX_VOCAB:,}; use a smaller vocabulary"
+        fail(f"{name} has {size:,} pieces, {rule}")
     if bos < 0:
         fail(f"{name} has no BOS piece, which opens every document; train it with bos_id=1")
     return tokenizer
@@ -485,28 +431,27 @@ def check_roundtrip(
     """Decode what was encoded and compare.
 
     Args:
-        tokenizer: the model that made `ids`. batch: the documents. ids: one int array a document.
+        tokenizer: the model that made `ids`.
+        batch: the documents.
+        ids: one int array a document.
         exact: the text must come back unchanged. Otherwise the tokenizer may normalise it (fold
-        white space, say),
-            but doing so again must change nothing.
+            white space, say), but doing so again must change nothing.
     """
-    texts, threads = tokenizer.decode(ids, num_threads=num_threads()), num_threads()
+    threads = num_threads()
+    texts = tokenizer.decode(ids, num_threads=threads)
     expected = [document.text for document in batch]
     if not exact:
         expected = texts
-        texts = tokenizer.decode(
-            tokenizer.encode(texts, out_type="numpy", num_threads=threads), num_threads=threads
-        )
+        again = tokenizer.encode(texts, out_type="numpy", num_threads=threads)
+        texts = tokenizer.decode(again, num_threads=threads)
     for document, before, after in zip(batch, expected, texts, strict=True):
         if before != after:
             pairs = enumerate(zip(before, after, strict=False))
             at = next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
-            fail(
-                f"{document.place}: the tokenizer does not give the text back: "
-                f"{before[at : at + 20]!r} became "
-                f"{after[at : at + 20]!r} at character {at:,}; leave the document out or use "
-                "another --tokenizer"
-            )
+            was, became = before[at : at + 20], after[at : at + 20]
+            change = f"{was!r} became {became!r} at character {at:,}"
+            remedy = "leave the document out or use another --tokenizer"
+            fail(f"{document.place}: the tokenizer does not give the text back: {change}; {remedy}")
 
 
 def num_threads() -> int:
@@ -532,11 +477,9 @@ class ShardWriter:
 
     def add(self, tokens: np.ndarray[Any, Any], num_bytes: int) -> None:
         """Append one document, BOS included; it may run on into the next shard."""
-        self.documents, self.tokens, self.bytes = (
-            self.documents + 1,
-            self.tokens + len(tokens),
-            self.bytes + num_bytes,
-        )
+        self.documents += 1
+        self.tokens += len(tokens)
+        self.bytes += num_bytes
         while len(tokens):
             if self.file is None or self.held == self.limit:
                 self.open_next()
@@ -545,7 +488,13 @@ class ShardWriter:
             self.file.write(part.astype("<u2").tobytes())
             self.held, tokens = self.held + len(part), tokens[len(part) :]
 
+    @property
+    def totals(self) -> dict[str, int]:
+        """What the manifest says of the split."""
+        return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
+
     def open_next(self) -> None:
+        """Begin the next shard."""
         self.close()
         self.path = self.folder / f"{self.prefix}_{len(self.files):06d}.bin"
         self.file = open(self.path, "wb")  # noqa: SIM115 -- stays open over many documents
@@ -566,9 +515,8 @@ class ShardWriter:
     def abandon(self) -> None:
         """Let go of a shard that an error left open."""
         if self.file is not None:
-            with contextlib.suppress(
-                OSError
-            ):  # the disk may be full: that is being reported already
+            # The disk may be full: that is being reported already.
+            with contextlib.suppress(OSError):
                 self.file.close()
 
 
@@ -643,15 +591,14 @@ def encode_corpus(
 
 
 def check_splits(documents: dict[str, int]) -> None:
+    """Raise UserError if a split is empty."""
     if not any(documents.values()):
         fail("no document with text was found; name other files")
-    for split, other, remedy in (("train", "val", "lower"), ("val", "train", "raise")):
+    for split, other, verb in (("train", "val", "lower"), ("val", "train", "raise")):
         if not documents[split]:
-            fail(
-                f"the {split} split is empty: all {documents[other]} documents fell into {other}; "
-                f"{remedy} "
-                "--val-percent or add documents (a plain text file counts as one)"
-            )
+            why = f"all {documents[other]} documents fell into {other}"
+            remedy = f"{verb} --val-percent or add documents (a plain text file counts as one)"
+            fail(f"the {split} split is empty: {why}; {remedy}")
 
 
 def build(corpus: Corpus, settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -659,48 +606,38 @@ def build(corpus: Corpus, settings: dict[str, Any], args: argparse.Namespace) ->
 
     Until everything is written, whatever --out holds stays as it was.
     """
-    staging = args.out / STAGING
+    staging, given = args.out / STAGING, args.tokenizer
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        if args.tokenizer:
-            model = read_bytes(args.tokenizer)
+        if given:
+            model = read_bytes(given)
         else:
             model = train_tokenizer(training_sample(corpus, SAMPLE_BYTES), args.vocab_size)
-        name = f"--tokenizer={args.tokenizer}" if args.tokenizer else "the new tokenizer"
+        name = f"--tokenizer={given}" if given else "the new tokenizer"
         tokenizer = load_tokenizer(model, name)
         (staging / TOKENIZER).write_bytes(model)
-        writers = encode_corpus(
-            corpus, tokenizer, args.tokenizer is None, staging, args.shard_tokens
-        )
+        writers = encode_corpus(corpus, tokenizer, given is None, staging, args.shard_tokens)
+        sha256, size = hashlib.sha256(model).hexdigest(), tokenizer.vocab_size()
         manifest = {
             "settings": settings,
-            "tokenizer": {
-                "sha256": hashlib.sha256(model).hexdigest(),
-                "vocab_size": tokenizer.vocab_size(),
-            },
-            "splits": {
-                split: {"documents": w.documents, "tokens": w.tokens, "bytes": w.bytes}
-                for split, w in writers.items()
-            },
+            "tokenizer": {"sha256": sha256, "vocab_size": size},
+            "splits": {split: writer.totals for split, writer in writers.items()},
             "skipped": dict(sorted(corpus.skipped.items())),
             "files": {name: row for w in writers.values() for name, row in w.files.items()},
         }
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         install(staging, args.out, list(manifest["files"]))
     except OSError as error:
-        fail(
-            f"--out={args.out} could not be written ({reason(error)}); shards that were there are "
-            "intact: free "
-            "space or name another folder"
-        )
+        kept = "shards that were there are intact: free space or name another folder"
+        fail(f"--out={args.out} could not be written ({reason(error)}); {kept}")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return manifest
 
 
 def install(staging: Path, out: Path, shards: Sequence[str]) -> None:
-    """Move finished files into place, the manifest last, and remove shards that it does not list."""
+    """Move finished files into place, the manifest last, and remove shards it does not list."""
     for name in [*shards, TOKENIZER]:
         os.replace(staging / name, out / name)
     for path in shards_in(out):
@@ -727,17 +664,12 @@ def refuse_other(out: Path, old: dict[str, Any], settings: dict[str, Any]) -> No
     before = old.get("settings", {})
     if not shards_in(out) or before == settings:
         return
-    keys = [
-        key for key in dict.fromkeys([*settings, *before]) if settings.get(key) != before.get(key)
-    ]
-    differing = "; ".join(
-        f"{key} {short(before.get(key))} -> {short(settings.get(key))}" for key in keys
-    )
-    fail(
-        f"--out={out} already holds shards made otherwise "
-        f"({differing if before else 'no manifest'}); name another "
-        "folder, or replace them with --force"
-    )
+    every = dict.fromkeys([*settings, *before])
+    keys = [key for key in every if settings.get(key) != before.get(key)]
+    changes = [f"{key} {short(before.get(key))} -> {short(settings.get(key))}" for key in keys]
+    differing = "; ".join(changes) if before else "no manifest"
+    remedy = "name another folder, or replace them with --force"
+    fail(f"--out={out} already holds shards made otherwise ({differing}); {remedy}")
 
 
 def short(value: Any) -> str:
@@ -746,17 +678,12 @@ def short(value: Any) -> str:
 
 
 def is_complete(out: Path, old: dict[str, Any], settings: dict[str, Any]) -> bool:
-    """Do the manifest's settings, and every file it lists, agree with what is asked and what is
-    there?
-    """
-    if (
-        old.get("settings") != settings
-        or {path.name for path in shards_in(out)} != old.get("files", {}).keys()
-    ):
+    """Do the manifest's settings and files agree with what is asked and what is there?"""
+    there = {path.name for path in shards_in(out)}
+    if old.get("settings") != settings or there != old.get("files", {}).keys():
         return False
-    wanted = {name: row["sha256"] for name, row in old["files"].items()} | {
-        TOKENIZER: old["tokenizer"]["sha256"]
-    }
+    wanted = {name: row["sha256"] for name, row in old["files"].items()}
+    wanted[TOKENIZER] = old["tokenizer"]["sha256"]
     return all(
         (out / name).is_file() and file_sha256(out / name) == digest
         for name, digest in wanted.items()
@@ -764,13 +691,12 @@ def is_complete(out: Path, old: dict[str, Any], settings: dict[str, Any]) -> boo
 
 
 def make_corpus(corpus: Corpus, args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    """Build a corpus unless --out already holds it; return its manifest, and whether it was there."""
+    """Build a corpus unless --out holds it; return its manifest, and whether it was there."""
+    given = args.tokenizer
     settings = {
         "source": corpus.name,
-        "vocab_size": None if args.tokenizer else args.vocab_size,
-        "tokenizer": hashlib.sha256(read_bytes(args.tokenizer)).hexdigest()
-        if args.tokenizer
-        else None,
+        "vocab_size": None if given else args.vocab_size,
+        "tokenizer": hashlib.sha256(read_bytes(given)).hexdigest() if given else None,
         "val_percent": args.val_percent,
         "shard_tokens": args.shard_tokens,
         "inputs": corpus.inputs,
@@ -784,9 +710,9 @@ def make_corpus(corpus: Corpus, args: argparse.Namespace) -> tuple[dict[str, Any
 
 
 def make_stdlib(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    return make_corpus(
-        stdlib_corpus(Path(sysconfig.get_paths()["stdlib"]), args.max_bytes, args.val_percent), args
-    )
+    """Prepare the Python standard library."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return make_corpus(stdlib_corpus(root, args.max_bytes, args.val_percent), args)
 
 
 def make_files(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
@@ -812,6 +738,10 @@ class Export(NamedTuple):
     def tokenizer(self) -> str:
         return f"tokenizers/fineweb_{VARIANTS[self.variant]}_bpe.model"
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"source": "fineweb", "repo": self.repo, "dataset": self.dataset}
+
 
 class Published(NamedTuple):
     """What a repository holds of one export."""
@@ -822,55 +752,38 @@ class Published(NamedTuple):
 
 
 def fetch(out: Path, export: Export, remote: str, again: bool = False) -> Path:
-    """Download one file of the published export; rerun to resume an interrupted download.
+    """Download one file of the published export; an interrupted download continues.
 
     Args:
         out: the --out folder, in which a hidden folder receives the file.
         export: names the repository.
         remote: path inside the export.
         again: ignore what was downloaded before.
+
     Raises:
         UserError: huggingface_hub is missing, or the download failed.
     """
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        fail(
-            "--source fineweb needs the package huggingface_hub: pip install -r "
-            "requirements-dev.txt"
-        )
+        remedy = "pip install -r requirements-dev.txt"
+        fail(f"--source fineweb needs the package huggingface_hub: {remedy}")
     path = Path(HUB_ROOT) / remote
+    where: dict[str, Any] = dict(subfolder=path.parent.as_posix(), repo_type="dataset")
+    where |= dict(local_dir=str(out / DOWNLOADS), force_download=again)
     try:
-        return Path(
-            str(
-                hf_hub_download(
-                    repo_id=export.repo,
-                    filename=path.name,
-                    subfolder=path.parent.as_posix(),
-                    repo_type="dataset",
-                    local_dir=str(out / DOWNLOADS),
-                    force_download=again,
-                )
-            )
-        )
-    except (
-        Exception
-    ) as error:  # the hub, its HTTP library and the disk each have a family of errors
-        fail(
-            f"{remote} of {export.repo} could not be downloaded ({reason(error)}); check network "
-            "and disk space, then "
-            "run the same command again: finished shards are kept"
-        )
+        return Path(str(hf_hub_download(repo_id=export.repo, filename=path.name, **where)))
+    except Exception as error:  # hub, HTTP library and disk each have a family of errors
+        remedy = "check network and disk space, then rerun the command: finished shards are kept"
+        fail(f"{remote} of {export.repo} could not be downloaded ({reason(error)}); {remedy}")
 
 
 def refuse_missing(export: Export, where: str, held: Iterable[str]) -> NoReturn:
     """Say that a repository lacks a variant, where it was looked for, and what is there."""
     names = ", ".join(sorted(held)) or "none"
-    fail(
-        f"--variant={export.variant}: {export.repo} has no dataset {export.dataset} (looked for in "
-        f"{where}; it holds: "
-        f"{names}); name another --variant, or another repository by --repo OWNER/NAME"
-    )
+    lacks = f"--variant={export.variant}: {export.repo} has no dataset {export.dataset}"
+    remedy = "name another --variant, or another repository by --repo OWNER/NAME"
+    fail(f"{lacks} (looked for in {where}; it holds: {names}); {remedy}")
 
 
 def list_files(export: Export) -> list[str]:
@@ -886,25 +799,38 @@ def list_files(export: Export) -> list[str]:
 
 def listed_shards(export: Export, files: Sequence[str]) -> Published:
     """Count shards by their names where there is no manifest; UserError: there are none."""
-    folder = f"datasets/{export.dataset}/"
+    folder = f"datasets/{export.dataset}/fineweb"
     train, val = (
-        sum(name.startswith(f"{folder}fineweb_{split}_") for name in files)
-        for split in ("train", "val")
+        sum(name.startswith(f"{folder}_{split}_") for name in files) for split in ("train", "val")
     )
     if not train or not val:
-        refuse_missing(
-            export,
-            f"{HUB_ROOT}/{folder}",
-            {n.split("/")[1] for n in files if n.startswith("datasets/")},
-        )
+        held = {name.split("/")[1] for name in files if name.startswith("datasets/")}
+        refuse_missing(export, f"{HUB_ROOT}/datasets/{export.dataset}/", held)
     if export.tokenizer not in files:
         models = ", ".join(name for name in files if name.endswith(".model")) or "none"
-        fail(
-            f"--variant={export.variant}: {export.repo} has no {HUB_ROOT}/{export.tokenizer} (its "
-            f"models: {models}); "
-            "the shards need their tokenizer: name another repository by --repo OWNER/NAME"
-        )
+        lacks = f"{export.repo} has no {HUB_ROOT}/{export.tokenizer} (its models: {models})"
+        remedy = "the shards need their tokenizer: name another repository by --repo OWNER/NAME"
+        fail(f"--variant={export.variant}: {lacks}; {remedy}")
     return Published(train, val, export.tokenizer)
+
+
+def manifest_shards(export: Export, path: Path) -> Published:
+    """Read what a repository's manifest says of an export; UserError: not as expected."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        rows = {row["name"]: row for row in manifest["datasets"]}
+        if export.dataset not in rows:
+            refuse_missing(export, f"{HUB_ROOT}/{MANIFEST}", rows)
+        entry, tokenizer = rows[export.dataset], export.tokenizer
+        train, val = (int(entry["stats"][f"files_{split}"]) for split in ("train", "val"))
+        wanted = entry.get("tokenizer_name")
+        for row in [row for row in manifest.get("tokenizers", []) if row.get("name") == wanted][:1]:
+            tokenizer = str(row.get("model_path") or export.tokenizer)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        why = f"{type(error).__name__}: {reason(error)}"
+        found = f"the manifest of {export.repo} does not describe {export.dataset} as expected"
+        fail(f"{found} ({why}); the export has changed: use --source files")
+    return Published(train, val, tokenizer)
 
 
 def published_shards(out: Path, export: Export) -> Published:
@@ -918,29 +844,7 @@ def published_shards(out: Path, export: Export) -> Published:
         if not files or MANIFEST in files:
             raise
         return listed_shards(export, files)
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        rows = {row["name"]: row for row in manifest["datasets"]}
-        if export.dataset not in rows:
-            refuse_missing(export, f"{HUB_ROOT}/{MANIFEST}", rows)
-        entry = rows[export.dataset]
-        models = [
-            row
-            for row in manifest.get("tokenizers", [])
-            if row.get("name") == entry.get("tokenizer_name")
-        ]
-        tokenizer = (
-            str(models[0].get("model_path") or export.tokenizer) if models else export.tokenizer
-        )
-        return Published(
-            int(entry["stats"]["files_train"]), int(entry["stats"]["files_val"]), tokenizer
-        )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        fail(
-            f"the manifest of {export.repo} does not describe {export.dataset} as expected "
-            f"({type(error).__name__}: "
-            f"{reason(error)}); the export has changed: use --source files"
-        )
+    return manifest_shards(export, path)
 
 
 def shard_fault(path: Path) -> str:
@@ -956,11 +860,8 @@ def shard_fault(path: Path) -> str:
     if len(found) < SHARD_HEADER or found.tobytes() != header(int(found[2])):
         return f"{path} is not a token shard"
     held = (size - found.nbytes) / 2
-    return (
-        ""
-        if 0 < found[2] == held
-        else f"{path} announces {found[2]:,} tokens but holds {held:,.1f}"
-    )
+    fault = f"{path} announces {found[2]:,} tokens but holds {held:,.1f}"
+    return "" if 0 < found[2] == held else fault
 
 
 def fetch_shard(out: Path, export: Export, name: str) -> None:
@@ -977,10 +878,8 @@ def fetch_shard(out: Path, export: Export, name: str) -> None:
         os.replace(fetch(out, export, f"datasets/{export.dataset}/{name}", again), out / name)
     if fault := shard_fault(out / name):
         (out / name).unlink()
-        fail(
-            f"{export.repo} or the way from it damaged a file twice: {fault}; run the same "
-            "command again later"
-        )
+        twice = f"{export.repo} or the way from it damaged a file twice: {fault}"
+        fail(f"{twice}; rerun the command later")
 
 
 def describe_shards(out: Path, names: Sequence[str]) -> dict[str, Any]:
@@ -997,12 +896,10 @@ def describe_shards(out: Path, names: Sequence[str]) -> dict[str, Any]:
     for name in names:
         tokens = np.memmap(out / name, dtype="<u2", mode="r", offset=SHARD_HEADER * 4)
         row: dict[str, Any] = splits[name.split("_")[1]]
-        if (worst := int(tokens.max())) >= tokenizer.vocab_size():
-            fail(
-                f"{out / name} holds token {worst}, its tokenizer has {tokenizer.vocab_size()} "
-                "pieces: shards and "
-                "tokenizer are of different variants; name another --repo, or an empty --out"
-            )
+        if (worst := int(tokens.max())) >= (size := tokenizer.vocab_size()):
+            why = f"holds token {worst}, its tokenizer has {size} pieces"
+            remedy = "they are of different variants: name another --repo, or an empty --out"
+            fail(f"{out / name} {why}; {remedy}")
         row["tokens"] += len(tokens)
         row["documents"] += int(np.count_nonzero(tokens == tokenizer.bos_id()))
         files[name] = {"tokens": len(tokens), "sha256": file_sha256(out / name)}
@@ -1014,77 +911,84 @@ def describe_shards(out: Path, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def make_fineweb(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    """Download the full val split and the first --train-shards training shards; finished shards are
-    kept.
-    """
-    out, old = args.out, read_manifest(args.out)
-    export = Export(args.repo or HUB_REPO, args.variant or "sp1024")
-    settings = {"source": "fineweb", "repo": export.repo, "dataset": export.dataset}
-    others = [path for path in shards_in(out) if not path.name.startswith("fineweb_")]
-    begun = old.get("settings") or unfinished(out) or settings
-    if not args.force and (others or begun != settings):
-        refuse_other(out, old or {"settings": begun}, settings)
-    wanted = {f"fineweb_train_{i:06d}.bin" for i in range(args.train_shards)}
-    held = {path.name for path in out.glob("*_train_*.bin")}
-    if not args.force and held - wanted:
-        fail(
-            f"--train-shards={args.train_shards} is fewer than the {len(held)} that --out={out} "
-            "holds, and training "
-            "reads all of a folder; name another folder, or remove the others with --force"
-        )
-    faults = [shard_fault(out / name) for name in old.get("files", {})]
-    if old.get("settings") == settings and held == wanted and not any(faults):
-        return old, True
-    try:
-        return download(out, export, settings, sorted(wanted), renew=begun != settings), False
-    except OSError as error:
-        fail(
-            f"--out={out} could not be written ({reason(error)}); finished shards are kept: free "
-            "space and run again"
-        )
-
-
 def unfinished(out: Path) -> dict[str, Any]:
     """Return the settings of a download that was cut off, or none."""
-    try:
-        found: dict[str, Any] = json.loads((out / DOWNLOADS / SETTINGS).read_text(encoding="utf-8"))
-        return found
-    except (OSError, ValueError):
-        return {}
+    found: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((out / DOWNLOADS / SETTINGS).read_text(encoding="utf-8"))
+    return found
 
 
-def download(
-    out: Path, export: Export, settings: dict[str, Any], train: Sequence[str], renew: bool
-) -> dict[str, Any]:
-    """Fetch the tokenizer and all shards that are not there, and write the manifest last.
+def settings_of(out: Path, old: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the shards in --out, finished or not; empty if there are none."""
+    return old.get("settings") or unfinished(out)
 
-    Args:
-        out: the --out folder.
-        export: where the files are.
-        settings: for the manifest.
-        train: names of the training shards.
-        renew: what is there is of another export, whose shards have the same names.
-    """
-    published = published_shards(out, export)
-    if len(train) > published.num_train:
-        held = f"the {published.num_train} that {export.repo} publishes of {export.dataset}"
-        fail(f"--train-shards={len(train)} is more than {held}; lower it")
-    names = [f"fineweb_val_{i:06d}.bin" for i in range(published.num_val)] + list(train)
-    tokenizer = fetch(out, export, published.tokenizer)
-    (out / DOWNLOADS / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
-    for path in shards_in(out) if renew else ():
+
+def wanted_shards(args: argparse.Namespace, export: Export, old: dict[str, Any]) -> set[str]:
+    """Name the training shards; UserError: --out holds others that would go."""
+    out, before = args.out, settings_of(args.out, old)
+    others = [path for path in shards_in(out) if not path.name.startswith("fineweb_")]
+    if not args.force and (others or (before or export.settings) != export.settings):
+        refuse_other(out, {"settings": before} if before else {}, export.settings)
+    wanted = {f"fineweb_train_{i:06d}.bin" for i in range(args.train_shards)}
+    held = train_shards_in(out)
+    if not args.force and held - wanted:
+        fewer = f"is fewer than the {len(held)} that --out={out} holds"
+        remedy = "name another folder, or remove the others with --force"
+        why = f"{fewer}, and training reads all of a folder"
+        fail(f"--train-shards={args.train_shards} {why}; {remedy}")
+    return wanted
+
+
+def train_shards_in(out: Path) -> set[str]:
+    """Return the names of the training shards of a folder."""
+    return {path.name for path in out.glob("*_train_*.bin")}
+
+
+def begin(out: Path, export: Export, tokenizer: Path) -> None:
+    """Put the tokenizer into --out, and remove shards of another export: they have equal names."""
+    before = settings_of(out, read_manifest(out))
+    (out / DOWNLOADS / SETTINGS).write_text(json.dumps(export.settings), encoding="utf-8")
+    for path in shards_in(out) if before not in ({}, export.settings) else ():
         path.unlink()
     os.replace(tokenizer, out / TOKENIZER)
+
+
+def download(args: argparse.Namespace, export: Export, wanted: set[str]) -> dict[str, Any]:
+    """Bring tokenizer and shards into --out, and replace the manifest last."""
+    out = args.out
+    out.mkdir(parents=True, exist_ok=True)
+    published = published_shards(out, export)
+    if args.train_shards > published.num_train:
+        held = f"the {published.num_train} that {export.repo} publishes of {export.dataset}"
+        fail(f"--train-shards={args.train_shards} is more than {held}; lower it")
+    names = [f"fineweb_val_{i:06d}.bin" for i in range(published.num_val)] + sorted(wanted)
+    begin(out, export, fetch(out, export, published.tokenizer))
     for name in progress(names, "download", "shards"):
         fetch_shard(out, export, name)
-    manifest = {"settings": settings, **describe_shards(out, names)}
-    (out / DOWNLOADS / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    manifest = {"settings": export.settings, **describe_shards(out, names)}
+    text = json.dumps(manifest, indent=1) + "\n"
+    (out / DOWNLOADS / MANIFEST).write_text(text, encoding="utf-8")
     for name in {path.name for path in shards_in(out)} - set(names):
         (out / name).unlink()
     os.replace(out / DOWNLOADS / MANIFEST, out / MANIFEST)
     shutil.rmtree(out / DOWNLOADS, ignore_errors=True)
     return manifest
+
+
+def make_fineweb(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """Download the val split and the first --train-shards shards; finished ones are kept."""
+    old, export = read_manifest(args.out), Export(args.repo or HUB_REPO, args.variant or "sp1024")
+    wanted = wanted_shards(args, export, old)
+    faults = [shard_fault(args.out / name) for name in old.get("files", {})]
+    whole = old.get("settings") == export.settings and train_shards_in(args.out) == wanted
+    if whole and not any(faults):
+        return old, True
+    try:
+        return download(args, export, wanted), False
+    except OSError as error:
+        kept = "finished shards are kept: free space and rerun the command"
+        fail(f"--out={args.out} could not be written ({reason(error)}); {kept}")
 
 
 SOURCES: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], bool]]] = {
@@ -1097,48 +1001,36 @@ SOURCES: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], bool]]] 
 def summary(manifest: dict[str, Any], out: Path, was_there: bool, seconds: float) -> dict[str, Any]:
     """Print sizes for people; return them for programs."""
     print(f"{out} was already complete" if was_there else f"{out} written in {seconds:.1f} s")
+    sizes: dict[str, Any] = {}
     for split, row in manifest["splits"].items():
-        text = (
-            f"{row['bytes']:>12,} bytes  {row['bytes'] / row['tokens']:.3f} bytes a token"
-            if row["bytes"]
-            else ""
-        )
-        print(f"  {split:<6}{row['documents']:>10,} documents  {row['tokens']:>12,} tokens  {text}")
-    if any(manifest["skipped"].values()):
-        print(
-            "  left out:",
-            ", ".join(f"{count} {why}" for why, count in manifest["skipped"].items() if count),
-        )
-    vocab_size = manifest["tokenizer"]["vocab_size"]
-    settings = f"DATA_PATH={out} TOKENIZER_PATH={out / TOKENIZER} VOCAB_SIZE={vocab_size}"
+        counts, num_bytes = f"{row['documents']:>10,} documents", row["bytes"]
+        text = f"  {split:<6}{counts}  {row['tokens']:>12,} tokens"
+        if num_bytes:
+            per_token = num_bytes / row["tokens"]
+            text += f"  {num_bytes:>12,} bytes  {per_token:.3f} bytes per token"
+        print(text)
+        sizes |= {f"{split}_{key}": value for key, value in row.items()}
+    skipped = [f"{count} {why}" for why, count in manifest["skipped"].items() if count]
+    if skipped:
+        print("  left out:", ", ".join(skipped))
+    about = {"data_path": str(out), "tokenizer_path": str(out / TOKENIZER)}
+    about["vocab_size"] = manifest["tokenizer"]["vocab_size"]
+    settings = " ".join(f"{name.upper()}={value}" for name, value in about.items())
     print(f"train on it: {settings} python train_gpt.py")
-    return {
-        "data_path": str(out),
-        "tokenizer_path": str(out / TOKENIZER),
-        "vocab_size": vocab_size,
-        **{
-            f"{split}_{key}": value
-            for split, row in manifest["splits"].items()
-            for key, value in row.items()
-        },
-        "was_complete": was_there,
-        "seconds": round(seconds, 2),
-    }
+    return {**about, **sizes, "was_complete": was_there, "seconds": round(seconds, 2)}
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Prepare the data; UserError: it cannot be."""
+    began = time.perf_counter()
+    manifest, was_there = SOURCES[args.source](args)
+    return summary(manifest, args.out, was_there, time.perf_counter() - began)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after an error the user can repair."""
+    """Run the command; return its exit status."""
     args = parse_args(argv)
-    from train_gpt import UserError  # here, so that --help and a mistyped option answer at once
-
-    began = time.perf_counter()
-    try:
-        manifest, was_there = SOURCES[args.source](args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(summary(manifest, args.out, was_there, time.perf_counter() - began)))
-    return 0
+    return run_command(lambda: run(args), resume="what --out held stays; rerun the command")
 
 
 if __name__ == "__main__":

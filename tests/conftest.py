@@ -38,9 +38,8 @@ HARD_TEXTS = (
     "x",
 )
 
-MAIN = {
-    name: tg.all_recipes()[name] for name in ("direct", "ar", "retrograde", "mdlm_30_70")
-}  # what all else varies
+# What all else varies.
+MAIN = {name: tg.all_recipes()[name] for name in ("direct", "ar", "retrograde", "mdlm_30_70")}
 
 # Small sizes for every preset; with 64 tokens of vocabulary it needs no tokenizer. About 11,000 parameters.
 # fmt: off
@@ -192,9 +191,8 @@ def program_like(count: int) -> list[str]:
     lines = list[str]()
     known = WORDS.split()
     for i in range(count):
-        words = draw.choices(
-            known, [1 / n for n in range(1, len(known) + 1)], k=8
-        )  # as frequent as words are
+        # As frequent as words are.
+        words = draw.choices(known, [1 / n for n in range(1, len(known) + 1)], k=8)
         form = "def {0}_{1}(self, {2}: {3}) -> {4}:" if i % 12 == 0 else draw.choice(FORMS)
         lines.append(form.format(*words, draw.randrange(100)))
     return lines

@@ -65,9 +65,8 @@ def test_rows_are_rounded_to_half_a_step(levels: int) -> None:
     assert q.abs().max() == levels
     assert q[7].eq(0).all()
     error = (q * scale.float()[:, None] - w).abs()
-    coarse = (
-        levels * 2.0**-25
-    )  # half the distance of subnormal fp16 scales, times the largest level
+    # Half the distance of subnormal fp16 scales, times the largest level.
+    coarse = levels * 2.0**-25
     assert (error <= scale.float()[:, None] * 0.5001 + coarse).all()
     normal = w.abs().amax(1) > levels * 2.0**-14
     assert normal.sum() > 20

@@ -220,10 +220,11 @@ def test_the_predecessors_commands_run_its_recipe() -> None:
     for preset in tg.PRESETS:
         legacy, _, warnings = tg.Config.from_env(LEGACY | {"PRESET": preset})
         recipe, _, _ = tg.Config.from_env({"RECIPE": "retrograde", "PRESET": preset})
+        # Which its objective never reads.
         spans = {
             "diffusion_span_len": 64,
             "diffusion_spans_per_seq": 8,
-        }  # which its objective never reads
+        }
         assert legacy == dataclasses.replace(recipe, **spans)
         assert warnings == []
     assert tg.Config.from_env({"DIFFUSION_TRAIN_MODE": "none"})[0].recipe == "ar"
@@ -245,10 +246,11 @@ def test_shares_and_tasks_are_read_as_written() -> None:
 def test_the_name_of_a_run_follows_what_it_trains() -> None:
     cfg = tiny()
     free = {"nelbo_samples": 5, "out_dir": "elsewhere", "train_log_every": 7, "preset": "cpu"}
+    # Which a resumed run may change.
     assert (
         dataclasses.replace(cfg, **free).path("checkpoints", ".pt").name
         == cfg.path("checkpoints", ".pt").name
-    )  # which a resumed run may change
+    )
     assert (
         dataclasses.replace(cfg, matrix_lr=0.5).path("checkpoints", ".pt").name
         != cfg.path("checkpoints", ".pt").name

@@ -192,10 +192,11 @@ def test_rows_overlap_by_one_and_wrap_over_shards(tmp_path: Path) -> None:
         rows = loader.rows(start, 3, 4, CPU)
         assert rows.tolist() == [stream[start + 4 * i : start + 4 * i + 5] for i in range(3)]
         assert rows.dtype == torch.int64
+    # Several times around.
     assert loader.rows(20, 2, 100, CPU).tolist() == [
         stream[20:121],
         stream[120:221],
-    ]  # several times around
+    ]
 
 
 class Alone(tg.Run):
@@ -275,11 +276,12 @@ def test_a_piece_of_several_spaces(tokenizers: Tokenizers) -> None:
     counter = tg.ByteCounter(tiny(vocab_size=400, tokenizer_path=str(tokenizers.identity)))
     four = sp.piece_to_id("\u2581" * 4)
     assert sp.id_to_piece(four) == "\u2581" * 4
+    # Indentation counts in full, at the start of a text too.
     for prev in (
         BOS,
         four,
         sp.piece_to_id("<0x0A>"),
-    ):  # indentation counts in full, at the start of a text too
+    ):
         assert counter.count(torch.tensor([[prev]]), torch.tensor([[four]])).tolist() == [[4]]
 
 
@@ -310,6 +312,5 @@ def test_pieces_count_as_the_challenge_counts_them(tokenizers: Tokenizers) -> No
 
 def test_bits_per_byte_by_hand() -> None:
     assert tg.bits_per_byte(3 * math.log(2), 2) == pytest.approx(1.5, rel=1e-15)
-    assert tg.bits_per_byte(math.log(1024) * 10, 25) == pytest.approx(
-        4.0, rel=1e-15
-    )  # 10 tokens of 10 bits
+    # 10 tokens of 10 bits.
+    assert tg.bits_per_byte(math.log(1024) * 10, 25) == pytest.approx(4.0, rel=1e-15)

@@ -96,9 +96,8 @@ def test_the_number_of_passes_is_exact(start: int, span: int, window: int, steps
     model, ids = model_of(), random_rows(2, start + span, V)
     found = tg.decode(model, ids, start, start + span, tg.Decoding(window, steps))
     sizes = [min(window, span - i) for i in range(0, span, window)] if window else []
-    expected = (
-        sum(min(steps, size) for size in sizes) + len(sizes) - 1 if window else span
-    )  # the last is not read
+    # The last is not read.
+    expected = sum(min(steps, size) for size in sizes) + len(sizes) - 1 if window else span
     assert len(model.calls) == expected + 1  # the prompt
     assert int(found.forwards.max()) == expected
 
@@ -215,9 +214,8 @@ def test_speculative_decoding_is_what_ar_would_have_said(
         model, ids, 11, tg.Decoding(window, verify=True, propose=lookups(lookup), **sampling)
     )
     assert found.ids.equal(expected.ids)
-    assert (
-        len(expected.ids[:, 5:].unique(dim=0)) > 30
-    )  # rows differ, so they stop agreeing at different places
+    # Rows differ, so they stop agreeing at different places.
+    assert len(expected.ids[:, 5:].unique(dim=0)) > 30
     assert int(found.forwards.max()) == len(model.calls) - 1  # a cycle is one pass, drafts included
 
 
@@ -231,9 +229,8 @@ def test_drafts_are_those_of_a_window_of_their_own(recipe: str, mode: str) -> No
         for k, v in past
     ]
     run = tg.Decoder(model, tg.AR, room, torch.zeros(3, 1, dtype=torch.int64))
-    at = torch.tensor([[4, 5, 6, 7]]).expand(
-        3, -1
-    )  # one token that stands, three proposals; drafts after each of them
+    # One token that stands, three proposals; drafts after each of them.
+    at = torch.tensor([[4, 5, 6, 7]]).expand(3, -1)
     windows = torch.nn.functional.pad(ids.gather(1, at)[..., None], (0, 3))
     hole = torch.ones(3, 4, 3, dtype=torch.bool)
     with torch.no_grad():
@@ -339,9 +336,8 @@ def test_an_edit_changes_what_is_improbable_and_nothing_else() -> None:
     assert found[:, :4].equal(ids[:, :4])
     assert found[:, 16:].equal(ids[:, 16:])
     other = torch.cat((ids[:, :16], (ids[:, 16:] + 1) % V), dim=1)
-    assert (
-        not policy.edit(model, other, 4, 16, how).ids[:, :16].equal(found[:, :16])
-    )  # it reads the text after
+    # It reads the text after.
+    assert not policy.edit(model, other, 4, 16, how).ids[:, :16].equal(found[:, :16])
     nothing = policy.edit(model, ids, 4, 16, how._replace(redo=0.0))
     assert nothing.ids.equal(ids)
     assert not nothing.forwards.any()
@@ -398,9 +394,8 @@ def test_a_right_draft_saves_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         run: Any, clean: Any, at: Any, ids: Any, hole: Tensor, first: Tensor, *rest: Any
     ) -> Any:
         logits, _ = real(run, clean, at, ids, hole, first, *rest)
-        places = (
-            first[..., None] + 1 + torch.arange(hole.shape[2])
-        )  # a drafter that knows, in row 0 up to token 8 only
+        # A drafter that knows, in row 0 up to token 8 only.
+        places = first[..., None] + 1 + torch.arange(hole.shape[2])
         truth = torch.nn.functional.pad(expected, (0, 8))[torch.arange(3)[:, None, None], places]
         truth[0] += (places[0] > 8).long()
         return logits, torch.nn.functional.one_hot(truth % V, V).float() * 50
@@ -419,9 +414,8 @@ def test_drafts_share_the_noise_of_what_checks_them(monkeypatch: pytest.MonkeyPa
     real = tg.Decoder.denoise
     expected = tg.generate(model, ids, 12, tg.AR._replace(**HOT)).ids
     with torch.no_grad():
-        truth = torch.nn.functional.pad(
-            model.clean(expected)[0], (0, 0, 1, 8)
-        )  # at a place, logits of its own token
+        # At a place, logits of its own token.
+        truth = torch.nn.functional.pad(model.clean(expected)[0], (0, 0, 1, 8))
 
     def denoise(
         run: Any, clean: Any, at: Any, ids: Any, hole: Tensor, first: Tensor, *rest: Any
@@ -549,9 +543,8 @@ def test_sampling_follows_the_distribution(temperature: float) -> None:
     assert ((found - expected) ** 2 / expected)[
         :4
     ].sum() < 25  # chi-square, 3 degrees of freedom: p = 1e-5
-    assert log_p.equal(
-        logits.double().log_softmax(-1)[tokens]
-    )  # confidence is the model's own, untempered
+    # Confidence is the model's own, untempered.
+    assert log_p.equal(logits.double().log_softmax(-1)[tokens])
     neighbours = torch.bincount((tokens[:, :-1] * 5 + tokens[:, 1:]).flatten(), minlength=25).view(
         5, 5
     )
@@ -608,7 +601,6 @@ def test_kept_keys_change_nothing_where_they_depend_on_their_own_tokens_only(
     assert kept.forwards.equal(whole.forwards)
     read = [12 + suffix if w.only is None else w.only.shape[1] for w, _ in windows_of(model)]
     assert read[0] == 12 + suffix  # the first pass leaves the keys that later ones read
-    changed = (
-        11 - 11 * (steps - 2) // steps
-    )  # each, the one before it, and the one after where pairs are inputs
+    # Each, the one before it, and the one after where pairs are inputs.
+    changed = 11 - 11 * (steps - 2) // steps
     assert read[-1] <= min((3 if pairs else 2) * changed, 12 + suffix - (steps > 2))

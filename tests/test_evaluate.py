@@ -371,11 +371,12 @@ def test_a_sliding_score_gives_every_token_its_longest_context(
     stride: int, data: dict[str, Any]
 ) -> None:
     model, run, loader, counter = evaluation(**data, val_batch_size=80)
+    # 69 tokens to predict.
     loader.shards, loader.ends, loader.total = (
         [loader.shards[0][:70]],
         [70],
         70,
-    )  # 69 tokens to predict
+    )
     found = tg.evaluate_bpb(model, run, loader, counter, stride=stride)
     stride = min(stride, 16)
     rows = (69 - 16) // stride + 1
@@ -429,9 +430,8 @@ def test_parallel_decoding_is_judged_by_decoded_tokens_alone(
     run = make_run(cfg)
     loader = tg.TokenLoader(cfg, "val")
     calls = list[tuple[Any, ...]]()
-    readings = itertools.cycle(
-        [0, 0, 0, 1, 1, 4, 4, 6]
-    )  # a warm-up that must not count, then 1, 3 and 2 seconds
+    # A warm-up that must not count, then 1, 3 and 2 seconds.
+    readings = itertools.cycle([0, 0, 0, 1, 1, 4, 4, 6])
     monkeypatch.setattr(run, "clock", lambda: next(readings))
 
     def decode(model: tg.GPT, ids: Tensor, start: int, stop: int, how: tg.Decoding) -> tg.Decoded:

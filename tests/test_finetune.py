@@ -61,9 +61,8 @@ def call(
     """Run the command in a folder of its own; settings by keyword, None leaves one out."""
 
     def run(*argv: str, artifact: Path = artifact, **values: Any) -> Called:
-        taken = {
-            name for name in finetune.MODEL if name not in values
-        }  # the artifact's, and not the environment's
+        # The artifact's, and not the environment's.
+        taken = {name for name in finetune.MODEL if name not in values}
         usual = settings(
             train_batch_tokens=256, out_dir=str(tmp_path / "out"), nelbo_sequences=4, **data
         )
@@ -237,13 +236,11 @@ def test_what_is_loaded_is_what_was_trained(artifact: Path, tmp_path: Path) -> N
     rows = random_rows(2, 64, 400)
     plain = tg.score(loaded, rows)
     finetune.load_adapter(path, loaded, artifact)
-    torch.testing.assert_close(
-        tg.score(loaded, rows), tg.score(model, rows), rtol=1e-2, atol=2e-3
-    )  # fp16
+    # Fp16.
+    torch.testing.assert_close(tg.score(loaded, rows), tg.score(model, rows), rtol=1e-2, atol=2e-3)
     assert (tg.score(loaded, rows) - plain).abs().max() > 0.05
-    assert not any(
-        MARK in name for name in loaded.state_dict()
-    )  # folded in: decoding costs nothing more
+    # Folded in: decoding costs nothing more.
+    assert not any(MARK in name for name in loaded.state_dict())
 
 
 def fault_of(path: Path, artifact: Path) -> str:
@@ -430,9 +427,8 @@ def test_the_rank_comes_from_the_environment_too(
     call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert facts(call(iterations=1, lora_rank=2))["rank"] == 2
-    assert (
-        facts(call("--rank", "3", iterations=1, lora_rank=2))["rank"] == 3
-    )  # the command line says more
+    # The command line says more.
+    assert facts(call("--rank", "3", iterations=1, lora_rank=2))["rank"] == 3
     monkeypatch.setenv("LORA_RANK", "two")
     with pytest.raises(SystemExit, match="2"):
         finetune.parse_args(["final_model.int8.ptz"])

@@ -20,9 +20,8 @@ T, V = 8, 16
 @pytest.mark.parametrize(("seq_len", "size"), [(8, 1), (8, 2), (8, 8), (12, 3), (16, 4)])
 def test_mask_cell_by_cell(seq_len: int, size: int, causal: bool) -> None:
     mask = tg.window_mask(seq_len, size, causal, CPU)
-    places = [
-        (w, w * size + o) for w in range(seq_len // size) for o in range(size + 1)
-    ]  # window, position in the row
+    # Window, position in the row.
+    places = [(w, w * size + o) for w in range(seq_len // size) for o in range(size + 1)]
     assert mask.dtype == torch.bool
     assert mask.shape == (len(places), seq_len + len(places))
     for query, (window, position) in enumerate(places):
@@ -34,9 +33,8 @@ def test_mask_cell_by_cell(seq_len: int, size: int, causal: bool) -> None:
     row = torch.arange(seq_len + 1)[None]
     x0, before, positions = tg.tile(row, size)
     assert positions.tolist() == [position for _, position in places]
-    assert (
-        torch.cat((before, x0), dim=-1).flatten().equal(positions)
-    )  # of a row whose tokens are their positions
+    # Of a row whose tokens are their positions.
+    assert torch.cat((before, x0), dim=-1).flatten().equal(positions)
 
 
 def model_of(**overrides: Any) -> tg.GPT:
@@ -84,9 +82,8 @@ def test_only_what_a_window_may_read_moves_it(
 
     base = logits(row, before, noisy.xt)
     window, token = torch.meshgrid(torch.arange(T // size), torch.arange(size), indexing="ij")
-    offset = (
-        token if shift else token + 1
-    )  # of the input that predicts a token; 0 is the clean token before
+    # Of the input that predicts a token; 0 is the clean token before.
+    offset = token if shift else token + 1
     for p in range(T):  # a token of the clean stream
         other = row.clone()
         other[0, p] = (row[0, p] + 1) % V
@@ -132,9 +129,8 @@ def test_an_infill_reads_the_suffix_and_a_continuation_does_not(shift: bool) -> 
         other[0, p] = (ids[0, p] + 1) % V
         assert (decode_window(bidirectional, other, 3, 4, 10) != infill).any(-1).all()
         assert decode_window(bidirectional, other, 3, 4, 7).equal(continuation)
-        assert decode_window(causal, other, 3, 4, 10).equal(
-            blind
-        )  # the predecessor's defect, kept as a setting
+        # The predecessor's defect, kept as a setting.
+        assert decode_window(causal, other, 3, 4, 10).equal(blind)
     for p in range(3, 7):  # what is to be found out is never shown
         other = ids.clone()
         other[0, p] = (ids[0, p] + 1) % V

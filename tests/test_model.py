@@ -49,9 +49,8 @@ def test_an_untied_model_predicts_through_its_own_matrix() -> None:
         untied.lm_head[3] += 1
     moved = (untied.clean(ids)[0] != before).any(0).any(0)
     assert moved.tolist() == [token == 3 for token in range(64)]
-    fresh = tg.GPT(
-        tiny(tie_embeddings=False)
-    )  # as the challenge starts it: a wide embedding, a zero output matrix
+    # As the challenge starts it: a wide embedding, a zero output matrix.
+    fresh = tg.GPT(tiny(tie_embeddings=False))
     assert 0.9 < fresh.tok_emb.std() < 1.1
     assert not fresh.clean(ids)[0].any()
 
@@ -173,9 +172,8 @@ def test_a_pair_is_an_input_only_where_both_tokens_are_known() -> None:
 def test_a_cached_pass_equals_the_full_pass(cuts: tuple[int, ...], value_residual: bool) -> None:
     model, ids = model_of(value_residual=value_residual), random_rows(3, T, V)
     full, full_kvs = model.clean(ids)
-    left = [
-        k.new_full((3, k.shape[1], T + 5, k.shape[3]), 9.0) for k, _ in full_kvs
-    ]  # by an earlier draft
+    # By an earlier draft.
+    left = [k.new_full((3, k.shape[1], T + 5, k.shape[3]), 9.0) for k, _ in full_kvs]
     past = [(k.clone(), k.clone()) for k in left]
     parts = []
     for start, stop in zip((0, *cuts), (*cuts, T), strict=True):

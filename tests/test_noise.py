@@ -31,12 +31,13 @@ def close_to_share(hits: Tensor, share: float) -> bool:
 
 
 def test_derive_is_splitmix64() -> None:
+    # Of seed 0.
     published = (
         0xE220A8397B1DCDAF,
         0x6E789E6AA1B965F4,
         0x06C45D188009454F,
         0xF88BB8A8724C81EC,
-    )  # of seed 0
+    )
     assert [x % 2**64 for x in tg.derive(torch.arange(4), 0).tolist()] == list(published)
 
 
@@ -63,9 +64,8 @@ def test_uniforms_are_uniform(dtype: torch.dtype, shape: tuple[int, int]) -> Non
     assert abs(u.mean() - 0.5) < 5 / math.sqrt(12 * n)
     assert abs(u.var() - 1 / 12) < 5 / math.sqrt(180 * n)
     counts = torch.histc(u, 50, 0, 1)
-    assert ((counts - n / 50) ** 2 / (n / 50)).sum() < 49 + 5 * math.sqrt(
-        98
-    )  # chi-square, 49 degrees of freedom
+    # Chi-square, 49 degrees of freedom.
+    assert ((counts - n / 50) ** 2 / (n / 50)).sum() < 49 + 5 * math.sqrt(98)
 
 
 def test_uniforms_fill_their_whole_mantissa() -> None:
@@ -184,9 +184,10 @@ def test_infill_marks_one_run_and_leaves_text_after_it(size: int) -> None:
         assert found == length
         assert start + found < size or length == size
         starts.add((start, length))
+    # Every one.
     assert starts >= {
         (start, length) for length in range(1, size) for start in range(size - length)
-    }  # every one
+    }
 
 
 @pytest.mark.parametrize(("size", "span"), [(16, 3), (16, 1), (2, 8)])
@@ -242,9 +243,8 @@ def test_what_replaces_a_token(mode: str, share: float) -> None:
         counts = torch.bincount(drawn, minlength=V)
         assert len(counts) == V  # [MASK] is the one id past the vocabulary
         assert ((counts - len(drawn) / V) ** 2 / (len(drawn) / V)).sum() < 63 + 5 * math.sqrt(126)
-        assert close_to_share(
-            drawn == x0[noisy.corrupted][put != V], 1 / V
-        )  # the truth is as likely as any other
+        # The truth is as likely as any other.
+        assert close_to_share(drawn == x0[noisy.corrupted][put != V], 1 / V)
 
 
 def test_only_masks_tell_which_token_is_wrong() -> None:
@@ -365,9 +365,8 @@ def test_every_loss_is_a_row() -> None:
 def test_consistency_is_the_divergence_from_the_clean_stream() -> None:
     logits, x0, noisy, cfg = by_hand(diffusion_loss="consistency")
     assert tg.losses(logits, logits, x0, noisy, cfg).item() == pytest.approx(0, abs=1e-6)
-    assert tg.losses(logits + 3, logits, x0, noisy, cfg).item() == pytest.approx(
-        0, abs=1e-6
-    )  # the same distribution
+    # The same distribution.
+    assert tg.losses(logits + 3, logits, x0, noisy, cfg).item() == pytest.approx(0, abs=1e-6)
     clean = torch.randn(logits.shape, generator=torch.Generator().manual_seed(9))
     divergence = F.kl_div(logits.log_softmax(-1), clean.softmax(-1), reduction="none").sum(-1)
     found = tg.losses(logits, clean, x0, noisy, cfg).item()
@@ -449,9 +448,8 @@ def test_uniform_score_entropy_is_least_at_the_true_ratios(t: float) -> None:
         table = best.detach() + torch.randn(4, 4, generator=generator, dtype=torch.float64) * 0.3
         q = table.softmax(-1)
         kernel, *_ = joint(t)
-        score = torch.einsum(
-            "xz,zy,zx->xy", q, kernel, 1 / kernel
-        )  # the mean of p(y | x0) / p(xt | x0)
+        # The mean of p(y | x0) / p(xt | x0).
+        score = torch.einsum("xz,zy,zx->xy", q, kernel, 1 / kernel)
         assert expected_sedd(table, t).item() == pytest.approx(
             by_the_paper(score, t).item(), rel=1e-9
         )
@@ -506,10 +504,11 @@ def test_uniform_score_entropy_is_finite_and_counts_every_token() -> None:
             assert loss > 0 if t < 0.9 else loss > -1e-6
             assert logits.grad.isfinite().all()
             reached = logits.grad.abs().sum(-1) > 0
+            # Tokens that were kept among them.
             assert reached.all() or scale == 30 or t > 0.9, (
                 t,
                 scale,
-            )  # tokens that were kept among them
+            )
     noisy = tg.corrupt(x0, torch.full((64, 1), 0.95), keys_of(64), cfg)
     values = [
         tg.losses(
@@ -517,9 +516,8 @@ def test_uniform_score_entropy_is_finite_and_counts_every_token() -> None:
         ).item()
         for clip in (5.0, 10.0, 1e9)
     ]
-    assert [value / values[0] for value in values] == pytest.approx(
-        [1, 2, 4], rel=1e-4
-    )  # 1 / (1 - 0.95) is 20
+    # 1 / (1 - 0.95) is 20.
+    assert [value / values[0] for value in values] == pytest.approx([1, 2, 4], rel=1e-4)
 
 
 def test_uniform_score_entropy_needs_uniform_noise() -> None:

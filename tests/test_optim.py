@@ -87,9 +87,8 @@ def test_orthogonalize_moves_singular_values_to_one(shape: tuple[int, ...], scal
     values = torch.linalg.svdvals(x)
     assert values.min() > 0.6
     assert values.max() < 1.3
-    u, _, vh = torch.linalg.svd(
-        g, full_matrices=False
-    )  # and leaves singular vectors where they are
+    # And leaves singular vectors where they are.
+    u, _, vh = torch.linalg.svd(g, full_matrices=False)
     core = u.mT @ x @ vh.mT
     assert (core - torch.diag_embed(core.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-3
     torch.testing.assert_close(tg.orthogonalize(g.mT, 5), x.mT)
@@ -112,11 +111,12 @@ def test_muon_by_hand(shape: tuple[int, int], decay: float) -> None:
     rate = 0.02
     other = nn.Parameter(torch.randn(4, 4))  # of another shape, in between
     start = torch.randn(2, *shape)
+    # Two are stepped together.
     params = [
         nn.Parameter(start[0].clone()),
         other,
         nn.Parameter(start[1].clone()),
-    ]  # two are stepped together
+    ]
     buffers = [torch.zeros_like(p) for p in params]
     expected, velocity = start.double(), torch.zeros(2, *shape, dtype=torch.float64)
     for _ in range(3):
@@ -143,9 +143,8 @@ def test_the_rate_is_full_and_then_falls_to_zero() -> None:
     rates = [tg.Moment.at(cfg, step, 12.3).rate for step in range(101)]
     assert rates[:81] == [1.0] * 81
     assert rates[81:] == pytest.approx([(100 - step) / 20 for step in range(81, 101)], abs=1e-6)
-    short = tiny(
-        iterations=100, warmdown_iters=1000, warmdown_frac=0.4
-    )  # the share caps a long warm-down
+    # The share caps a long warm-down.
+    short = tiny(iterations=100, warmdown_iters=1000, warmdown_frac=0.4)
     assert [tg.Moment.at(short, step, 0).rate for step in (60, 80)] == pytest.approx([1.0, 0.5])
     for none in (tiny(warmdown_iters=0), tiny(warmdown_frac=0.0)):
         assert tg.Moment.at(none, 7, 0).rate == 1.0

@@ -93,10 +93,11 @@ def test_a_row_of_one_token_is_refused_however_likely_it_is(
         assert [verdict.tolist() for verdict in policy.judge(got, V, lax)] == [[True, False]] * 2
     assert not policy.judge(got, V, Limits(entropy=0, distinct=0, repeat=1))[1].any()
     measured = policy.measure(model, ids, 4, 20, "ar", tg.AR)
+    # The other row: 0 nats.
     assert (measured.nats, measured.repetitive) == (
         pytest.approx(math.log(V) / 2),
         0.5,
-    )  # the other row: 0 nats
+    )
 
 
 def test_limits_at_their_edges() -> None:
@@ -107,9 +108,8 @@ def test_limits_at_their_edges() -> None:
         repetitive, outside = policy.judge(found(**{name: values}), V)
         assert outside.tolist() == [False, True, True][: len(values)], name
         assert repetitive.equal(outside) or (name == "nats" and not repetitive.any())
-    assert policy.judge(found(entropy=[2.6], tokens=[4 * V]), V)[1].tolist() == [
-        False
-    ]  # of log2 V bits at most
+    # Of log2 V bits at most.
+    assert policy.judge(found(entropy=[2.6], tokens=[4 * V]), V)[1].tolist() == [False]
 
 
 def half(nats: torch.Tensor) -> Limits:

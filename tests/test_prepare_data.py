@@ -548,9 +548,9 @@ def test_an_output_that_cannot_be_a_folder_is_named(
         (["--repo", "a/b"], "--repo needs --source fineweb"),
         (["--source", "fineweb", "--variant", "sp5"], "invalid choice"),
         (["--source", "fineweb", "--repo", "name"], "--repo=name must be OWNER/NAME"),
-        (["--vocab-size", "70000"], "--vocab-size=70000 must lie in 1..65535"),
-        (["--val-percent", "101"], "--val-percent=101.0 must lie in 0..100"),
-        (["--shard-tokens", "0"], "--shard-tokens=0 must lie in 1.."),
+        (["--vocab-size", "70000"], "argument --vocab-size: 70000 must be between 1 and 65535"),
+        (["--val-percent", "101"], "argument --val-percent: 101 must be between 0 and 100"),
+        (["--shard-tokens", "0"], "argument --shard-tokens: 0 must be 1 or more"),
         (["--source", "web"], "invalid choice"),
     ],
 )

@@ -71,9 +71,8 @@ def test_weights_are_taken_by_name_and_the_rest_is_fresh(
     assert own.keys() == fresh.keys()
     for name, w in own.items():
         assert w.equal(given.get(name, fresh[name])), name
-    assert all(
-        average.equal(own[name]) for name, average in state.weights().items()
-    )  # the average starts there, too
+    # The average starts there, too.
+    assert all(average.equal(own[name]) for name, average in state.weights().items())
     (event,) = state.run.log.of("init_from")  # type: ignore[attr-defined]
     lacking = {name for name in own if name not in given}
     assert event["fresh"] == len(lacking)
@@ -89,9 +88,8 @@ def test_the_clean_stream_of_an_adapted_model_is_the_artifacts(
     state = begin(tiny(**text, init_from=str(tmp_path / "a.ptz")))
     assert tg.score(state.model, ids).equal(tg.score(given, ids))
     tg.train_step(state, tg.Objective(state.cfg, state.run, state.model), tg.Moment(0, 0.5, 1.0))
-    assert not tg.score(state.model, ids).equal(
-        tg.score(given, ids)
-    )  # what was taken is what the optimizers move
+    # What was taken is what the optimizers move.
+    assert not tg.score(state.model, ids).equal(tg.score(given, ids))
 
 
 @pytest.mark.parametrize(
@@ -132,9 +130,8 @@ def test_another_shape_is_named(
 def test_parts_that_one_of_both_is_without_may_differ(text: dict[str, Any], tmp_path: Path) -> None:
     export(tmp_path / "a.ptz", tiny(time_embed_dim=0, look_ahead=0))
     begin(tiny(**text, init_from=str(tmp_path / "a.ptz")))
-    export(
-        tmp_path / "b.ptz", tiny("ar", look_ahead=5, time_embed_dim=5)
-    )  # settings without weights
+    # Settings without weights.
+    export(tmp_path / "b.ptz", tiny("ar", look_ahead=5, time_embed_dim=5))
     begin(tiny(**text, init_from=str(tmp_path / "b.ptz")))
 
 

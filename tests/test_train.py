@@ -200,9 +200,8 @@ def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
     assert loss.item() == pytest.approx(0.3 * ar_loss.item() + 0.7 * window_loss.item(), rel=1e-5)
     assert ar_loss.item() == pytest.approx(tg.score(objective.model, rows).mean().item(), rel=1e-5)
     assert objective(rows, 1, 4, now)[0].equal(loss)
-    assert not objective(rows, 2, 4, now)[0].equal(
-        loss
-    )  # noise belongs to a place in the global batch
+    # Noise belongs to a place in the global batch.
+    assert not objective(rows, 2, 4, now)[0].equal(loss)
     assert not objective(rows, 1, 4, tg.Moment(4, 0.5, 1.0))[0].equal(loss)  # and to a step
 
 
@@ -459,9 +458,8 @@ def test_kernels_are_compiled_before_the_clock_starts(
     state = tg.TrainState(cfg, run, tg.TokenLoader(cfg, "train"))
     tg.train(state, tg.TokenLoader(cfg, "val"), CountTokens())
     steps = recorded(run, "train")
-    assert len(graphs) == (
-        1 + 2 * 3 if cfg.diffusion else 1
-    )  # a clean stream; three window sizes, with and without
+    # A clean stream; three window sizes, with and without.
+    assert len(graphs) == (1 + 2 * 3 if cfg.diffusion else 1)
     assert [step["train_ms"] for step in steps] == pytest.approx(
         [2000.0 * (i + 1) for i in range(8)]
     )
@@ -507,9 +505,8 @@ def test_another_configuration_cannot_resume(synthetic: dict[str, Any]) -> None:
     cfg.path("checkpoints", ".pt").write_bytes(cfg.path("checkpoints", ".pt").read_bytes()[:-100])
     with pytest.raises(tg.UserError, match=r"checkpoint .*r\.pt is damaged"):
         trained(dataclasses.replace(cfg, resume="auto"))
-    assert (
-        trained(dataclasses.replace(cfg, resume="no"))[0].step == 8
-    )  # without RESUME it is not even read
+    # Without RESUME it is not even read.
+    assert trained(dataclasses.replace(cfg, resume="no"))[0].step == 8
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
@@ -713,9 +710,8 @@ def test_a_compiled_stream_is_one_whole_graph_and_loses_nothing(
         for size in objective.masks:
             objective(rows, 0, size, tg.Moment(5, 0.9, 1.0))[0].backward()
         grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        totals.append(
-            [(g @ torch.linspace(1, 2, len(g))).item() for g in grads]
-        )  # places count, too
+        # Places count, too.
+        totals.append([(g @ torch.linspace(1, 2, len(g))).item() for g in grads])
     assert totals[0] == pytest.approx(totals[1], rel=1e-5, abs=1e-7)
     assert torch._dynamo.utils.counters["graph_break"] == {}
 
@@ -730,9 +726,8 @@ def test_a_step_reads_nothing_back_from_the_device(
     )
     state = tg.TrainState(cfg, make_run(cfg), tg.TokenLoader(cfg, "train"))
     objective = tg.Objective(cfg, state.run, state.model)
-    monkeypatch.setattr(
-        state.adam, "step", lambda: None
-    )  # torch's own; on CUDA it is the fused one
+    # Torch's own; on CUDA it is the fused one.
+    monkeypatch.setattr(state.adam, "step", lambda: None)
     waits = list[str]()
     for name in (
         "item",

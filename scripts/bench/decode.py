@@ -69,13 +69,14 @@ from scripts.common import (
 )
 
 SCORED_AT_ONCE, SCAN_TOKENS = 32, 1 << 22  # rows; validation tokens searched for functions
+# What parsing a text may raise.
 BAD_SOURCE = (
     SyntaxError,
     ValueError,
     OverflowError,
     RecursionError,
     MemoryError,
-)  # what parsing a text may raise
+)
 # Tokens/s of the "Mercury in Retrograde" submission on one H100.
 PUBLISHED = {"ar, no cache": 1519, "1 pass": 33315, "2 passes": 52424, "1 pass, infill": 147729}
 Decode = Callable[[Tensor, int], tg.Decoded]  # of excerpts (B, L) and a seed
@@ -230,9 +231,8 @@ def parses(text: str, prompt: str) -> bool:
             with contextlib.suppress(*BAD_SOURCE):
                 ast.parse(source + "\n")
                 return True
-            codeop.compile_command(
-                source + "\n", symbol="exec"
-            )  # raises unless only its end is missing
+            # Raises unless only its end is missing.
+            codeop.compile_command(source + "\n", symbol="exec")
             lines.pop()
     return False
 

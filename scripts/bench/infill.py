@@ -350,9 +350,8 @@ class Span(NamedTuple):
     """All that was measured of the spans of one length."""
 
     fills: dict[Key, Fill]  # by TEXT, AR or (side, passes)
-    first: dict[
-        str, Fill
-    ]  # by side: the first pass's likeliest tokens, and its nats of the true ones
+    # By side: the first pass's likeliest tokens, and its nats of the true ones.
+    first: dict[str, Fill]
 
 
 def fill_spans(batch: Batch, plan: Plan) -> dict[int, Span]:

@@ -47,12 +47,13 @@ RESUME = "what is done is kept: rerun the command to resume"
 RECIPE = "direct"  # of the record; others are baselines
 DATA_OPTIONS = ("source", "variant", "repo")  # of what is prepared
 CHECKPOINT = "CHECKPOINT"  # in a command: that of a run with record settings
+# A rehearsal takes the environment's.
 SIZES = (
     "NUM_LAYERS",
     "MLP_MULT",
     "TRAIN_BATCH_TOKENS",
     "MICRO_BATCHES",
-)  # a rehearsal takes the environment's
+)
 
 # Settings beyond the baseline's, by protocol. Those of GPUs are what others measured in the
 # challenge (ten layers and a wide MLP, paid for by six bits; a table of token pairs, low rates,

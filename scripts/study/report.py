@@ -480,14 +480,24 @@ def is_ranked(key: Key) -> bool:
     return same and in_time and key.data.startswith(RANKED_DATA)
 
 
-def preference(g: Group) -> tuple[int, float]:
-    """Order ranked runs: the most seeds first, then the best score."""
-    return -len(g.runs), statistics.mean(g.values("final", "val_bpb"))
+def ranked_group(groups: Sequence[Group]) -> Group | None:
+    """Choose the runs that the challenge ranks: with the most seeds, then the best score."""
+    candidates = [g for g in groups if is_ranked(g.key)]
+    best = [(-len(g.runs), statistics.mean(g.values("final", "val_bpb"))) for g in candidates]
+    return candidates[best.index(min(best))] if best else None
+
+
+def by_data(found: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, list[dict[str, Any]]] | None:
+    """Gather values by data set; None if there are none."""
+    gathered: dict[str, list[dict[str, Any]]] = {}
+    for data, value in found:
+        gathered.setdefault(data, []).append(value)
+    return gathered or None
 
 
 def submission(groups: Sequence[Group]) -> dict[str, Any]:
     """Build submission.json: the challenge's fields from ranked runs, null without one."""
-    ranked = min(filter(lambda g: is_ranked(g.key), groups), key=preference, default=None)
+    ranked = ranked_group(groups)
     if ranked is None:
         return submission_entry(ABOUT, [])
     date = max(str(run.get("header", "time")) for run in ranked.runs)[:10]
@@ -496,14 +506,11 @@ def submission(groups: Sequence[Group]) -> dict[str, Any]:
 
 def results(groups: Sequence[Group], benchmarks: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     """Build results.json: what our recipes scored and how fast they decode, by data."""
-    here: dict[str, list[dict[str, Any]]] = {}
-    for g in groups:
-        if g.key.recipe in RANKED_RECIPES:
-            here.setdefault(g.key.data, []).append(measured(g))
-    decoded: dict[str, list[dict[str, Any]]] = {}
-    for found in benchmarks:
-        decoded.setdefault(found["data"], []).append(found)
-    return {"measured_here": here or None, "decode_benchmark_here": decoded or None}
+    ours = [g for g in groups if g.key.recipe in RANKED_RECIPES]
+    return {
+        "measured_here": by_data((g.key.data, measured(g)) for g in ours),
+        "decode_benchmark_here": by_data((found["data"], found) for found in benchmarks),
+    }
 
 
 # ==============================================================================

@@ -72,16 +72,13 @@ class RunLog:
 
     name: str
     events: dict[str, dict[str, Any]] = field(default_factory=dict)
-    curve: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # every train and val event; resumed: those kept, too
+    # Every train and val event; resumed: those kept, too.
+    curve: list[dict[str, Any]] = field(default_factory=list)
     nelbo: dict[int, dict[str, Any]] = field(default_factory=dict)  # by window
-    decode: dict[tuple[str, int, int, str], dict[str, Any]] = field(
-        default_factory=dict
-    )  # by task, span, steps, mode
-    before: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # the curve of the start before this one
+    # By task, span, steps, mode.
+    decode: dict[tuple[str, int, int, str], dict[str, Any]] = field(default_factory=dict)
+    # The curve of the start before this one.
+    before: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, event: dict[str, Any]) -> None:
         """Take in one line; a header begins the run anew, as after a crash and a restart."""

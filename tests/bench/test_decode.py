@@ -69,9 +69,8 @@ def measured(at: bench.Bench, *args: Any) -> list[dict[str, Any]]:
 
 def test_every_mode_has_the_passes_its_windows_can_take() -> None:
     jobs = jobs_of(["ar", "refine", "block", "threshold", "speculative"], [1, 6, 30], [3], 0.5)
-    stepped = [
-        (mode, n) for mode in ("refine", "block") for n in (1, 6, 8)
-    ]  # 30 on eight tokens are eight
+    # 30 on eight tokens are eight.
+    stepped = [(mode, n) for mode in ("refine", "block") for n in (1, 6, 8)]
     assert [job[:2] for job in jobs] == [("ar", 0), *stepped, ("threshold", 0), ("speculative", 0)]
     for job in jobs:
         assert job.how == policy.MODES[job.mode]._replace(

@@ -61,9 +61,8 @@ def five_levels(m: int) -> float:
 
 
 def by_count(m: int) -> float:
-    return 1 / (
-        m * math.comb(S3, m)
-    )  # one of S counts, one of the sets of that count, weight S / m
+    # One of S counts, one of the sets of that count, weight S / m.
+    return 1 / (m * math.comb(S3, m))
 
 
 # Weight of a set of m hidden tokens in the mean of each estimator.
@@ -187,9 +186,8 @@ def test_what_a_uniform_predictor_scores(name: str, data: dict[str, Any]) -> Non
     assert min(sizes[:5]) > 0  # the text has all that is counted wrongly
     honest = math.log2(VOCAB) * sizes.tokens / sizes.bytes
     expected = UNIFORM.get(name, UNIFORM["right"])(sizes)
-    assert (
-        error < (1e-6 if name in ("right", "weight_pooled") else 0.03) * honest * expected
-    )  # a ratio's noise cancels
+    # A ratio's noise cancels.
+    assert error < (1e-6 if name in ("right", "weight_pooled") else 0.03) * honest * expected
     assert found / honest == pytest.approx(expected, rel=1e-6, abs=4 * error / honest)
     assert (name in UNIFORM) == (name == "right" or we.ESTIMATORS[name].exposed)
     if name != "right" and we.ESTIMATORS[name].exposed:
@@ -279,9 +277,8 @@ def trained(data: dict[str, Any]) -> Trained:
 def test_an_estimator_errs_in_the_direction_claimed(name: str, trained: Trained) -> None:
     (bound, bound_error), (found, error) = bpb("right", trained.text), bpb(name, trained.text)
     margin = 4 * math.hypot(bound_error, error)
-    if (
-        name == "boundaries_free"
-    ):  # the same tokens are drawn as for the bound: compare draw by draw
+    # The same tokens are drawn as for the bound: compare draw by draw.
+    if name == "boundaries_free":
         saved = (estimate("right", trained.text).nats - estimate(name, trained.text).nats).sum(-1)
         assert saved.mean() > 4 * saved.std() / math.sqrt(len(saved))
     elif we.ESTIMATORS[name].flatters:
@@ -314,9 +311,8 @@ def test_late_keys_are_those_of_the_window_itself() -> None:
     for query in range(2 * (S3 + 1)):
         window = query // (S3 + 1)
         for key in range(len(allowed[0])):
-            leaks = (
-                window * S3 <= key < (window + 1) * S3
-            )  # its clean token before, and all of its tokens but the last
+            # Its clean token before, and all of its tokens but the last.
+            leaks = window * S3 <= key < (window + 1) * S3
             assert late[query][key] == (allowed[query][key] or leaks)
 
 
@@ -406,9 +402,8 @@ def test_more_samples_narrow_the_error_and_leave_the_mean(
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows, fewer = result["convergence"], result["rows"] / result["convergence_rows"]
     assert 3 < fewer < 4.1
-    of_one = result["bounds"][0]["standard_error"] * math.sqrt(
-        64 * fewer
-    )  # what the spread over samples says of K = 1
+    # What the spread over samples says of K = 1.
+    of_one = result["bounds"][0]["standard_error"] * math.sqrt(64 * fewer)
     assert 0.5 * of_one < rows[0]["standard_error"] < 1.6 * of_one
     assert [row["samples"] for row in rows] == [1, 2, 4, 8, 16, 32, 64]
     assert rows[-1]["standard_error"] < rows[0]["standard_error"] / 3

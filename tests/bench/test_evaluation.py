@@ -54,9 +54,8 @@ def test_the_whole_is_shared_by_devices_and_ends_at_nelbo_sequences(tmp_path: Pa
         pytest.approx(4 * job.whole) for job in four if job.name != bench.PARALLEL
     ]
     exact = one[0]
-    assert exact.whole * exact.tokens == pytest.approx(
-        2 * 6000
-    )  # before export and of the artifact
+    # Before export and of the artifact.
+    assert exact.whole * exact.tokens == pytest.approx(2 * 6000)
     few = {job.name: job for job in listed(tmp_path / "few", 6000, 1, nelbo_sequences=3)}
     bound = few["bound 1"]
     assert bound.whole * bound.tokens == pytest.approx(3 * tg.Config(**settings()).train_seq_len)

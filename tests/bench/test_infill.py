@@ -331,9 +331,8 @@ def test_likelihood_and_variety_are_of_what_was_filled_in() -> None:
     assert row[WITHOUT]["unigram_entropy"] == 0
     assert row[WITHOUT]["distinct_2"] == pytest.approx(1 / 7)
     assert row[WITH]["distinct_2"] == pytest.approx(2 / 7)
-    assert row[WITHOUT]["clean_stream_nats"]["mean"] == pytest.approx(
-        20, rel=1e-4
-    )  # a token it never expects
+    # A token it never expects.
+    assert row[WITHOUT]["clean_stream_nats"]["mean"] == pytest.approx(20, rel=1e-4)
     assert span["text"]["clean_stream_nats"]["mean"] == pytest.approx(0, abs=1e-4)
     assert span["text"]["distinct_2"] == span["ar"]["distinct_2"] == 1
     assert span["text"]["unigram_entropy"] > 3
@@ -351,9 +350,8 @@ def test_the_error_is_over_examples() -> None:
     fills[WITHOUT, 1] = bench.Fill(torch.full_like(x0, NEVER), zero)
     first = {side: fills[side, 1] for side in (WITH, WITHOUT)}
     (row,) = bench.sum_up_span(bench.Span(fills, first), [1], 5)["passes"]
-    assert row["accuracy"][WITH] == pytest.approx(
-        {"mean": 0.5, "se": (1 / 12) ** 0.5}
-    )  # 32 tokens, but 4 examples
+    # 32 tokens, but 4 examples.
+    assert row["accuracy"][WITH] == pytest.approx({"mean": 0.5, "se": (1 / 12) ** 0.5})
     assert row["accuracy"]["difference"]["se"] == pytest.approx((1 / 12) ** 0.5)
 
 
@@ -386,9 +384,8 @@ def test_a_detector_that_believes_what_it_sees_repairs_nothing() -> None:
         marks = row["detectors"]["window"]
         for name in ("least_likely_is_planted", "found", "auc"):
             assert marks[name]["mean"] == 0
-        assert (
-            marks["argmax"]["repaired"]["mean"] == marks["argmax"]["spoilt"]["mean"] == 0
-        )  # all stays as it is
+        # All stays as it is.
+        assert marks["argmax"]["repaired"]["mean"] == marks["argmax"]["spoilt"]["mean"] == 0
         assert marks["refill"]["repaired"]["mean"] == 0
         assert marks["refill"]["spoilt"]["mean"] == pytest.approx(
             row["planted"] / (12 - row["planted"])

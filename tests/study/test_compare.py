@@ -72,9 +72,8 @@ def test_recipes_that_share_seeds_are_compared_seed_by_seed() -> None:
 
 
 def test_recipes_with_other_seeds_are_compared_by_welchs_test() -> None:
-    theirs = {
-        seed + 3: score for seed, score in THEIRS.items()
-    }  # one seed in common is no pair to test
+    # One seed in common is no pair to test.
+    theirs = {seed + 3: score for seed, score in THEIRS.items()}
     found = compare.difference(OURS, theirs)
     a, b = list(OURS.values()), list(theirs.values())
     expected = stats.ttest_ind(a, b, equal_var=False)
@@ -170,11 +169,12 @@ def test_a_subset_of_a_ladder_is_enough_and_the_rest_is_named(command: Command) 
     assert orders["phase1"]["lacking"] == ["td_span15", "td_prog15", "td_prog30"]
     assert (orders["phase1"]["tau"], orders["late"]["tau"]) == (pytest.approx(-1), pytest.approx(1))
     assert "anchored" not in orders  # it has one row, by its other name
+    # A run once.
     assert [row["row"] for row in orders["all"]["rows"]] == [
         "td_control",
         "td_late02",
         "td_span30",
-    ]  # a run once
+    ]
     assert orders["phase1"]["swapped"][0]["beyond"] is None
     assert (
         "With one seed and no --noise, not to be judged: `td_control` above `td_span30` by 0.1000."
@@ -230,9 +230,8 @@ def test_every_published_order_of_a_ladder_is_compared() -> None:
         scored = [set(scores) for row in rows if (scores := sweep.rows()[row].get("published"))]
         columns = [set(column) for column in compare.PHASES.get(name, ())]
         covered = set[str]().union(*columns)
-        assert all(sum(bool(of & column) for of in scored) > 1 for column in columns), (
-            name
-        )  # two rows make an order
+        # Two rows make an order.
+        assert all(sum(bool(of & column) for of in scored) > 1 for column in columns), name
         if len(scored) > 1 and name != "all":
             assert all(of & covered for of in scored), name
     assert compare.PHASES.keys() <= sweep.ladders().keys()

@@ -145,9 +145,8 @@ def test_every_context_of_a_folder_has_its_pictures(
         "logs_books_likelihood.png",
     }
     assert all(Path(file).read_bytes().startswith(b"\x89PNG") for file in files)
-    out = run(
-        capsys, "--logs", logs, "--plots", tmp_path, "--rows", "main"
-    )  # a ladder: ar, retrograde, direct
+    # A ladder: ar, retrograde, direct.
+    out = run(capsys, "--logs", logs, "--plots", tmp_path, "--rows", "main")
     assert len(json.loads(out.splitlines()[-1])["plots"]) == len(files)
     out = run(capsys, "--logs", logs, "--plots", tmp_path, "--rows", "ar")
     assert [Path(file).name for file in json.loads(out.splitlines()[-1])["plots"]] == [

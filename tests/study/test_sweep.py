@@ -458,9 +458,8 @@ def test_a_failure_is_recorded_and_the_next_run_starts(bench: Bench, order: str,
     assert [line["error"] for line in bench.lines() if "error" in line] == [failed["error"]]
     bench.order()
     bench.run(*PAIR)
-    assert [call.split()[0] for call in bench.calls()] == [
-        "ar_1"
-    ]  # a failed run is tried again, others are not
+    # A failed run is tried again, others are not.
+    assert [call.split()[0] for call in bench.calls()] == ["ar_1"]
 
 
 def test_a_stale_log_is_never_taken_for_a_result(bench: Bench) -> None:
