@@ -74,7 +74,7 @@ def in_range(kind: Callable[[str], float], low: float, high: float) -> Callable[
             raise argparse.ArgumentTypeError(f"{text} must be {rule}")
         return value
 
-    read.__name__ = {int: "whole number", float: "number"}.get(kind, "value")  # type: ignore[call-overload]
+    read.__name__ = "whole number" if kind is int else "number"
     return read
 
 

@@ -447,19 +447,20 @@ def complete(at: Loaded, job: Job, args: argparse.Namespace) -> Completion:
     around = [spell(tokenizer, part) for part in (job.prompt, job.suffix)]
     screen = Screen(tokenizer, around, args.delay, sys.stderr) if args.watch else None
     try:
-        mode, span, film, more = decode_job(at, job, args, screen)
+        found = decode_job(at, job, args, screen)
     finally:
         if screen is not None:
             screen.close()
+    span = found.tokens
     before, upto = tokenizer.decode(prefix), tokenizer.decode(prefix + span)
     completion = upto.removeprefix(before) if upto.startswith(before) else tokenizer.decode(span)
     text = tokenizer.decode(prefix + span + job.suffix)
-    facts = {"mode": mode, "text": text, "completion": completion, **more}
+    facts = {"mode": found.mode, "text": text, "completion": completion, **found.facts}
     if job.draft:
-        facts |= revision(tokenizer, job.draft, span, film)
-    note = f"{mode}, {facts['forwards']} forward passes, {facts['seconds']:.2f} s"
+        facts |= revision(tokenizer, job.draft, span, found.film)
+    note = f"{found.mode}, {facts['forwards']} forward passes, {facts['seconds']:.2f} s"
     about = {"title": job.title, "note": note, "before": around[0], "after": around[1]}
-    return Completion(facts, film.reel(tokenizer, len(span) + 1, **about))
+    return Completion(facts, found.film.reel(tokenizer, len(span) + 1, **about))
 
 
 def revision(tokenizer: Any, draft: list[int], tokens: list[int], film: Film) -> dict[str, Any]:
@@ -493,7 +494,7 @@ def show_completion(facts: dict[str, Any], before: str, span: str, after: str) -
 
 
 # ==============================================================================
-# 4  DEMO -- a function nobody trained on, with a hole and without its end
+# 4  DEMO -- a function nobody trained on, infilled and continued
 # ==============================================================================
 
 
@@ -570,7 +571,8 @@ def demo(at: Loaded, args: argparse.Namespace) -> Shown:
             continue
         print(f"=== {title} a function of the validation data")
         done.append(complete(at, job, args))
-        before, after, stop = decode(job.prompt), decode(job.suffix), len(job.prompt) + job.num
+        before, after = decode(job.prompt), decode(job.suffix)
+        stop = len(job.prompt) + job.num
         show_completion(done[-1].facts, before, f"[... {job.num} tokens ...]", after)
         show("original", decode(ids if job.suffix else ids[:stop]))
         original = {"original": decode(ids[len(job.prompt) : stop])}

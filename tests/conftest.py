@@ -41,16 +41,20 @@ HARD_TEXTS = (
 # What all else varies.
 MAIN = {name: tg.all_recipes()[name] for name in ("direct", "ar", "retrograde", "mdlm_30_70")}
 
-# Small sizes for every preset; with 64 tokens of vocabulary it needs no tokenizer. About 11,000 parameters.
+# Small sizes for every preset; with 64 tokens of vocabulary it needs no tokenizer. About 11,000
+# parameters.
 # fmt: off
 TINY: dict[str, Any] = dict(
     vocab_size=64, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_mult=2,
-    time_embed_dim=4, train_seq_len=16, train_batch_tokens=64, micro_batches=2, iterations=8, warmdown_iters=4,
-    max_wallclock_seconds=0.0, muon_momentum_warmup_steps=4, warmup_steps=0, checkpoint_seconds=0.0,
-    train_log_every=1, val_loss_every=0, val_batch_size=256, diffusion_windows="4:1,8:1,T:1", diffusion_row_frac=1.0,
-    diffusion_span_len=2, diffusion_spans_per_seq=4, nelbo_windows="1,4", nelbo_samples=4, nelbo_sequences=8,
-    parallel_eval_examples=2, parallel_eval_prefix_len=4, parallel_eval_span_len="4", parallel_eval_suffix_len=4,
-    parallel_eval_steps="1,2", diffusion_start_frac=0.0, eval_stride=8, device="cpu", compile="0")
+    time_embed_dim=4, train_seq_len=16, train_batch_tokens=64, micro_batches=2, iterations=8,
+    warmdown_iters=4, max_wallclock_seconds=0.0, muon_momentum_warmup_steps=4, warmup_steps=0,
+    checkpoint_seconds=0.0, train_log_every=1, val_loss_every=0, val_batch_size=256,
+    diffusion_windows="4:1,8:1,T:1", diffusion_row_frac=1.0, diffusion_span_len=2,
+    diffusion_spans_per_seq=4, nelbo_windows="1,4", nelbo_samples=4, nelbo_sequences=8,
+    parallel_eval_examples=2, parallel_eval_prefix_len=4, parallel_eval_span_len="4",
+    parallel_eval_suffix_len=4, parallel_eval_steps="1,2", diffusion_start_frac=0.0,
+    eval_stride=8, device="cpu", compile="0",
+)
 # fmt: on
 
 
@@ -166,8 +170,10 @@ def train_tokenizer(path: Path, texts: Sequence[str], **options: Any) -> spm.Sen
     lines = [line for text in texts for line in text.split("\n") if line]
     # fmt: off
     fixed = dict(
-        model_type="bpe", vocab_size=VOCAB, byte_fallback=True, split_digits=True, add_dummy_prefix=False,
-        character_coverage=0.98, required_chars="—", pad_id=0, bos_id=1, eos_id=2, unk_id=3, num_threads=1,
+        model_type="bpe", vocab_size=VOCAB, byte_fallback=True, split_digits=True,
+        add_dummy_prefix=False,
+        character_coverage=0.98, required_chars="—", pad_id=0, bos_id=1, eos_id=2, unk_id=3,
+        num_threads=1,
         minloglevel=2)
     # fmt: on
     with open(path, "wb") as file:
@@ -186,7 +192,7 @@ NMT_NFKC = dict(normalization_rule_name="nmt_nfkc")  # the challenge's: folds wh
 
 
 def program_like(count: int) -> list[str]:
-    """Lines like those of a program, always the same: no test may move with the code that it tests."""
+    """Lines like those of a program, always the same: no test depends on the code that it tests."""
     draw = random.Random("program")
     lines = list[str]()
     known = WORDS.split()
@@ -198,18 +204,27 @@ def program_like(count: int) -> list[str]:
     return lines
 
 
-# fmt: off
 WORDS = (
-    "the of and to in is for that with as not be it on by this at from or an which are if each all one than when after "
-    "before token mask size text window step model value count noise shape state place share index clean score keys "
-    "device tensor random weight stream settings length decode loss rows sample name path logits batch error layer "
-    "number prefix suffix vocabulary probability likelihood Attention Config Iterator Café naïve")
+    "the of and to in is for that with as not be it on by this at from or an which are if each all "
+    "one than when after before token mask size text window step model value count noise shape "
+    "state place share index clean score keys device tensor random weight stream settings length "
+    "decode loss rows sample name path logits batch error layer number prefix suffix vocabulary "
+    "probability likelihood Attention Config Iterator Café naïve"
+)
 FORMS = (
-    "", "", '    """{0} {1} {2} {3}, {4} {5}: {6} {7}."""', "    {2} = {3}({4}, {5}[{8}:])  # {0} {1} {6} {7}",
-    "    if {2} < {8} and not {3}.{4}:", "        {2}, {3} = {3} + 1, {4}_{5}", "    for {2} in range({8}, len({3})):",
-    "        return {2} - {3} * {4}.{5}", "        raise ValueError(f\"{{{2}}} {0} {1} {3} {4}; {5} {6} {7}\")",
-    "# {0} {1} {2} {3} {4} — {5} {6} {7} {8}", "    {2}.{3}(\"{4}\", {5}=0.{8}, {6}={{\"{7}\": None}})", "@{2}.{3}")
-# fmt: on
+    "",
+    "",
+    '    """{0} {1} {2} {3}, {4} {5}: {6} {7}."""',
+    "    {2} = {3}({4}, {5}[{8}:])  # {0} {1} {6} {7}",
+    "    if {2} < {8} and not {3}.{4}:",
+    "        {2}, {3} = {3} + 1, {4}_{5}",
+    "    for {2} in range({8}, len({3})):",
+    "        return {2} - {3} * {4}.{5}",
+    '        raise ValueError(f"{{{2}}} {0} {1} {3} {4}; {5} {6} {7}")',
+    "# {0} {1} {2} {3} {4} — {5} {6} {7} {8}",
+    '    {2}.{3}("{4}", {5}=0.{8}, {6}={{"{7}": None}})',
+    "@{2}.{3}",
+)
 
 
 @pytest.fixture(scope="session")
@@ -239,7 +254,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> To
 def data(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], tokenizers: Tokenizers
 ) -> dict[str, Any]:
-    """Settings that name tiny shards, two to train on and one to validate on, and their tokenizer."""
+    """Settings that name tiny shards, two to train on and one to validate on, and tokenizer."""
     folder = tmp_path_factory.mktemp("shards")
     sp = spm.SentencePieceProcessor(model_file=str(tokenizers.identity))
     documents = [[BOS, *sp.encode(text)] for text in texts]

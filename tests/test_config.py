@@ -265,7 +265,8 @@ def rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The file that this test's rows are read from; nothing is there yet."""
     shutil.copy(tg.SCRIPTS / "ladder.py", tmp_path)
     monkeypatch.setattr(tg, "SCRIPTS", tmp_path)
-    return tmp_path / "ladder.toml"
+    (tmp_path / "study").mkdir()
+    return tmp_path / "study" / "ladder.toml"
 
 
 def test_a_row_of_the_ladder_is_a_recipe(rows: Path) -> None:
@@ -309,16 +310,30 @@ FAULTY = {  # rows, and what is said where the row called `x` is asked for
     "[rows.x": "{file} is damaged (",
     "rows = 5": "{file} is damaged (rows must be a table",
     "[rows]\nx = 5": "{file} is damaged (x must be a table",
-    "[rows.direct]\nmatrix_lr = 0.5": "row 'direct': matrix_lr=0.5 would do nothing: the recipe is built in; rename",
+    "[rows.direct]\nmatrix_lr = 0.5": (
+        "row 'direct': matrix_lr=0.5 would do nothing: the recipe is built in; rename"
+    ),
     "[rows.x]\nseed = 5": "{file}, row 'x': base None of 'x' is no recipe or row; closest: none",
     "[rows.x]\nbase = 5": "{file}, row 'x': base 5 of 'x' is no recipe or row",
-    "[rows.x]\nbase = 'dirct'": "{file}, row 'x': base 'dirct' of 'x' is no recipe or row; closest: direct",
-    "[rows.x]\nbase = 'x'": "{file}, row 'x': base 'x' of 'x' makes a circle, x -> x; base one on a built-in recipe",
-    "[rows.x]\nbase = 'ar'\nmatrixlr = 0.5": "{file}, row 'x': matrixlr is not a setting; closest: matrix_lr",
-    "[rows.x]\nbase = 'ar'\n[rows.y]\nbase = 'ar'\nwat = 1": "{file}, row 'y': wat is not a setting; closest: ",
+    "[rows.x]\nbase = 'dirct'": (
+        "{file}, row 'x': base 'dirct' of 'x' is no recipe or row; closest: direct"
+    ),
+    "[rows.x]\nbase = 'x'": (
+        "{file}, row 'x': base 'x' of 'x' makes a circle, x -> x; base one on a built-in recipe"
+    ),
+    "[rows.x]\nbase = 'ar'\nmatrixlr = 0.5": (
+        "{file}, row 'x': matrixlr is not a setting; closest: matrix_lr"
+    ),
+    "[rows.x]\nbase = 'ar'\n[rows.y]\nbase = 'ar'\nwat = 1": (
+        "{file}, row 'y': wat is not a setting; closest: "
+    ),
     "[rows.x]\nbase = 'ar'\nbeta1 = 0": "row 'x': beta1=0 must be written like its default, 0.9",
-    "[rows.x]\nbase = 'ar'\ndiffusion_causal = 1": "diffusion_causal=1 must be written like its default, False",
-    "[rows.x]\nbase = 'ar'\nnelbo_windows = [1]": "nelbo_windows=[1] must be written like its default, '1,16,T'",
+    "[rows.x]\nbase = 'ar'\ndiffusion_causal = 1": (
+        "diffusion_causal=1 must be written like its default, False"
+    ),
+    "[rows.x]\nbase = 'ar'\nnelbo_windows = [1]": (
+        "nelbo_windows=[1] must be written like its default, '1,16,T'"
+    ),
     "[rows.x]\nbase = 'ar'\nadam_eps = inf": "adam_eps=inf must be written like its default, 1e-08",
     "[rows.x]\nbase = 'ar'\nadam_eps = nan": "ADAM_EPS=nan must be in [0, inf]",
     "[rows.y]\nbase = 'ar'": "RECIPE='x' is not in RECIPES; closest: none; known: direct, ar, ",
@@ -408,17 +423,21 @@ def forbidden(*args):
     raise SystemExit("the environment was read")
 
 class Watched:
-    __getitem__ = __contains__ = __iter__ = __len__ = __setitem__ = __delitem__ = __getattr__ = forbidden
+    __getitem__ = __contains__ = __iter__ = __len__ = forbidden
+    __setitem__ = __delitem__ = __getattr__ = forbidden
 
 def audit(event, args):
-    writes = event == "open" and (set(args[1] or "") & set("wax+") or args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    flags = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+    writes = event == "open" and (set(args[1] or "") & set("wax+") or args[2] & flags)
     writes = writes or (event == "open" and os.path.basename(str(args[0])).startswith("ladder"))
-    if writes or event in ("os.mkdir", "os.rename", "os.remove", "subprocess.Popen", "socket.connect", "socket.bind"):
+    if writes or event in ("os.mkdir", "os.rename", "os.remove", "subprocess.Popen",
+                           "socket.connect", "socket.bind"):
         raise SystemExit(f"{{event}} {{args}}")
 
 def state():
     seeds = random.getstate(), torch.get_rng_state().tolist()
-    return *seeds, torch.get_num_threads(), signal.getsignal(signal.SIGTERM), threading.active_count()
+    return *seeds, torch.get_num_threads(), signal.getsignal(signal.SIGTERM),
+    threading.active_count()
 
 before, environ = state(), os.environ
 sys.addaudithook(audit)
@@ -446,8 +465,10 @@ def test_what_the_program_alone_cannot_do_is_refused_at_once(
     tiny("ar")
     tiny("direct")
     for needed in (
-        dict(diffusion_passes=2), dict(self_condition="commit"), dict(diffusion_corruption_mode="gaussian"),
-        dict(diffusion_regions="iid,spans"), dict(diffusion_loss="consistency"), dict(init_from="a.ptz"),
+        dict(diffusion_passes=2), dict(self_condition="commit"),
+        dict(diffusion_corruption_mode="gaussian"),
+        dict(diffusion_regions="iid,spans"), dict(diffusion_loss="consistency"),
+        dict(init_from="a.ptz"),
     ):  # fmt: skip
         with pytest.raises(
             tg.UserError,

@@ -306,7 +306,8 @@ def test_pieces_count_as_the_challenge_counts_them(tokenizers: Tokenizers) -> No
         (BOS, inner, 1), (inner, byte, 1), (inner, wide, 3),
         (inner, BOS, 0), (inner, 0, 0), (inner, 2, 0), (inner, 3, 0),  # control and unknown
     ):
-        assert counter.count(torch.tensor(prev), torch.tensor(target)).item() == expected, (prev, target)
+        found = counter.count(torch.tensor(prev), torch.tensor(target)).item()
+        assert found == expected, (prev, target)
     # fmt: on
 
 

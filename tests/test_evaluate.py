@@ -1,4 +1,4 @@
-"""Scores: exact where they are called exact, never below the truth where they are called a bound."""
+"""Scores: exact where they are called exact, never below the truth where called a bound."""
 
 from __future__ import annotations
 
@@ -227,7 +227,8 @@ def test_a_bound_over_blocks_is_at_most_that_over_the_whole_row(reads_window: bo
     entropy = -(p * p.log()).sum().item()
     rows, found = torch.nn.functional.pad(texts, (1, 0), value=1), dict[int, float]()
     for size in (1, 2, 4):
-        cfg = tiny(vocab_size=V3, train_seq_len=T, train_batch_tokens=2 * T, parallel_eval_examples=0,
+        cfg = tiny(vocab_size=V3, train_seq_len=T, train_batch_tokens=2 * T,
+                   parallel_eval_examples=0,
                    diffusion_windows=str(size), nelbo_windows="1")  # fmt: skip
         model: Any = Table(p, texts, cfg, reads_window)
         keys = tg.derive(torch.arange(len(rows))[:, None], 3, torch.arange(T // size))

@@ -1,4 +1,4 @@
-"""The model: one set of weights, two ways through it, and what each of them may and may not touch."""
+"""The model: one set of weights, two ways through it, and what each of them may touch."""
 
 from __future__ import annotations
 

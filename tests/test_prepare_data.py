@@ -88,7 +88,7 @@ def folding_tokenizer(tmp_path: Path, jsonl: Path) -> Path:
 
 
 def tokens_of(out: Path, split: str) -> np.ndarray[Any, Any]:
-    """All tokens of a split, read from the bytes of the format rather than through our own reader."""
+    """All tokens of a split, read from the bytes of the format and not through our own reader."""
     parts = []
     for path in sorted(out.glob(f"*_{split}_*.bin")):
         raw = path.read_bytes()

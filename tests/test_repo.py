@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import train_gpt as tg
+from scripts import common
 from tests.conftest import ROOT
 
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
@@ -27,18 +32,87 @@ def test_ten_sections_in_order() -> None:
     assert all(purpose.strip("= ") for *_, purpose in banners)
 
 
-def functions() -> list[tuple[str, int]]:
-    nodes = [
-        node
-        for node in ast.walk(ast.parse(SOURCE))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
+def functions(source: str = SOURCE) -> list[tuple[str, int]]:
+    """List every function of a source with its number of lines."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
     return [(node.name, (node.end_lineno or 0) - node.lineno + 1) for node in nodes]
 
 
 def test_no_function_is_long() -> None:
     assert len(functions()) > 80
     assert [(name, lines) for name, lines in functions() if lines > 60] == []
+
+
+SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
+RUN_BY_PATH = ("flops", "ladder", "objectives", "start_from")  # by train_gpt.py
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_have_short_functions_and_lines(path: Path) -> None:
+    if path.stem in RUN_BY_PATH:
+        pytest.skip("part of train_gpt.py")
+    source = path.read_text(encoding="utf-8")
+    assert [(name, lines) for name, lines in functions(source) if lines > 40] == []
+    assert max(map(len, source.splitlines() or [""])) <= 100
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Names that a file imports, also inside functions: modules, and what is taken from them."""
+    found = set[str]()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_no_import_circle() -> None:
+    files = {module_name(path): path for path in [ROOT / "train_gpt.py", *SCRIPTS]}
+    left = {name: imports_of(path) & files.keys() for name, path in files.items()}
+    assert left["train_gpt"] == set()
+    assert "train_gpt" in left["scripts.bench.train"]
+    while ready := {name for name, needed in left.items() if not needed & left.keys()}:
+        left = {name: needed for name, needed in left.items() if name not in ready}
+    assert left == {}  # each of these needs another of them
+
+
+def test_scripts_import_no_tests() -> None:
+    for path in SCRIPTS:
+        assert {name.split(".")[0] for name in imports_of(path)}.isdisjoint({"tests", "conftest"})
+
+
+COMMANDS = [path for path in SCRIPTS if "__main__" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_every_command_explains_itself_from_any_folder(path: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(path), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "usage: " in done.stdout
+
+
+def test_a_command_ends_in_one_way(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    assert common.run_command(lambda: {"a": 1}) == 0
+    assert capsys.readouterr().out == '{"a": 1}\n'
+    assert common.run_command(lambda: {"a": 1}, lambda result: int(result["a"])) == 1
+    assert common.run_command(lambda: common.fail("one", "two")) == 2
+    assert capsys.readouterr().err == "error: one\nerror: two\n"
+    assert common.run_command(interrupted, resume="rerun the command to resume") == 130
+    assert capsys.readouterr().err == "error: interrupted; rerun the command to resume\n"
+    assert common.run_command(lambda: {"a": math.nan}) == 2
+    assert "not finite numbers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["README.md", "submission.json", "LICENSE", "requirements.txt"])

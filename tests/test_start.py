@@ -313,7 +313,8 @@ def test_settings_that_leave_nothing_to_anneal_are_refused() -> None:
 # fmt: off
 PURE = dict(mercury_clean_loss_weight=0.0, diffusion_loss_weight=1.0)
 ROWS: dict[str, dict[str, Any]] = {
-    "sedd_uniform": dict(PURE, diffusion_loss="sedd_uniform", diffusion_corruption_mode="uniform", time_embed_dim=4),
+    "sedd_uniform": dict(PURE, diffusion_loss="sedd_uniform", diffusion_corruption_mode="uniform",
+                         time_embed_dim=4),
     "adapt_ar": dict(PURE, diffusion_anneal_frac=0.5, diffusion_shift=True),
 }
 # fmt: on

@@ -151,17 +151,23 @@ def test_a_run_without_windows_does_not_read_their_sizes(
 # fmt: off
 VARIANTS: list[dict[str, Any]] = [
     dict(self_condition="soft"), dict(self_condition="commit"), dict(diffusion_passes=2),
-    dict(self_condition="soft", diffusion_passes=2), dict(self_condition="commit", diffusion_passes=2),
-    *(dict(diffusion_loss=name) for name in (tg.LOSSES | objectives.LOSSES) if name != "sedd_uniform"),
-    dict(diffusion_loss="sedd_uniform", diffusion_corruption_mode="uniform"), dict(diffusion_anneal_frac=0.6),
+    dict(self_condition="soft", diffusion_passes=2),
+    dict(self_condition="commit", diffusion_passes=2),
+    *(dict(diffusion_loss=name) for name in tg.LOSSES | objectives.LOSSES
+      if name != "sedd_uniform"),
+    dict(diffusion_loss="sedd_uniform", diffusion_corruption_mode="uniform"),
+    dict(diffusion_anneal_frac=0.6),
     *(dict(diffusion_corruption_mode=mode) for mode in ("mask", "uniform", "hybrid", "gaussian")),
     *(dict(diffusion_regions=name) for name in tg.REGIONS),
     *(dict(mercury_task_mode=mode) for mode in ("mixed", "continuation", "infill")),
     *(dict(diffusion_rate="fixed", diffusion_ramp=ramp) for ramp in ("run", "iterations")),
-    dict(look_ahead=0), dict(time_embed_dim=0), dict(look_ahead=0, time_embed_dim=0), dict(num_layers=1),
-    dict(num_layers=3), dict(num_kv_heads=2), dict(diffusion_row_frac=0.3), dict(mercury_clean_loss_weight=0.0),
+    dict(look_ahead=0), dict(time_embed_dim=0), dict(look_ahead=0, time_embed_dim=0),
+    dict(num_layers=1),
+    dict(num_layers=3), dict(num_kv_heads=2), dict(diffusion_row_frac=0.3),
+    dict(mercury_clean_loss_weight=0.0),
     dict(diffusion_causal=True), dict(diffusion_shift=False), dict(diffusion_start_frac=0.5),
-    dict(muon_weight_decay=0.1), dict(ema_decay=0.9), dict(grad_clip_norm=0.1), dict(muon_momentum_warmup_steps=0),
+    dict(muon_weight_decay=0.1), dict(ema_decay=0.9), dict(grad_clip_norm=0.1),
+    dict(muon_momentum_warmup_steps=0),
     dict(tie_embeddings=False), dict(value_residual=True), dict(bigram_vocab_size=50),
 ]
 # fmt: on

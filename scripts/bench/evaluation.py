@@ -93,7 +93,8 @@ def jobs(
 
     def bpb(size: int = 0, stride: int = 0) -> Callable[[], Any]:
         everything = dataclasses.replace(run, cfg=dataclasses.replace(cfg, nelbo_sequences=0))
-        return lambda: tg.evaluate_bpb(model, everything, val, OneByte(), size, stride)  # type: ignore[arg-type]
+        counter: Any = OneByte()
+        return lambda: tg.evaluate_bpb(model, everything, val, counter, size, stride)
 
     scored = (val.total - 1) // T * T
     share = tokens / devices / scored

@@ -527,18 +527,16 @@ def load(paths: Sequence[Path], plan: Plan, device: torch.device) -> list[Loaded
             tokenizer.
     """
     artifacts = [load_artifact(path, device) for path in paths]
-    for path, model, _ in artifacts:
-        check_fits(path, model, plan)
+    for artifact in artifacts:
+        check_fits(artifact.path, artifact.model, plan)
     tokenizers = {artifact.tokenizer_sha256: str(artifact.path) for artifact in artifacts}
     if len(tokenizers) > 1:
         named = " and ".join(tokenizers.values())
         fail(f"{named} have different tokenizers; measure them one by one")
     if path_given := os.environ.get("TOKENIZER_PATH"):
         open_tokenizer(artifacts[0], path_given, remedy="DATA_PATH must fit that one")
-    names = labels(paths)
-    return [
-        Loaded(label, path, model) for label, (path, model, _) in zip(names, artifacts, strict=True)
-    ]
+    labelled = zip(labels(paths), artifacts, strict=True)
+    return [Loaded(label, artifact.path, artifact.model) for label, artifact in labelled]
 
 
 def excerpts(cfg: Config, plan: Plan, examples: int) -> tuple[Tensor, str]:

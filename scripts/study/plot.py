@@ -89,7 +89,7 @@ def draw_curves(
                 times, values = [p["train_ms"] / 1e3 for p in found], [p[key] for p in found]
                 marks = {"marker": None} if event == "train" else {"ms": 5}
                 panel.plot(times, values, label=label, **line | marks)
-    loss.set(ylabel="train loss, nats a token")
+    loss.set(ylabel="train loss, nats per token")
     bpb.set(ylabel="val_bpb, exact, before export", xlabel="seconds of training")
 
 
@@ -149,7 +149,8 @@ def draw_likelihood(panel: Axes, rows: Rows, window: int, style: Mapping[str, An
                 label=f"{label} (no bound)",
             )
             continue
-        (x, x_bar), (y, y_bar) = point(bound), point(exact)
+        x, x_bar = point(bound)
+        y, y_bar = point(exact)
         bars: dict[str, Any] = {"xerr": x_bar, "yerr": y_bar} if len(exact) > 1 else {}
         panel.errorbar(
             x, y, **bars, label=label if crowded else None, capsize=2, ms=5, ls="", **style[name]
@@ -157,7 +158,7 @@ def draw_likelihood(panel: Axes, rows: Rows, window: int, style: Mapping[str, An
         text = str(number) if crowded else name
         panel.annotate(text, (x, y), textcoords="offset points", xytext=(5, 4), size=7)
     panel.margins(x=0.1 if crowded else 0.2)  # for the names
-    panel.set(xlabel=f"bound, window {window}, bits a byte")
+    panel.set(xlabel=f"bound, window {window}, bits per byte")
 
 
 # ==============================================================================
@@ -197,7 +198,7 @@ def training(about: str, runs: Mapping[str, Sequence[RunLog]], style: Mapping[st
 
 
 def infill(about: str, rows: Rows, style: Mapping[str, Any]) -> Figure | None:
-    """Draw accuracy and speed, a column a hole length; None if no run has filled holes."""
+    """Draw accuracy and speed, a column a span length; None if no run has filled spans."""
     spans = sorted(
         {
             key[1]
@@ -213,7 +214,7 @@ def infill(about: str, rows: Rows, style: Mapping[str, Any]) -> Figure | None:
     for column, span in enumerate(spans):
         draw_infill(panels[0, column], rows, span, "token_acc", style)
         draw_infill(panels[1, column], rows, span, "tok_per_sec", style)
-        panels[0, column].set(title=f"holes of {span} tokens")
+        panels[0, column].set(title=f"spans of {span} tokens")
         panels[1, column].set(xlabel="passes", yscale="log")
     panels[0, 0].set(ylabel="infill: tokens equal to the text", ylim=(0, None))
     panels[1, 0].set(ylabel="infill: tokens/s")

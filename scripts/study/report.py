@@ -365,7 +365,7 @@ def recipes_block(runs: Iterable[RunLog]) -> str:
     if contexts:
         parts.append(
             "Means over n seeds, ± standard deviation; bytes and peak MiB are the largest. Infill: "
-            f"share of tokens of {INFILL_SPAN}-token holes equal to the text. Published: val_bpb "
+            f"share of tokens of {INFILL_SPAN}-token spans equal to the text. Published: val_bpb "
             "on FineWeb, one H100 for 180 s unless "
             "said."
         )
@@ -416,8 +416,8 @@ def decode_means(g: Group) -> list[dict[str, Any]] | None:
     """
     found = []
     for key in (key for key in g.runs[0].decode if all(key in run.decode for run in g.runs)):
-        task, span, steps, mode = key
-        row: dict[str, Any] = {"task": task, "span": span, "mode": mode, "steps": steps}
+        about = dict(zip(("task", "span", "steps", "mode"), key, strict=True))
+        row: dict[str, Any] = {name: about[name] for name in ("task", "span", "mode", "steps")}
         for name in ("token_acc", "exact_seq", "tok_per_sec"):
             values = numbers(run.decode[key].get(name) for run in g.runs)
             row[name] = rounded(statistics.mean(values)) if values else None

@@ -24,91 +24,131 @@ from scripts import ladder
 from scripts.study import runlog, sweep
 from tests.conftest import ROOT, TINY, env_of, make_run
 
-# What was published, copied from the reports a second time; a name that stands for two recipes has a row for each.
+# What was published, copied from the reports a second time; a name that stands for two recipes has
+# a row for each.
 # fmt: off
 PUBLISHED: list[tuple[str, float | None]] = [
-    ("td_control", 2.0027), ("td_span15", 2.1725), ("td_span30", 2.1831), ("td_prog15", 2.1752), ("td_prog30", 2.1893),
-    ("td_control", 1.9997), ("td_late02", 2.0437), ("td_late05", 2.0485), ("td_late05p", 2.0489), ("td_late10", 2.0489),
-    ("td_cons05", 2.0477), ("td_hyb05", 2.0515), ("td_hyb05m", 2.0503), ("td_unif05", 2.0601), ("td_unif10", 2.0690),
+    ("td_control", 2.0027), ("td_span15", 2.1725), ("td_span30", 2.1831), ("td_prog15", 2.1752),
+    ("td_prog30", 2.1893), ("td_control", 1.9997), ("td_late02", 2.0437), ("td_late05", 2.0485),
+    ("td_late05p", 2.0489), ("td_late10", 2.0489), ("td_cons05", 2.0477), ("td_hyb05", 2.0515),
+    ("td_hyb05m", 2.0503), ("td_unif05", 2.0601), ("td_unif10", 2.0690),
     ("mercury_mask25", 12.9566), ("mercury_hybrid25", 3.5492), ("mercury_uniform50", 3.5424),
     ("mercury_hybrid50p", 3.5412), ("mercury_auxlate", 2.0131), ("mercury_uniform50_mix", 3.5056),
-    ("mercury_hybrid50p_mix", 3.4987), ("mercury_uniform50_suffixsc", 3.5043), ("mercury_hybrid50p_mixsc", 3.4980),
-    ("mercury_hybrid50p_mixsc", 2.2261), ("mercury_hybrid37p5_mixsc", 2.2168), ("mercury_hybrid50p_cont90", 2.2199),
-    ("mercury_hybrid35_mixsc", 3.4973), ("mercury_hybrid37p5_cont85", 3.4980), ("mercury_hybrid3125_mixsc", 3.4982),
-    ("mercury_hybrid35_cont85", 3.4983), ("mercury_hybrid37p5_mixsc", 3.4984), ("mercury_hybrid37p5_2step", 6.8082),
-    ("mercury_hybrid37p5_2step_cont90", 6.7054), ("ab_control", 1.9970), ("ab_anchor32late", 2.3869),
-    ("ab_anchor32", 12.2302), ("ab_anchor64", 12.7226), ("ab_block32", 12.9688), ("retrograde", 1.4564),
-    ("mdlm_30_70", 3.3801), ("mdlm_50_50", None), ("mdlm_70_30", None), ("mdlm_100_0", None), ("mdlm_pure", None),
-    ("bd3_4", None), ("bd3_16", None), ("bd3_64", None), ("sedd_absorb", None), ("sedd_uniform", None),
-    ("gidd_20", None), ("gaussian_emb", None), ("tidar_8", None), ("adapt_ar", None), ("llada", None),
-    ("ar", None), ("direct", None), ("retrograde_bidirectional", None)]
+    ("mercury_hybrid50p_mix", 3.4987), ("mercury_uniform50_suffixsc", 3.5043),
+    ("mercury_hybrid50p_mixsc", 3.4980), ("mercury_hybrid50p_mixsc", 2.2261),
+    ("mercury_hybrid37p5_mixsc", 2.2168), ("mercury_hybrid50p_cont90", 2.2199),
+    ("mercury_hybrid35_mixsc", 3.4973), ("mercury_hybrid37p5_cont85", 3.4980),
+    ("mercury_hybrid3125_mixsc", 3.4982), ("mercury_hybrid35_cont85", 3.4983),
+    ("mercury_hybrid37p5_mixsc", 3.4984), ("mercury_hybrid37p5_2step", 6.8082),
+    ("mercury_hybrid37p5_2step_cont90", 6.7054), ("ab_control", 1.9970),
+    ("ab_anchor32late", 2.3869), ("ab_anchor32", 12.2302), ("ab_anchor64", 12.7226),
+    ("ab_block32", 12.9688), ("retrograde", 1.4564), ("mdlm_30_70", 3.3801), ("mdlm_50_50", None),
+    ("mdlm_70_30", None), ("mdlm_100_0", None), ("mdlm_pure", None), ("bd3_4", None),
+    ("bd3_16", None), ("bd3_64", None), ("sedd_absorb", None), ("sedd_uniform", None),
+    ("gidd_20", None), ("gaussian_emb", None), ("tidar_8", None), ("adapt_ar", None),
+    ("llada", None), ("ar", None), ("direct", None), ("retrograde_bidirectional", None),
+]
 
 # What a row must hold whatever the defaults of train_gpt become: the meaning of its name.
-COMMIT = dict(self_condition="commit", mercury_self_condition_prob=1.0, mercury_self_condition_fraction=0.75)
-MERCURY = dict(diffusion_loss_weight=1.0, mercury_clean_loss_weight=0.1, diffusion_causal=True, diffusion_windows="T",
-               diffusion_row_frac=1.0, diffusion_ramp="iterations", diffusion_full_prob=0.0, diffusion_loss="mean")
+COMMIT = dict(self_condition="commit", mercury_self_condition_prob=1.0,
+              mercury_self_condition_fraction=0.75)
+MERCURY = dict(diffusion_loss_weight=1.0, mercury_clean_loss_weight=0.1, diffusion_causal=True,
+               diffusion_windows="T",
+               diffusion_row_frac=1.0, diffusion_ramp="iterations", diffusion_full_prob=0.0,
+               diffusion_loss="mean")
 PURE = dict(mercury_clean_loss_weight=0.0, diffusion_causal=False, diffusion_min_mask_ratio=0.0,
-            diffusion_max_mask_ratio=1.0, diffusion_rate="uniform", diffusion_passes=1, self_condition="none",
+            diffusion_max_mask_ratio=1.0, diffusion_rate="uniform", diffusion_passes=1,
+            self_condition="none",
             look_ahead=0, diffusion_row_frac=1.0, diffusion_start_frac=0.0, diffusion_start_step=0,
             mercury_task_mode="none", diffusion_regions="iid")
 MASKED = dict(PURE, diffusion_corruption_mode="mask", diffusion_loss="elbo")
 PROMISES: dict[str, dict[str, Any]] = {
     "td_control": dict(diffusion_loss_weight=0.0, mercury_clean_loss_weight=1.0),
-    "td_span30": dict(diffusion_regions="spans", diffusion_max_mask_ratio=0.3, diffusion_progressive=False,
-                      mercury_clean_loss_weight=1.0, diffusion_rate="fixed", mercury_task_mode="none"),
-    "td_prog15": dict(diffusion_max_mask_ratio=0.15, diffusion_progressive=True, diffusion_rate="fixed"),
-    "td_late02": dict(diffusion_loss_weight=0.02, diffusion_start_frac=0.75, mercury_clean_loss_weight=1.0),
-    "td_late05p": dict(diffusion_loss_weight=0.05, diffusion_start_frac=0.75, diffusion_progressive=True),
-    "td_late10": dict(diffusion_loss_weight=0.1, diffusion_start_frac=0.75, diffusion_progressive=False),
-    "td_cons05": dict(diffusion_loss="consistency", diffusion_loss_weight=0.05, diffusion_start_frac=0.75),
+    "td_span30": dict(diffusion_regions="spans", diffusion_max_mask_ratio=0.3,
+                      diffusion_progressive=False,
+                      mercury_clean_loss_weight=1.0, diffusion_rate="fixed",
+                      mercury_task_mode="none"),
+    "td_prog15": dict(diffusion_max_mask_ratio=0.15, diffusion_progressive=True,
+                      diffusion_rate="fixed"),
+    "td_late02": dict(diffusion_loss_weight=0.02, diffusion_start_frac=0.75,
+                      mercury_clean_loss_weight=1.0),
+    "td_late05p": dict(diffusion_loss_weight=0.05, diffusion_start_frac=0.75,
+                       diffusion_progressive=True),
+    "td_late10": dict(diffusion_loss_weight=0.1, diffusion_start_frac=0.75,
+                      diffusion_progressive=False),
+    "td_cons05": dict(diffusion_loss="consistency", diffusion_loss_weight=0.05,
+                      diffusion_start_frac=0.75),
     "td_hyb05m": dict(diffusion_corruption_mode="hybrid", diffusion_hybrid_mask_prob=0.8),
-    "td_unif10": dict(diffusion_corruption_mode="uniform", diffusion_max_mask_ratio=0.1, diffusion_loss_weight=0.05),
+    "td_unif10": dict(diffusion_corruption_mode="uniform", diffusion_max_mask_ratio=0.1,
+                      diffusion_loss_weight=0.05),
     "mercury_mask25": dict(MERCURY, mercury_clean_loss_weight=0.0, diffusion_corruption_mode="mask",
-                           diffusion_max_mask_ratio=0.25, diffusion_progressive=False, self_condition="none"),
-    "mercury_uniform50": dict(MERCURY, diffusion_corruption_mode="uniform", diffusion_max_mask_ratio=0.5,
-                              diffusion_progressive=False, self_condition="none", mercury_task_mode="none"),
-    "mercury_hybrid50p": dict(MERCURY, diffusion_corruption_mode="hybrid", diffusion_max_mask_ratio=0.5,
-                              diffusion_min_mask_ratio=0.25, diffusion_progressive=True, mercury_task_mode="none"),
-    "mercury_auxlate": dict(mercury_clean_loss_weight=1.0, diffusion_start_frac=0.75, diffusion_loss_weight=0.05),
-    "mercury_uniform50_mix": dict(mercury_task_mode="mixed", self_condition="commit", mercury_self_condition_prob=0.5),
-    "mercury_uniform50_suffixsc": dict(MERCURY, mercury_task_mode="continuation", diffusion_corruption_mode="uniform",
+                           diffusion_max_mask_ratio=0.25, diffusion_progressive=False,
+                           self_condition="none"),
+    "mercury_uniform50": dict(MERCURY, diffusion_corruption_mode="uniform",
+                              diffusion_max_mask_ratio=0.5,
+                              diffusion_progressive=False, self_condition="none",
+                              mercury_task_mode="none"),
+    "mercury_hybrid50p": dict(MERCURY, diffusion_corruption_mode="hybrid",
+                              diffusion_max_mask_ratio=0.5,
+                              diffusion_min_mask_ratio=0.25, diffusion_progressive=True,
+                              mercury_task_mode="none"),
+    "mercury_auxlate": dict(mercury_clean_loss_weight=1.0, diffusion_start_frac=0.75,
+                            diffusion_loss_weight=0.05),
+    "mercury_uniform50_mix": dict(mercury_task_mode="mixed", self_condition="commit",
+                                  mercury_self_condition_prob=0.5),
+    "mercury_uniform50_suffixsc": dict(MERCURY, mercury_task_mode="continuation",
+                                       diffusion_corruption_mode="uniform",
                                        self_condition="commit", mercury_self_condition_prob=1.0),
-    "mercury_hybrid50p_cont90": dict(MERCURY, **COMMIT, mercury_continuation_prob=0.9, diffusion_max_mask_ratio=0.5,
+    "mercury_hybrid50p_cont90": dict(MERCURY, **COMMIT, mercury_continuation_prob=0.9,
+                                     diffusion_max_mask_ratio=0.5, mercury_task_mode="mixed"),
+    "mercury_hybrid3125_mixsc": dict(MERCURY, **COMMIT, diffusion_max_mask_ratio=0.3125,
                                      mercury_task_mode="mixed"),
-    "mercury_hybrid3125_mixsc": dict(MERCURY, **COMMIT, diffusion_max_mask_ratio=0.3125, mercury_task_mode="mixed"),
-    "mercury_hybrid35_cont85": dict(MERCURY, **COMMIT, mercury_continuation_prob=0.85, diffusion_max_mask_ratio=0.35),
-    "mercury_hybrid35_mixsc": dict(MERCURY, **COMMIT, mercury_continuation_prob=0.75, diffusion_max_mask_ratio=0.35,
-                                   diffusion_progressive=True, diffusion_min_mask_ratio=0.25, diffusion_start_step=100,
+    "mercury_hybrid35_cont85": dict(MERCURY, **COMMIT, mercury_continuation_prob=0.85,
+                                    diffusion_max_mask_ratio=0.35),
+    "mercury_hybrid35_mixsc": dict(MERCURY, **COMMIT, mercury_continuation_prob=0.75,
+                                   diffusion_max_mask_ratio=0.35,
+                                   diffusion_progressive=True, diffusion_min_mask_ratio=0.25,
+                                   diffusion_start_step=100,
                                    diffusion_hybrid_mask_prob=0.5, diffusion_passes=1),
-    "mercury_hybrid37p5_2step_cont90": dict(MERCURY, **COMMIT, diffusion_passes=2, mercury_continuation_prob=0.9,
+    "mercury_hybrid37p5_2step_cont90": dict(MERCURY, **COMMIT, diffusion_passes=2,
+                                            mercury_continuation_prob=0.9,
                                             diffusion_max_mask_ratio=0.375),
-    "ab_block32": dict(diffusion_windows="32", mercury_clean_loss_weight=0.0, diffusion_regions="iid"),
-    "ab_anchor32late": dict(diffusion_windows="32", diffusion_regions="continuation", diffusion_start_frac=0.75),
-    "ab_anchor64": dict(diffusion_windows="64", diffusion_regions="continuation", diffusion_start_frac=0.0),
-    "mdlm_30_70": dict(MASKED, mercury_clean_loss_weight=0.3, diffusion_loss_weight=0.7, diffusion_windows="T"),
-    "mdlm_70_30": dict(MASKED, mercury_clean_loss_weight=0.7, diffusion_loss_weight=0.3, diffusion_windows="T"),
+    "ab_block32": dict(diffusion_windows="32", mercury_clean_loss_weight=0.0,
+                       diffusion_regions="iid"),
+    "ab_anchor32late": dict(diffusion_windows="32", diffusion_regions="continuation",
+                            diffusion_start_frac=0.75),
+    "ab_anchor64": dict(diffusion_windows="64", diffusion_regions="continuation",
+                        diffusion_start_frac=0.0),
+    "mdlm_30_70": dict(MASKED, mercury_clean_loss_weight=0.3, diffusion_loss_weight=0.7,
+                       diffusion_windows="T"),
+    "mdlm_70_30": dict(MASKED, mercury_clean_loss_weight=0.7, diffusion_loss_weight=0.3,
+                       diffusion_windows="T"),
     "mdlm_100_0": dict(diffusion_loss_weight=0.0, mercury_clean_loss_weight=1.0),
     "mdlm_pure": dict(MASKED, diffusion_windows="T"),
     "llada": dict(MASKED, diffusion_windows="T", time_embed_dim=0, diffusion_loss_clip=1000.0),
     "bd3_4": dict(MASKED, diffusion_windows="4"),
     "bd3_16": dict(MASKED, diffusion_windows="16"),
     "bd3_64": dict(MASKED, diffusion_windows="64"),
-    "sedd_uniform": dict(PURE, diffusion_loss="sedd_uniform", diffusion_corruption_mode="uniform", time_embed_dim=32),
+    "sedd_uniform": dict(PURE, diffusion_loss="sedd_uniform", diffusion_corruption_mode="uniform",
+                         time_embed_dim=32),
     "adapt_ar": dict(MASKED, diffusion_anneal_frac=0.5, diffusion_shift=True),
     "sedd_absorb": dict(MASKED, diffusion_loss="score_entropy", time_embed_dim=32),
     "gidd_20": dict(PURE, diffusion_corruption_mode="hybrid", diffusion_hybrid_mask_prob=0.8),
-    "gaussian_emb": dict(PURE, diffusion_corruption_mode="gaussian", diffusion_loss="mean", time_embed_dim=32),
-    "tidar_8": dict(MASKED, diffusion_windows="8", diffusion_full_prob=1.0, mercury_clean_loss_weight=1.0,
-                    diffusion_loss="mean"),
-    "defect_ramp": dict(diffusion_rate="fixed", diffusion_progressive=True, diffusion_ramp="iterations"),
+    "gaussian_emb": dict(PURE, diffusion_corruption_mode="gaussian", diffusion_loss="mean",
+                         time_embed_dim=32),
+    "tidar_8": dict(MASKED, diffusion_windows="8", diffusion_full_prob=1.0,
+                    mercury_clean_loss_weight=1.0, diffusion_loss="mean"),
+    "defect_ramp": dict(diffusion_rate="fixed", diffusion_progressive=True,
+                        diffusion_ramp="iterations"),
 }
 DEFECTS: dict[str, set[str]] = {
     "defect_causal": {"diffusion_causal"},
-    "defect_run": {"diffusion_windows", "mercury_task_mode", "diffusion_min_mask_ratio", "diffusion_max_mask_ratio",
-                   "diffusion_full_prob"},
+    "defect_run": {"diffusion_windows", "mercury_task_mode", "diffusion_min_mask_ratio",
+                   "diffusion_max_mask_ratio", "diffusion_full_prob"},
     "defect_ramp": {"diffusion_rate", "diffusion_ramp"},
     "defect_weight": {"mercury_clean_loss_weight", "diffusion_loss_weight"},
-    "defect_commit": {"self_condition", "mercury_self_condition_prob", "mercury_self_condition_fraction"},
+    "defect_commit": {"self_condition", "mercury_self_condition_prob",
+                      "mercury_self_condition_fraction"},
     "time_input": {"time_embed_dim"},
 }
 # fmt: on
@@ -222,7 +262,8 @@ order = orders.get(name[:-9], "finish")
 if order == "crash":
     sys.exit("ValueError: no memory")
 (out / "logs").mkdir(parents=True, exist_ok=True)
-log = open(out / "logs" / (name + ".jsonl"), "a" if os.environ["RESUME"] == "auto" else "w", buffering=1)
+log = open(out / "logs" / (name + ".jsonl"), "a" if os.environ["RESUME"] == "auto" else "w",
+           buffering=1)
 
 def event(kind, **values):
     print(json.dumps({"event": kind} | values), file=log)
@@ -231,7 +272,8 @@ def event(kind, **values):
 (out / "logs" / "recipe").write_text(os.environ["RECIPE"])
 event("header", machine="m", world_size=1, sha256=hashlib.sha256(here.read_bytes()).hexdigest())
 paths = {key: os.environ[key.upper()] for key in ("data_path", "tokenizer_path")}
-event("config", values=paths | {"nelbo_samples": int(os.environ.get("NELBO_SAMPLES", 8)), "seed": seed})
+event("config", values=paths | {"nelbo_samples": int(os.environ.get("NELBO_SAMPLES", 8)),
+                                "seed": seed})
 event("train", step=3)
 if order in ("die", "hang"):
     (out / "checkpoints").mkdir(exist_ok=True)
@@ -248,7 +290,8 @@ event("size", total_bytes=1000 + seed)
 event("final", val_loss=1.0, val_bpb=float(os.environ["RECIPE"] == "ar") + seed / 100)
 event("nelbo", window=16, bpb=3.0 + seed / 100, standard_error=0.1)
 event("nelbo", window=1, bpb=2.5, standard_error=0.0)
-event("parallel_eval", task="infill", steps=1, span=8, mode="refine", token_acc=0.25, tok_per_sec=9.0)
+event("parallel_eval", task="infill", steps=1, span=8, mode="refine", token_acc=0.25,
+      tok_per_sec=9.0)
 if order != "no result":
     event("done", steps=7, train_seconds=1.5, peak_memory_mib=30)
 """
@@ -572,12 +615,14 @@ def test_an_interrupted_sweep_ends_its_run_and_says_how_to_resume(
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["defect_caus"], "NAME='defect_caus' is no row or ladder; closest: defect_causal, defects"),
+        (["defect_caus"],
+         "NAME='defect_caus' is no row or ladder; closest: defect_causal, defects"),
         (["ar", "~~~"], "NAME='~~~' is no row or ladder; closest: none"),
         (["defect_nocache"], "NAME='defect_nocache' is left out: it concerns"),
         (["ar", "--set", "NUM_LAYER=2"], "--set NUM_LAYER=2: must be NAME=VALUE of a setting"),
         (["ar", "--set", "MATRIX_LR"], "--set MATRIX_LR: must be NAME=VALUE"),
-        (["ar", "--set", "SEED=3"], "--set SEED=3: a sweep sets SEED itself; use rows, --seeds and --out"),
+        (["ar", "--set", "SEED=3"],
+         "--set SEED=3: a sweep sets SEED itself; use rows, --seeds and --out"),
         (["ar", "--set", "MODEL_DIM=7"], "MODEL_DIM=7 must be a multiple of 2 x NUM_HEADS=4"),
         (["ar", "--seeds", "1,x"], "SEED='x' must be a whole number (rows: ar)"),
         (["ar", "--steps", "0"], "ITERATIONS=0 must be in [1, inf]"),
@@ -585,7 +630,8 @@ def test_an_interrupted_sweep_ends_its_run_and_says_how_to_resume(
         (["direct", "bd3_4", "--set", "DIFFUSION_WINDOWS=8"],
          "DIFFUSION_WINDOWS='8' is the row's to set; leave it out of --set and the environment "
          "(rows: bd3_4)"),
-        (["direct", "ar", "--set", "DIFFUSION_LOSS_WEIGHT=8"], "DIFFUSION_LOSS_WEIGHT='8' is the row's to set"),
+        (["direct", "ar", "--set", "DIFFUSION_LOSS_WEIGHT=8"],
+         "DIFFUSION_LOSS_WEIGHT='8' is the row's to set"),
         (["ar", "--set", "DATA_PATH=nowhere"], "DATA_PATH='nowhere' holds no *_train_*.bin"),
     ],
 )  # fmt: skip
