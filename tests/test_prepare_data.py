@@ -571,7 +571,9 @@ class Hub:
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files, self.requests = files, list[tuple[str, bool]]()
-        self.broken: dict[str, list[bytes | None]] = {}  # what the first requests of a path get instead
+        self.broken: dict[
+            str, list[bytes | None]
+        ] = {}  # what the first requests of a path get instead
         self.repo, self.lists = "willdepueoai/parameter-golf", True
 
     def hf_hub_download(
@@ -828,7 +830,9 @@ def test_fineweb_names_a_variant_that_is_not_there_and_what_is(
     )
     hub.files["datasets/manifest.json"], hub.lists = manifest, True
     hub.broken["datasets/manifest.json"] = [None]  # it is there, and did not come
-    assert "manifest.json of willdepueoai/parameter-golf could not be downloaded (404" in fails(*arguments)
+    assert "manifest.json of willdepueoai/parameter-golf could not be downloaded (404" in fails(
+        *arguments
+    )
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
