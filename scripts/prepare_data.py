@@ -3,6 +3,7 @@
     python scripts/prepare_data.py                       the Python standard library; no network
     python scripts/prepare_data.py --source files --tokenizer bpe.model 'books/*.jsonl.xz'
     python scripts/prepare_data.py --source fineweb --train-shards 10      the published export
+    python scripts/prepare_data.py --source fineweb --variant sp8192 --repo OWNER/NAME
 
 A shard is a header of 256 little-endian int32 (magic, version, number of tokens, zeros) and then
 that many uint16 tokens; every document begins with BOS. The same text, settings and SentencePiece
@@ -22,6 +23,7 @@ import json
 import lzma
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
@@ -29,7 +31,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,10 +60,10 @@ STDLIB_MAX_BYTES = 24_000_000
 SPACE_MARK = (
     "\u2581"  # stands for a space inside SentencePiece, which therefore cannot tell it from one
 )
+SETTINGS = "settings.json"  # in DOWNLOADS: what is being downloaded
 HUB_REPO = "willdepueoai/parameter-golf"
 HUB_ROOT = "datasets"
-HUB_DATASET = "fineweb10B_sp1024"
-HUB_TOKENIZER = "tokenizers/fineweb_1024_bpe.model"
+VARIANTS = {"sp1024": 1024, "sp4096": 4096, "sp8192": 8192}  # pieces of the tokenizer
 
 
 def reason(error: Exception) -> str:
@@ -89,22 +91,33 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.whole("--max-bytes", None, f"stdlib: most bytes of text (default {STDLIB_MAX_BYTES})")
     shards = "fineweb: how many training shards (default 1)"
     parser.whole("--train-shards", None, shards, high=1_000_000)
+    add("--variant", choices=VARIANTS, help="fineweb: which tokenizer (default sp1024)")
+    add("--repo", metavar="OWNER/NAME", help=f"fineweb: dataset repository (default {HUB_REPO})")
     add("--force", action="store_true", help="replace the shards of another manifest in --out")
     args = parser.parse_args(argv)
     args.patterns += args.files
-    owners = {"patterns": "files", "max_bytes": "stdlib", "train_shards": "fineweb"}
+    check_source(parser, args)
+    args.out = args.out or Path("data", "_".join(filter(None, (args.source, args.variant))))
+    if args.val_percent is None:
+        args.val_percent = 5.0 if args.source == "stdlib" else 2.0
+    args.max_bytes = args.max_bytes or STDLIB_MAX_BYTES
+    args.train_shards = args.train_shards or 1
+    return args
+
+
+def check_source(parser: Parser, args: argparse.Namespace) -> None:
+    """Exit with 2 if an option does not fit the source."""
+    owners = {"patterns": "files", "max_bytes": "stdlib"}
+    owners |= dict.fromkeys(("train_shards", "variant", "repo"), "fineweb")
     for name, source in owners.items():
         if getattr(args, name) and args.source != source:
             flag = "GLOB" if name == "patterns" else "--" + name.replace("_", "-")
             parser.error(f"{flag} needs --source {source}; got --source {args.source}")
     if args.source == "files" and not args.patterns:
         parser.error("--source files needs at least one GLOB, as in 'books/*.jsonl'")
-    args.out = args.out or Path("data") / args.source
-    if args.val_percent is None:
-        args.val_percent = 5.0 if args.source == "stdlib" else 2.0
-    args.max_bytes = args.max_bytes or STDLIB_MAX_BYTES
-    args.train_shards = args.train_shards or 1
-    return args
+    if args.repo and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo):
+        rule = f"must be OWNER/NAME of a dataset repository, as in {HUB_REPO}"
+        parser.error(f"--repo={args.repo} {rule}")
 
 
 # ==============================================================================
@@ -711,11 +724,39 @@ def make_files(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
 # ==============================================================================
 
 
-def fetch(out: Path, remote: str, again: bool = False) -> Path:
+class Export(NamedTuple):
+    """One variant of the published data, in one dataset repository."""
+
+    repo: str
+    variant: str
+
+    @property
+    def dataset(self) -> str:
+        return f"fineweb10B_{self.variant}"
+
+    @property
+    def tokenizer(self) -> str:
+        return f"tokenizers/fineweb_{VARIANTS[self.variant]}_bpe.model"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"source": "fineweb", "repo": self.repo, "dataset": self.dataset}
+
+
+class Published(NamedTuple):
+    """What a repository holds of one export."""
+
+    num_train: int
+    num_val: int
+    tokenizer: str  # its path under the root folder
+
+
+def fetch(out: Path, export: Export, remote: str, again: bool = False) -> Path:
     """Download one file of the published export; an interrupted download continues.
 
     Args:
         out: the --out folder, in which a hidden folder receives the file.
+        export: names the repository.
         remote: path inside the export.
         again: ignore what was downloaded before.
 
@@ -731,27 +772,79 @@ def fetch(out: Path, remote: str, again: bool = False) -> Path:
     where: dict[str, Any] = dict(subfolder=path.parent.as_posix(), repo_type="dataset")
     where |= dict(local_dir=str(out / DOWNLOADS), force_download=again)
     try:
-        return Path(str(hf_hub_download(repo_id=HUB_REPO, filename=path.name, **where)))
+        return Path(str(hf_hub_download(repo_id=export.repo, filename=path.name, **where)))
     except Exception as error:  # hub, HTTP library and disk each have a family of errors
         remedy = "check network and disk space, then rerun the command: finished shards are kept"
-        fail(f"{remote} of {HUB_REPO} could not be downloaded ({reason(error)}); {remedy}")
+        fail(f"{remote} of {export.repo} could not be downloaded ({reason(error)}); {remedy}")
 
 
-def published_shards(out: Path) -> tuple[int, int, str]:
-    """Read the export's numbers of train and val shards, and the path of its tokenizer."""
-    path = fetch(out, MANIFEST)
+def refuse_missing(export: Export, where: str, held: Iterable[str]) -> NoReturn:
+    """Say that a repository lacks a variant, where it was looked for, and what is there."""
+    names = ", ".join(sorted(held)) or "none"
+    lacks = f"--variant={export.variant}: {export.repo} has no dataset {export.dataset}"
+    remedy = "name another --variant, or another repository by --repo OWNER/NAME"
+    fail(f"{lacks} (looked for in {where}; it holds: {names}); {remedy}")
+
+
+def list_files(export: Export) -> list[str]:
+    """List the paths in a repository under the root folder; empty if the hub does not say."""
+    try:
+        from huggingface_hub import list_repo_files
+
+        names = list_repo_files(export.repo, repo_type="dataset")
+    except Exception:  # as for fetch, whose error is the one to show
+        return []
+    return [name.removeprefix(f"{HUB_ROOT}/") for name in names if name.startswith(f"{HUB_ROOT}/")]
+
+
+def listed_shards(export: Export, files: Sequence[str]) -> Published:
+    """Count shards by their names where there is no manifest; UserError: there are none."""
+    folder = f"datasets/{export.dataset}/fineweb"
+    train, val = (
+        sum(name.startswith(f"{folder}_{split}_") for name in files) for split in ("train", "val")
+    )
+    if not train or not val:
+        held = {name.split("/")[1] for name in files if name.startswith("datasets/")}
+        refuse_missing(export, f"{HUB_ROOT}/datasets/{export.dataset}/", held)
+    if export.tokenizer not in files:
+        models = ", ".join(name for name in files if name.endswith(".model")) or "none"
+        lacks = f"{export.repo} has no {HUB_ROOT}/{export.tokenizer} (its models: {models})"
+        remedy = "the shards need their tokenizer: name another repository by --repo OWNER/NAME"
+        fail(f"--variant={export.variant}: {lacks}; {remedy}")
+    return Published(train, val, export.tokenizer)
+
+
+def manifest_shards(export: Export, path: Path) -> Published:
+    """Read what a repository's manifest says of an export; UserError: not as expected."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        entry = next(row for row in manifest["datasets"] if row["name"] == HUB_DATASET)
-        num_train, num_val = (int(entry["stats"][f"files_{split}"]) for split in ("train", "val"))
-        wanted, tokenizer = entry.get("tokenizer_name"), HUB_TOKENIZER
+        rows = {row["name"]: row for row in manifest["datasets"]}
+        if export.dataset not in rows:
+            refuse_missing(export, f"{HUB_ROOT}/{MANIFEST}", rows)
+        entry, tokenizer = rows[export.dataset], export.tokenizer
+        train, val = (int(entry["stats"][f"files_{split}"]) for split in ("train", "val"))
+        wanted = entry.get("tokenizer_name")
         for row in [row for row in manifest.get("tokenizers", []) if row.get("name") == wanted][:1]:
-            tokenizer = str(row.get("model_path") or HUB_TOKENIZER)
-    except (ValueError, TypeError, KeyError, StopIteration, AttributeError) as error:
+            tokenizer = str(row.get("model_path") or export.tokenizer)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         why = f"{type(error).__name__}: {reason(error)}"
-        found = f"the manifest of {HUB_REPO} does not describe {HUB_DATASET} as expected ({why})"
-        fail(f"{found}; the export has changed: use --source files")
-    return num_train, num_val, tokenizer
+        found = f"the manifest of {export.repo} does not describe {export.dataset} as expected"
+        fail(f"{found} ({why}); the export has changed: use --source files")
+    return Published(train, val, tokenizer)
+
+
+def published_shards(out: Path, export: Export) -> Published:
+    """Ask the manifest, or without one the list of files, for the shards and the tokenizer."""
+    from train_gpt import UserError
+
+    try:
+        path = fetch(out, export, MANIFEST)
+    except UserError:
+        files = list_files(export)
+        if not files or MANIFEST in files:
+            raise
+        return listed_shards(export, files)
+    return manifest_shards(export, path)
 
 
 def shard_fault(path: Path) -> str:
@@ -771,7 +864,7 @@ def shard_fault(path: Path) -> str:
     return "" if 0 < found[2] == held else fault
 
 
-def fetch_shard(out: Path, name: str) -> None:
+def fetch_shard(out: Path, export: Export, name: str) -> None:
     """Bring one shard into --out unless a sound one is there.
 
     Raises:
@@ -782,10 +875,10 @@ def fetch_shard(out: Path, name: str) -> None:
             return
         if (out / name).exists():
             print(f"downloading again: {fault}", file=sys.stderr)
-        os.replace(fetch(out, f"datasets/{HUB_DATASET}/{name}", again), out / name)
+        os.replace(fetch(out, export, f"datasets/{export.dataset}/{name}", again), out / name)
     if fault := shard_fault(out / name):
         (out / name).unlink()
-        twice = f"{HUB_REPO} or the way from it damaged a file twice: {fault}"
+        twice = f"{export.repo} or the way from it damaged a file twice: {fault}"
         fail(f"{twice}; rerun the command later")
 
 
@@ -803,6 +896,10 @@ def describe_shards(out: Path, names: Sequence[str]) -> dict[str, Any]:
     for name in names:
         tokens = np.memmap(out / name, dtype="<u2", mode="r", offset=SHARD_HEADER * 4)
         row: dict[str, Any] = splits[name.split("_")[1]]
+        if (worst := int(tokens.max())) >= (size := tokenizer.vocab_size()):
+            why = f"holds token {worst}, its tokenizer has {size} pieces"
+            remedy = "they are of different variants: name another --repo, or an empty --out"
+            fail(f"{out / name} {why}; {remedy}")
         row["tokens"] += len(tokens)
         row["documents"] += int(np.count_nonzero(tokens == tokenizer.bos_id()))
         files[name] = {"tokens": len(tokens), "sha256": file_sha256(out / name)}
@@ -814,15 +911,25 @@ def describe_shards(out: Path, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-FINEWEB = {"source": "fineweb", "repo": HUB_REPO, "dataset": HUB_DATASET}
+def unfinished(out: Path) -> dict[str, Any]:
+    """Return the settings of a download that was cut off, or none."""
+    found: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((out / DOWNLOADS / SETTINGS).read_text(encoding="utf-8"))
+    return found
 
 
-def wanted_shards(args: argparse.Namespace, old: dict[str, Any]) -> set[str]:
+def settings_of(out: Path, old: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the shards in --out, finished or not; empty if there are none."""
+    return old.get("settings") or unfinished(out)
+
+
+def wanted_shards(args: argparse.Namespace, export: Export, old: dict[str, Any]) -> set[str]:
     """Name the training shards; UserError: --out holds others that would go."""
-    out = args.out
+    out, before = args.out, settings_of(args.out, old)
     others = [path for path in shards_in(out) if not path.name.startswith("fineweb_")]
-    if not args.force and (others or old.get("settings", FINEWEB) != FINEWEB):
-        refuse_other(out, old, FINEWEB)
+    if not args.force and (others or (before or export.settings) != export.settings):
+        refuse_other(out, {"settings": before} if before else {}, export.settings)
     wanted = {f"fineweb_train_{i:06d}.bin" for i in range(args.train_shards)}
     held = train_shards_in(out)
     if not args.force and held - wanted:
@@ -838,19 +945,28 @@ def train_shards_in(out: Path) -> set[str]:
     return {path.name for path in out.glob("*_train_*.bin")}
 
 
-def download(args: argparse.Namespace, wanted: set[str]) -> dict[str, Any]:
+def begin(out: Path, export: Export, tokenizer: Path) -> None:
+    """Put the tokenizer into --out, and remove shards of another export: they have equal names."""
+    before = settings_of(out, read_manifest(out))
+    (out / DOWNLOADS / SETTINGS).write_text(json.dumps(export.settings), encoding="utf-8")
+    for path in shards_in(out) if before not in ({}, export.settings) else ():
+        path.unlink()
+    os.replace(tokenizer, out / TOKENIZER)
+
+
+def download(args: argparse.Namespace, export: Export, wanted: set[str]) -> dict[str, Any]:
     """Bring tokenizer and shards into --out, and replace the manifest last."""
     out = args.out
     out.mkdir(parents=True, exist_ok=True)
-    most, num_val, tokenizer = published_shards(out)
-    if args.train_shards > most:
-        rule = f"is more than the {most} that {HUB_REPO} publishes; lower it"
-        fail(f"--train-shards={args.train_shards} {rule}")
-    names = [f"fineweb_val_{i:06d}.bin" for i in range(num_val)] + sorted(wanted)
-    os.replace(fetch(out, tokenizer), out / TOKENIZER)
+    published = published_shards(out, export)
+    if args.train_shards > published.num_train:
+        held = f"the {published.num_train} that {export.repo} publishes of {export.dataset}"
+        fail(f"--train-shards={args.train_shards} is more than {held}; lower it")
+    names = [f"fineweb_val_{i:06d}.bin" for i in range(published.num_val)] + sorted(wanted)
+    begin(out, export, fetch(out, export, published.tokenizer))
     for name in progress(names, "download", "shards"):
-        fetch_shard(out, name)
-    manifest = {"settings": FINEWEB, **describe_shards(out, names)}
+        fetch_shard(out, export, name)
+    manifest = {"settings": export.settings, **describe_shards(out, names)}
     text = json.dumps(manifest, indent=1) + "\n"
     (out / DOWNLOADS / MANIFEST).write_text(text, encoding="utf-8")
     for name in {path.name for path in shards_in(out)} - set(names):
@@ -862,14 +978,14 @@ def download(args: argparse.Namespace, wanted: set[str]) -> dict[str, Any]:
 
 def make_fineweb(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     """Download the val split and the first --train-shards shards; finished ones are kept."""
-    old = read_manifest(args.out)
-    wanted = wanted_shards(args, old)
+    old, export = read_manifest(args.out), Export(args.repo or HUB_REPO, args.variant or "sp1024")
+    wanted = wanted_shards(args, export, old)
     faults = [shard_fault(args.out / name) for name in old.get("files", {})]
-    whole = old.get("settings") == FINEWEB and train_shards_in(args.out) == wanted
+    whole = old.get("settings") == export.settings and train_shards_in(args.out) == wanted
     if whole and not any(faults):
         return old, True
     try:
-        return download(args, wanted), False
+        return download(args, export, wanted), False
     except OSError as error:
         kept = "finished shards are kept: free space and rerun the command"
         fail(f"--out={args.out} could not be written ({reason(error)}); {kept}")
@@ -897,10 +1013,10 @@ def summary(manifest: dict[str, Any], out: Path, was_there: bool, seconds: float
     skipped = [f"{count} {why}" for why, count in manifest["skipped"].items() if count]
     if skipped:
         print("  left out:", ", ".join(skipped))
-    tokenizer = str(out / TOKENIZER)
-    print(f"train on it: DATA_PATH={out} TOKENIZER_PATH={tokenizer} python train_gpt.py")
-    about = {"data_path": str(out), "tokenizer_path": tokenizer}
+    about = {"data_path": str(out), "tokenizer_path": str(out / TOKENIZER)}
     about["vocab_size"] = manifest["tokenizer"]["vocab_size"]
+    settings = " ".join(f"{name.upper()}={value}" for name, value in about.items())
+    print(f"train on it: {settings} python train_gpt.py")
     return {**about, **sizes, "was_complete": was_there, "seconds": round(seconds, 2)}
 
 

@@ -37,7 +37,8 @@ sample=("$python" scripts/sample.py --artifact "$work/out/final_model.int8.ptz" 
 
 unset ITERATIONS MAX_WALLCLOCK_SECONDS RUN_ID OUT_DIR PRESET  # the protocol's to set
 "$python" scripts/study/record.py 8xh100 --rehearse --baselines "" --seeds 1,2 --out "$work/record"
-grep -q '"measured_here": {' "$work/record/submission.json"
+grep -q '"measured_here": {' "$work/record/logs/results.json"
+grep -q '"val_bpb": null' "$work/record/submission.json"
 grep -q '2 ranks' "$work/record/README.md"
 grep -q '"scheme": "int6+lzma"' "$work/record/export.json"
 echo "smoke: ok"

@@ -544,6 +544,10 @@ def test_an_output_that_cannot_be_a_folder_is_named(
         (["a.txt"], "GLOB needs --source files"),
         (["--source", "files", "a.txt", "--max-bytes", "5"], "--max-bytes needs --source stdlib"),
         (["--train-shards", "2"], "--train-shards needs --source fineweb"),
+        (["--variant", "sp8192"], "--variant needs --source fineweb"),
+        (["--repo", "a/b"], "--repo needs --source fineweb"),
+        (["--source", "fineweb", "--variant", "sp5"], "invalid choice"),
+        (["--source", "fineweb", "--repo", "name"], "--repo=name must be OWNER/NAME"),
         (["--vocab-size", "70000"], "argument --vocab-size: 70000 must be between 1 and 65535"),
         (["--val-percent", "101"], "argument --val-percent: 101 must be between 0 and 100"),
         (["--shard-tokens", "0"], "argument --shard-tokens: 0 must be 1 or more"),
@@ -567,7 +571,10 @@ class Hub:
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files, self.requests = files, list[tuple[str, bool]]()
-        self.broken: dict[str, list[bytes]] = {}  # what the first requests of a path get instead
+        self.broken: dict[
+            str, list[bytes | None]
+        ] = {}  # what the first requests of a path get instead
+        self.repo, self.lists = "willdepueoai/parameter-golf", True
 
     def hf_hub_download(
         self,
@@ -579,7 +586,7 @@ class Hub:
         local_dir: str,
         force_download: bool,
     ) -> str:
-        assert (repo_id, repo_type) == ("willdepueoai/parameter-golf", "dataset")
+        assert (repo_id, repo_type) == (self.repo, "dataset")
         name = f"{subfolder}/{filename}"
         self.requests.append((name, force_download))
         data = self.broken[name].pop(0) if self.broken.get(name) else self.files.get(name)
@@ -589,6 +596,12 @@ class Hub:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         return str(path)
+
+    def list_repo_files(self, repo_id: str, *, repo_type: str) -> list[str]:
+        assert (repo_id, repo_type) == (self.repo, "dataset")
+        if not self.lists:
+            raise ConnectionError("no network")
+        return ["README.md", *self.files]
 
     def shards_requested(self) -> list[str]:
         return [name.rsplit("/", 1)[1] for name, _ in self.requests if name.endswith(".bin")]
@@ -626,6 +639,7 @@ def hub(folding_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub(files)
     module = types.ModuleType("huggingface_hub")
     module.hf_hub_download = hub.hf_hub_download  # type: ignore[attr-defined]
+    module.list_repo_files = hub.list_repo_files  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
     return hub
 
@@ -701,7 +715,13 @@ def test_fineweb_faults_are_named(
     arguments = ["--source", "fineweb", "--out", out]
     assert "--train-shards=4 is more than the 3" in fails(*arguments, "--train-shards", 4)
     published = hub.files["datasets/manifest.json"]
-    for content in (b"[]", b"{}", b"no json", b'{"datasets": [{"name": "fineweb10B_sp1024"}]}'):
+    for content in (
+        b"[]",
+        b"{}",
+        b"no json",
+        b'{"datasets": [{"name": "fineweb10B_sp1024"}]}',
+        b'{"datasets": [1]}',
+    ):
         hub.files["datasets/manifest.json"] = content
         assert "does not describe fineweb10B_sp1024 as expected" in fails(*arguments)
     hub.files["datasets/manifest.json"] = published
@@ -712,3 +732,134 @@ def test_fineweb_faults_are_named(
     assert "pip install -r requirements-dev.txt" in fails(
         "--source", "fineweb", "--out", tmp_path / "new"
     )
+
+
+def publish(hub: Hub, variant: str, tokenizer: bytes) -> None:
+    """Add a variant to the files of the hub and to its manifest, if it has one."""
+    names = {
+        "sp4096": ("fineweb10B_sp4096", "fineweb_4096_bpe"),
+        "sp8192": ("fineweb10B_sp8192", "fineweb_8192_bpe"),
+    }
+    dataset, model = names[variant]
+    for i, name in enumerate([*TRAIN[:2], VAL[0]]):
+        hub.files[f"datasets/datasets/{dataset}/{name}"] = shard([1, 40 + i, 50, 1, 60])
+    hub.files[f"datasets/tokenizers/{model}.model"] = tokenizer
+    if "datasets/manifest.json" in hub.files:
+        published = json.loads(hub.files["datasets/manifest.json"])
+        row = {
+            "name": dataset,
+            "tokenizer_name": variant,
+            "stats": {"files_train": 2, "files_val": 1},
+        }
+        published["datasets"].append(row)
+        published["tokenizers"].append({"name": variant, "model_path": f"tokenizers/{model}.model"})
+        hub.files["datasets/manifest.json"] = json.dumps(published).encode()
+
+
+@pytest.mark.parametrize("variant", ["sp4096", "sp8192"])
+@pytest.mark.parametrize("with_manifest", [True, False])
+def test_fineweb_variants_bring_their_own_shards_and_tokenizer(
+    variant: str,
+    with_manifest: bool,
+    tmp_path: Path,
+    hub: Hub,
+    folding_tokenizer: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if not with_manifest:
+        del hub.files["datasets/manifest.json"]
+    publish(hub, variant, folding_tokenizer.read_bytes())
+    run_ok("--source", "fineweb", "--variant", variant, "--train-shards", 2)
+    out = Path("data") / f"fineweb_{variant}"
+    for name in [*TRAIN[:2], VAL[0]]:
+        assert (out / name).read_bytes() == hub.files[
+            f"datasets/datasets/fineweb10B_{variant}/{name}"
+        ]
+    assert (out / "tokenizer.model").read_bytes() == folding_tokenizer.read_bytes()
+    assert manifest_of(out)["settings"]["dataset"] == f"fineweb10B_{variant}"
+    printed = capsys.readouterr().out
+    assert (
+        f"DATA_PATH={out} TOKENIZER_PATH={out}/tokenizer.model VOCAB_SIZE=320 python train_gpt.py"
+        in printed
+    )
+    assert json.loads(printed.splitlines()[-1])["vocab_size"] == 320
+
+
+def test_fineweb_comes_from_another_repository(
+    tmp_path: Path, hub: Hub, folding_tokenizer: Path, fails: Callable[..., str]
+) -> None:
+    hub.repo = "someone/retrained"
+    publish(hub, "sp8192", folding_tokenizer.read_bytes())
+    ours = ["--source", "fineweb", "--variant", "sp8192", "--repo", "someone/retrained"]
+    run_ok(*ours, "--out", tmp_path / "a")
+    expected = {"source": "fineweb", "repo": "someone/retrained", "dataset": "fineweb10B_sp8192"}
+    assert manifest_of(tmp_path / "a")["settings"] == expected
+    hub.files.pop(f"datasets/datasets/fineweb10B_sp8192/{TRAIN[0]}")
+    message = fails(*ours, "--out", tmp_path / "b")
+    assert f"{TRAIN[0]} of someone/retrained could not be downloaded" in message
+
+
+def test_fineweb_names_a_variant_that_is_not_there_and_what_is(
+    tmp_path: Path, hub: Hub, fails: Callable[..., str]
+) -> None:
+    arguments = ["--source", "fineweb", "--variant", "sp8192", "--out", tmp_path / "out"]
+    message = fails(*arguments)
+    assert (
+        "--variant=sp8192: willdepueoai/parameter-golf has no dataset fineweb10B_sp8192" in message
+    )
+    assert "(looked for in datasets/manifest.json; it holds: fineweb10B_sp1024, other)" in message
+    assert "--repo OWNER/NAME" in message
+    manifest = hub.files.pop("datasets/manifest.json")
+    message = fails(*arguments)
+    assert (
+        "(looked for in datasets/datasets/fineweb10B_sp8192/; it holds: fineweb10B_sp1024)"
+        in message
+    )
+    hub.files[f"datasets/datasets/fineweb10B_sp8192/{TRAIN[0]}"] = b"x"
+    hub.files[f"datasets/datasets/fineweb10B_sp8192/{VAL[0]}"] = b"x"
+    message = fails(*arguments)
+    assert (
+        "has no datasets/tokenizers/fineweb_8192_bpe.model (its models: tokenizers/fineweb_1024_bpe"
+        in message
+    )
+    hub.lists = False  # nothing can be said but that the manifest did not come
+    assert "manifest.json of willdepueoai/parameter-golf could not be downloaded (404" in fails(
+        *arguments
+    )
+    hub.files["datasets/manifest.json"], hub.lists = manifest, True
+    hub.broken["datasets/manifest.json"] = [None]  # it is there, and did not come
+    assert "manifest.json of willdepueoai/parameter-golf could not be downloaded (404" in fails(
+        *arguments
+    )
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_fineweb_never_mixes_variants_in_one_folder(
+    tmp_path: Path, hub: Hub, folding_tokenizer: Path, fails: Callable[..., str]
+) -> None:
+    publish(hub, "sp8192", folding_tokenizer.read_bytes())
+    out, second = tmp_path / "out", ["--source", "fineweb", "--variant", "sp8192", "--out"]
+    run_ok("--source", "fineweb", "--out", out)
+    assert 'dataset "fineweb10B_sp1024" -> "fineweb10B_sp8192"' in fails(*second, out)
+    lost = hub.files.pop(f"{FOLDER}/{VAL[1]}")  # cut off: one shard is there, no manifest
+    fails("--source", "fineweb", "--out", tmp_path / "cut")
+    hub.files[f"{FOLDER}/{VAL[1]}"] = lost
+    assert 'dataset "fineweb10B_sp1024" -> "fineweb10B_sp8192"' in fails(*second, tmp_path / "cut")
+    for folder in (out, tmp_path / "cut"):
+        run_ok(*second, folder, "--force")
+        for name in [TRAIN[0], VAL[0]]:
+            assert (folder / name).read_bytes() == hub.files[
+                f"datasets/datasets/fineweb10B_sp8192/{name}"
+            ]
+        assert len(list(folder.glob("*.bin"))) == 2
+
+
+def test_fineweb_shards_of_another_tokenizer_are_refused(
+    tmp_path: Path, hub: Hub, fails: Callable[..., str]
+) -> None:
+    hub.files[f"{FOLDER}/{TRAIN[0]}"] = shard([1, 320])
+    message = fails("--source", "fineweb", "--out", tmp_path / "out")
+    assert f"{TRAIN[0]} holds token 320, its tokenizer has 320 pieces" in message
+    assert not (tmp_path / "out" / "manifest.json").exists()

@@ -6,14 +6,16 @@
     python scripts/study/record.py cpu                 2 recipes x 3 seeds x 300 s: 1 h
     python scripts/study/record.py 8xh100 --plan       only say what would be run
     python scripts/study/record.py 8xh100 --rehearse   4 steps on two CPU processes: a dry run
+    python scripts/study/record.py 8xh100 --variant sp8192     another tokenizer; sets VOCAB_SIZE
+    python scripts/study/record.py 8xh100 --package packages   then the folder that is handed in
 
 Rerun the command to resume. Steps: prepare_data.py (FineWeb, or for cpu the Python library, unless
 DATA_PATH names what is there), sweep.py twice (baselines as they are, then `direct` with the
 protocol's record settings, RECORD below; finished runs are skipped), bench/export.py (where the
-bytes go and what rounding costs both scores), report.py. OUT holds runs, logs/, export.json,
-README.md with the tables and submission.json. Settings of train_gpt.py come from the environment as
-always, over which record settings stand (in a rehearsal but for sizes). The last line is one JSON
-object.
+bytes go and what rounding costs both scores), report.py. OUT holds runs, logs/ with results.json,
+export.json, README.md with the tables and submission.json. Settings of train_gpt.py come from the
+environment as always, over which record settings stand (in a rehearsal but for sizes). The last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -35,13 +37,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import train_gpt as tg
 from scripts.common import Parser, fail, run_command
-from scripts.study import report
+from scripts.study import package, report
 from scripts.study.runlog import read_log
 from scripts.study.sweep import digest_of
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 SEEDS = "1337,42,2026"
 RESUME = "what is done is kept: rerun the command to resume"
+RECIPE = "direct"  # of the record; others are baselines
+DATA_OPTIONS = ("source", "variant", "repo")  # of what is prepared
 CHECKPOINT = "CHECKPOINT"  # in a command: that of a run with record settings
 # A rehearsal takes the environment's.
 SIZES = (
@@ -109,6 +113,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, help="folder of the record (default out/record_PROTOCOL)")
     add("--plan", action="store_true", help="print the commands and run nothing")
     add("--rehearse", action="store_true", help="four steps on two CPU processes")
+    add("--source", help="for prepare_data.py, with its arguments (default: the protocol's)")
+    add("--variant", choices=("sp1024", "sp4096", "sp8192"), help="fineweb: which tokenizer")
+    add("--repo", metavar="OWNER/NAME", help="fineweb: dataset repository")
+    add("--package", type=Path, metavar="DIR", help="make the folder that is handed in, in DIR")
     args = parser.parse_args(argv)
     args.out = args.out or Path("out", f"record_{args.protocol}{'_rehearsal' * args.rehearse}")
     return args
@@ -118,6 +126,23 @@ def record_settings(args: argparse.Namespace, env: Mapping[str, str]) -> dict[st
     """Return the protocol's record settings, in a rehearsal without sizes that `env` sets."""
     kept = {name for name in SIZES if args.rehearse and name in env}
     return {name: value for name, value in RECORD[args.protocol].items() if name not in kept}
+
+
+def source_of(args: argparse.Namespace, protocol: Protocol) -> list[str]:
+    """Return arguments of prepare_data.py: the source of text, and for FineWeb which export."""
+    source = shlex.split(args.source or protocol.source)
+    if args.source == "fineweb":  # no number of shards is named: the record's
+        source = PROTOCOLS["8xh100"].source.split()
+    for name in ("variant", "repo"):
+        if value := getattr(args, name):
+            source += [f"--{name}", value]
+    return source
+
+
+def data_settings(args: argparse.Namespace, data: Path) -> dict[str, str]:
+    """Return the settings that name prepared data."""
+    paths = {"DATA_PATH": str(data), "TOKENIZER_PATH": str(data / "tokenizer.model")}
+    return paths | ({"VOCAB_SIZE": args.variant.removeprefix("sp")} if args.variant else {})
 
 
 def steps_of(args: argparse.Namespace, env: Mapping[str, str]) -> list[Step]:
@@ -134,17 +159,20 @@ def steps_of(args: argparse.Namespace, env: Mapping[str, str]) -> list[Step]:
         steps.append(Step(command, settings | more))
 
     if "DATA_PATH" not in env:
-        source = protocol.source.split()
-        data = Path("data", source[0])
-        settings |= {"DATA_PATH": str(data), "TOKENIZER_PATH": str(data / "tokenizer.model")}
+        source = source_of(args, protocol)
+        data = Path("data", f"{source[0]}_{args.variant}" if args.variant else source[0])
+        settings |= data_settings(args, data)
         add("prepare_data.py", "--source", *source, "--out", str(data))
+    elif given := [f"--{name}={value}" for name in DATA_OPTIONS if (value := getattr(args, name))]:
+        there = f"DATA_PATH={env['DATA_PATH']} names the data already"
+        fail(f"{' '.join(given)}: {there}; unset one of them")
     budget = ["--seconds", str(args.seconds or protocol.seconds)]
     budget = ["--steps", "4"] if args.rehearse else budget
     runs = ["--seeds", args.seeds, *budget, "--nproc", str(protocol.nproc), "--out", str(out)]
     if baselines := protocol.baselines if args.baselines is None else args.baselines:
         add("study/sweep.py", *baselines.split(","), *runs)
     settings |= record_settings(args, env)
-    add("study/sweep.py", "direct", *runs)
+    add("study/sweep.py", RECIPE, *runs)
     # The artifact takes one of the first levels.
     levels = tg.SCHEMES[settings.get("EXPORT_SCHEME", "int8+zlib")][0][:4]
     export = ["--levels", ",".join(map(str, levels)), "--out", str(out / "export.json")]
@@ -165,7 +193,7 @@ def checkpoint(args: argparse.Namespace, env: Mapping[str, str]) -> Path:
     time = {"ITERATIONS": "4", "MAX_WALLCLOCK_SECONDS": "0"}
     if not args.rehearse:
         time = {"MAX_WALLCLOCK_SECONDS": str(args.seconds or PROTOCOLS[args.protocol].seconds)}
-    run = {"RECIPE": "direct", "SEED": args.seeds.split(",")[0]}
+    run = {"RECIPE": RECIPE, "SEED": args.seeds.split(",")[0]}
     run |= {"RUN_ID": "", "OUT_DIR": str(args.out)}
     digest = digest_of(tg.Config.from_env({**env, **time, **run})[0])
 
@@ -207,6 +235,23 @@ def run_step(step: Step, args: argparse.Namespace, env: Mapping[str, str]) -> No
         fail(f"{name} ended with status {done.returncode}, see above; {RESUME}")
 
 
+def make_package(args: argparse.Namespace) -> dict[str, Any]:
+    """Make the folder that is handed in from the record runs; UserError: it would be refused."""
+    protocol = PROTOCOLS[args.protocol]
+    seconds = args.seconds or protocol.seconds
+    ranked = args.protocol == "8xh100" and not args.rehearse and seconds <= package.TRAIN_SECONDS
+    wanted = package.Request(
+        args.out / "logs",
+        args.package,
+        tuple(map(int, args.seeds.split(","))),
+        track=package.TEN_MINUTES if ranked else package.NON_RECORD,
+        recipe=RECIPE,
+        tiny=args.rehearse or protocol.preset == "cpu",
+    )
+    print(f"package {wanted.logs} -> {wanted.out}", file=sys.stderr, flush=True)
+    return package.write_package(wanted)
+
+
 def run(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]:
     """Run every step; UserError: one failed, or the machine lacks devices."""
     steps, entry = steps_of(args, env), dict[str, Any]()
@@ -221,7 +266,8 @@ def run(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]:
     if not args.plan:
         entry = json.loads((args.out / "submission.json").read_text(encoding="utf-8"))
     about = {"protocol": args.protocol, "out": str(args.out), "planned": args.plan}
-    return about | {"val_bpb": entry.get("val_bpb")}
+    made = {"package": make_package(args)} if args.package and not args.plan else {}
+    return about | {"val_bpb": entry.get("val_bpb"), **made}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,10 +1,11 @@
-"""Turn run logs into the results tables, submission.json, and a check that both still say what was
-measured.
+"""Turn run logs into tables, submission.json and results.json, and check that these agree.
 
     python scripts/study/report.py            print the tables
-    python scripts/study/report.py --write    also put them into README.md and submission.json
-    python scripts/study/report.py --check    exit 1 if either disagrees with the logs
+    python scripts/study/report.py --write    also update README.md and both JSON files
+    python scripts/study/report.py --check    exit 1 if one of them disagrees with the logs
 
+submission.json has the challenge's fields and no other, null until ranked runs (eight devices,
+FineWeb) are there; logs/results.json has what was measured on any machine.
 Runs that differ only in their seed are one row. A run counts once it has written its `done` event.
 Runs of sweep.py's rows lie in a folder of their own, logs/ladder, and have a table of their own.
 See compare.py for tests of differences, plot.py for curves.
@@ -18,7 +19,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ import train_gpt as tg
 from scripts.common import NONE, ROOT, Parser, fail, markdown, run_command
 from scripts.study import sweep
 from scripts.study.runlog import (
+    ABOUT,
     LEFT_TO_RIGHT,
     REFINE,
     Group,
@@ -40,7 +42,10 @@ from scripts.study.runlog import (
     numbers,
     read_lines,
     read_logs,
+    rounded,
+    seed_result,
     spread,
+    submission_entry,
 )
 
 INFILL_SPAN, INFILL_PASSES = 8, (1, 8)
@@ -59,13 +64,13 @@ RESULTS, RECIPES = (
     Block(f"<!-- {name} -->", f"<!-- /{name} -->") for name in ("results", "recipes")
 )
 
-# What the challenge ranks: the `direct` recipe on FineWeb on eight devices, for at most so many
-# seconds.
-RANKED_RECIPE = "direct"
+# What the challenge ranks: our recipe on FineWeb on eight devices, for at most so many seconds.
+RANKED_RECIPES = ("record", "direct")
 RANKED_DATA = "fineweb"
 RANKED_RANKS = 8
 RANKED_PRESET = "8xh100"
 RANKED_SECONDS = 600.0
+RANKED_TRACK = "10min_16mb"
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -77,10 +82,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--readme", type=Path, default=ROOT / "README.md", help=f"file with {lines}")
     add("--ladder", type=Path, help="folder of logs of the ladder (default: ladder in --logs)")
     add("--submission", type=Path, default=ROOT / "submission.json")
+    add("--results", type=Path, help="all measurements (default: results.json in --logs)")
     action.add_argument("--check", action="store_true", help="exit 1 if a file disagrees with logs")
-    action.add_argument("--write", action="store_true", help="update README.md and submission.json")
+    action.add_argument("--write", action="store_true", help="update all files")
     args = parser.parse_args(argv)
     args.ladder = args.ladder or args.logs / "ladder"
+    args.results = args.results or args.logs / "results.json"
     return args
 
 
@@ -372,16 +379,12 @@ def recipes_block(runs: Iterable[RunLog]) -> str:
 
 
 # ==============================================================================
-# 3  SUBMISSION -- what submission.json says
+# 3  RESULTS -- what submission.json and results.json say
 # ==============================================================================
 
 
-def rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 6)
-
-
 def measured(g: Group) -> dict[str, Any]:
-    """Describe one group of `direct` runs for `measured_here`."""
+    """Describe one group of runs for `measured_here`."""
     bpb, loss = g.values("final", "val_bpb"), g.values("final", "val_loss")
     return {
         "recipe": g.key.recipe,
@@ -396,6 +399,8 @@ def measured(g: Group) -> dict[str, Any]:
         "val_loss_mean": rounded(statistics.mean(loss)),
         "val_loss_std": rounded(spread(loss)),
         "bytes_total": int(max(g.values("size", "total_bytes"))),
+        "bytes_code": int(max(g.values("size", "code_bytes"))),
+        "bytes_model": int(max(g.values("size", "model_bytes"))),
         "per_seed": seed_results(g),
         "parallel_eval": decode_means(g),
         "logs": [run.name for run in g.runs],
@@ -403,15 +408,8 @@ def measured(g: Group) -> dict[str, Any]:
 
 
 def seed_results(g: Group) -> dict[str, dict[str, Any]]:
-    found = {}
-    for seed, run in zip(g.seeds, g.runs, strict=True):
-        scores = {key: rounded(run.number("final", key)) for key in ("val_bpb", "val_loss")}
-        found[str(seed)] = {
-            **scores,
-            "bytes_total": run.get("size", "total_bytes"),
-            "log": run.name,
-        }
-    return found
+    named = zip(g.seeds, g.runs, strict=True)
+    return {str(seed): seed_result(run) | {"log": run.name} for seed, run in named}
 
 
 def decode_means(g: Group) -> list[dict[str, Any]] | None:
@@ -478,7 +476,7 @@ def benchmark(line: dict[str, Any], log: str) -> dict[str, Any]:
 
 def is_ranked(key: Key) -> bool:
     """Are these runs what the challenge ranks? Any settings will do but those of the time."""
-    same = (key.recipe, key.ranks, key.preset) == (RANKED_RECIPE, RANKED_RANKS, RANKED_PRESET)
+    same = key.recipe in RANKED_RECIPES and (key.ranks, key.preset) == (RANKED_RANKS, RANKED_PRESET)
     given = dict(change.partition("=")[::2] for change in key.changes)
     in_time = 0 < float(given.get("MAX_WALLCLOCK_SECONDS", RANKED_SECONDS)) <= RANKED_SECONDS
     return same and in_time and key.data.startswith(RANKED_DATA)
@@ -499,41 +497,21 @@ def by_data(found: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, list[dict[
     return gathered or None
 
 
-def submission(
-    groups: Sequence[Group], benchmarks: Sequence[dict[str, Any]] = ()
-) -> dict[str, Any]:
+def submission(groups: Sequence[Group]) -> dict[str, Any]:
     """Build submission.json: the challenge's fields from ranked runs, null without one."""
     ranked = ranked_group(groups)
-    ours = [g for g in groups if g.key.recipe == RANKED_RECIPE]
-    decoded = by_data((found["data"], found) for found in benchmarks)
+    if ranked is None:
+        return submission_entry(ABOUT, [])
+    date = max(str(run.get("header", "time")) for run in ranked.runs)[:10]
+    return submission_entry({**ABOUT, "date": date, "track": RANKED_TRACK}, ranked.runs)
 
-    def of_ranked(value: Callable[[Group], Any]) -> Any:
-        return None if ranked is None else value(ranked)
 
-    def mean(key: str) -> Any:
-        return of_ranked(lambda g: rounded(statistics.mean(g.values("final", key))))
-
-    def largest(key: str) -> Any:
-        return of_ranked(lambda g: int(max(g.values("size", key))))
-
-    blurb = "One set of weights that scores text exactly, left to right, and fills it in"
+def results(groups: Sequence[Group], benchmarks: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Build results.json: what our recipes scored and how fast they decode, by data."""
+    ours = [g for g in groups if g.key.recipe in RANKED_RECIPES]
     return {
-        "name": "Text diffusion, exactly autoregressive",
-        "author": "The text-diffusion-golf authors",
-        "github_id": None,
-        "blurb": f"{blurb} by diffusion.",
-        "recipe": RANKED_RECIPE,
-        "val_bpb": mean("val_bpb"),
-        "val_loss": mean("val_loss"),
-        "bytes_total": largest("total_bytes"),
-        "bytes_code": largest("code_bytes"),
-        "bytes_model": largest("model_bytes"),
-        "hardware": of_ranked(lambda g: f"{g.key.ranks} x {g.key.machine}"),
-        "seeds": of_ranked(seed_results),
-        "parallel_eval": of_ranked(decode_means),
-        "decode_benchmark": of_ranked(lambda g: (decoded or {}).get(g.key.data)),
         "measured_here": by_data((g.key.data, measured(g)) for g in ours),
-        "decode_benchmark_here": decoded,
+        "decode_benchmark_here": by_data((found["data"], found) for found in benchmarks),
     }
 
 
@@ -577,24 +555,30 @@ def block_differences(args: argparse.Namespace, block: Block, text: str) -> list
     return found
 
 
-def differences(
-    args: argparse.Namespace, blocks: dict[Block, str], entry: dict[str, Any]
-) -> list[str]:
-    """List how README.md and submission.json disagree with the logs."""
-    found = [
-        line for block, text in blocks.items() for line in block_differences(args, block, text)
-    ]
+def file_differences(path: Path, expected: dict[str, Any]) -> list[str]:
+    """List how a JSON file disagrees with the logs."""
     try:
-        stored = json.loads(args.submission.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return [*found, f"{args.submission} cannot be read ({error})"]
+        return [f"{path} cannot be read ({error})"]
     if not isinstance(stored, dict):
-        return [*found, f"{args.submission} is not a JSON object"]
-    for key in dict.fromkeys([*entry, *stored]):
-        if key not in entry or key not in stored or entry[key] != stored[key]:
-            found.append(
-                f"{args.submission}: {key} is {stored.get(key)!r}, logs give {entry.get(key)!r}"
-            )
+        return [f"{path} is not a JSON object"]
+    found = []
+    for key in dict.fromkeys([*expected, *stored]):
+        if key not in expected or key not in stored or expected[key] != stored[key]:
+            found.append(f"{path}: {key} is {stored.get(key)!r}, logs give {expected.get(key)!r}")
+    return found
+
+
+def differences(
+    args: argparse.Namespace, blocks: dict[Block, str], files: dict[Path, dict[str, Any]]
+) -> list[str]:
+    """List how README.md, submission.json and results.json disagree with the logs."""
+    found = []
+    for block, text in blocks.items():
+        found += block_differences(args, block, text)
+    for path, expected in files.items():
+        found += file_differences(path, expected)
     return found
 
 
@@ -609,13 +593,16 @@ def replace_file(path: Path, text: str) -> None:
         fail(f"{path} was not written ({error.strerror}); the old one is intact: free space")
 
 
-def write(args: argparse.Namespace, blocks: dict[Block, str], entry: dict[str, Any]) -> None:
+def write(
+    args: argparse.Namespace, blocks: dict[Block, str], files: dict[Path, dict[str, Any]]
+) -> None:
     readme = read_readme(args.readme)
     for block, text in blocks.items():
         before, _, after = split(readme, block, args.readme)
         readme = f"{before}{block.begin}\n\n{text}\n\n{block.end}{after}"
     replace_file(args.readme, readme)
-    replace_file(args.submission, json.dumps(entry, indent=2, ensure_ascii=False) + "\n")
+    for path, content in files.items():
+        replace_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def recipes(args: argparse.Namespace) -> tuple[list[RunLog], dict[Block, str]]:
@@ -633,11 +620,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     groups, notes = group_runs(runs)
     ladder, more = recipes(args)
     blocks = {RESULTS: results_block(groups, notes), **more}
-    entry = submission(groups, read_benchmarks(args.logs))
+    measurements = results(groups, read_benchmarks(args.logs))
+    files = {args.submission: submission(groups), args.results: measurements}
     print("\n\n".join(blocks.values()))
     if args.write:
-        write(args, blocks, entry)
-    found = differences(args, blocks, entry) if args.check else []
+        write(args, blocks, files)
+    found = differences(args, blocks, files) if args.check else []
     missing = missing_seeds(groups)
     for line in missing:
         print(f"note: {line}", file=sys.stderr)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +45,21 @@ NEUTRAL = frozenset((
     "eval_stride",
 ))
 # fmt: on
+
+# The fields of the challenge's submission.json, and no other ones.
+# fmt: off
+SUBMISSION_FIELDS = (
+    "author", "github_id", "name", "blurb", "date", "track", "val_loss", "val_bpb", "val_bpb_std",
+    "seeds", "seed_results", "bytes_total", "bytes_code", "hardware", "pytorch_version",
+)
+# fmt: on
+ABOUT: dict[str, Any] = {
+    "author": "The text-diffusion-golf authors",
+    "github_id": None,
+    "name": "Text diffusion, exactly autoregressive",
+    "blurb": "One set of weights that scores text exactly, left to right, and fills it in by "
+    "diffusion.",
+}
 
 
 def is_number(value: Any) -> bool:
@@ -282,3 +297,59 @@ def numbers(values: Iterable[Any]) -> list[float]:
     """Keep the values only if every run has one."""
     listed = list(values)
     return [float(value) for value in listed] if all(is_number(value) for value in listed) else []
+
+
+# ==============================================================================
+# SUBMISSION -- the challenge's submission.json
+# ==============================================================================
+
+
+def rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def num_ranks(run: RunLog) -> int:
+    found = run.events.get("header", {}) | run.events.get("kernels", {})
+    return int(found.get("world_size", 1))
+
+
+def hardware(run: RunLog) -> str:
+    return f"{num_ranks(run)} x {run.get('header', 'machine')}"
+
+
+def seed_result(run: RunLog) -> dict[str, Any]:
+    """Summarise one finished run; null for what an older program did not log."""
+    done = run.events.get("done", {})
+    return {
+        "val_loss": rounded(run.number("final", "val_loss")),
+        "val_bpb": rounded(run.number("final", "val_bpb")),
+        "artifact_bytes": int(run.number("size", "total_bytes")),  # code and model
+        "steps": done.get("steps"),
+        "train_seconds": rounded(done.get("train_seconds")),
+        "eval_seconds": rounded(run.events.get("timing", {}).get("evaluation_seconds")),
+    }
+
+
+def submission_entry(about: Mapping[str, Any], runs: Sequence[RunLog]) -> dict[str, Any]:
+    """Build submission.json from finished runs that differ only in their seed; null without one.
+
+    Args:
+        about: what no log knows, a subset of author, github_id, name, blurb, date and track.
+        runs: in the order in which the seeds are listed.
+    """
+    entry = dict.fromkeys(SUBMISSION_FIELDS) | dict(about)
+    if not runs:
+        return entry
+    results = {str(run.setting("seed")): seed_result(run) for run in runs}
+    bpb = [run.number("final", "val_bpb") for run in runs]
+    return entry | {
+        "val_loss": rounded(statistics.mean(run.number("final", "val_loss") for run in runs)),
+        "val_bpb": rounded(statistics.mean(bpb)),
+        "val_bpb_std": rounded(spread(bpb)),
+        "seeds": [run.setting("seed") for run in runs],
+        "seed_results": results,
+        "bytes_total": max(result["artifact_bytes"] for result in results.values()),
+        "bytes_code": max(int(run.number("size", "code_bytes")) for run in runs),
+        "hardware": hardware(runs[0]),
+        "pytorch_version": runs[0].events.get("header", {}).get("torch"),
+    }

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import train_gpt as tg
-from scripts.study import record
+from scripts.study import package, record
 from tests.conftest import facts, outcome
 
 
@@ -40,6 +40,76 @@ def test_the_record_is_data_three_seeds_the_split_of_bytes_and_a_report() -> Non
     }
     assert data[1] == settings
     assert sweep[1] == settings | record.RECORD["8xh100"]
+
+
+def test_source_and_variant_are_handed_to_the_data_and_set_the_vocabulary() -> None:
+    data, sweep, *_ = planned(["8xh100", "--variant", "sp8192", "--repo", "a/b"], {})
+    source = "--source fineweb --train-shards 80 --variant sp8192 --repo a/b"
+    assert data[0].endswith(f"prepare_data.py {source} --out data/fineweb_sp8192")
+    paths = {
+        "DATA_PATH": "data/fineweb_sp8192",
+        "TOKENIZER_PATH": "data/fineweb_sp8192/tokenizer.model",
+    }
+    assert (paths | {"VOCAB_SIZE": "8192"}).items() <= sweep[1].items()
+    data, *_ = planned(["cpu", "--source", "fineweb", "--variant", "sp4096"], {})
+    assert (
+        "--source fineweb --train-shards 80 --variant sp4096 --out data/fineweb_sp4096" in data[0]
+    )
+    data, sweep, *_ = planned(["1xgpu", "--source", "files 'my books/*.txt' --val-percent 5"], {})
+    assert data[0].endswith(
+        "prepare_data.py --source files my books/*.txt --val-percent 5 --out data/files"
+    )
+    assert "VOCAB_SIZE" not in sweep[1]
+    with pytest.raises(
+        tg.UserError, match=r"--variant=sp8192: DATA_PATH=mine names the data already; unset one"
+    ):
+        planned(["8xh100", "--variant", "sp8192"], {"DATA_PATH": "mine"})
+
+
+@pytest.mark.parametrize(
+    ("argv", "track", "tiny"),
+    [
+        (["8xh100"], package.TEN_MINUTES, False),
+        (["8xh100", "--seconds", "900"], package.NON_RECORD, False),
+        (["8xh100", "--rehearse"], package.NON_RECORD, True),
+        (["cpu"], package.NON_RECORD, True),
+    ],
+)
+def test_a_package_is_made_of_the_record_runs(
+    argv: list[str],
+    track: str,
+    tiny: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = list[package.Request]()
+    monkeypatch.setattr(record, "steps_of", lambda *_: [])
+    monkeypatch.setattr(record, "check", lambda _: None)
+    monkeypatch.setattr(
+        package, "write_package", lambda request: asked.append(request) or {"made": 1}
+    )
+    (tmp_path / "submission.json").write_text('{"val_bpb": 1.5}', encoding="utf-8")
+    options = ["--out", str(tmp_path), "--seeds", "3,4", "--package", str(tmp_path / "p")]
+    found = facts(outcome(record.main, [*argv, *options], capsys))
+    assert (found["val_bpb"], found["package"]) == (1.5, {"made": 1})
+    (request,) = asked
+    assert request == package.Request(
+        tmp_path / "logs", tmp_path / "p", (3, 4), track=track, recipe=record.RECIPE, tiny=tiny
+    )
+
+
+def test_a_package_that_is_refused_ends_with_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(record, "steps_of", lambda *_: [])
+    (tmp_path / "submission.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "logs").mkdir()
+    argv = ["cpu", "--out", str(tmp_path), "--seeds", "3,4", "--package", str(tmp_path / "p")]
+    status, out, err = outcome(record.main, argv, capsys)
+    assert (status, out) == (2, "")
+    assert "error: --seeds=3,4: " in err
+    assert "with seed 3, 4 (it has seeds none)" in err
 
 
 def test_baselines_go_first_and_without_record_settings() -> None:

@@ -11,6 +11,21 @@ import pytest
 from scripts.study import report, runlog
 
 CPU = "Some Processor, 2 cores"
+FIELDS = [  # of the challenge
+    *(
+        "author",
+        "github_id",
+        "name",
+        "blurb",
+        "date",
+        "track",
+        "val_loss",
+        "val_bpb",
+        "val_bpb_std",
+        "seeds",
+    ),
+    *("seed_results", "bytes_total", "bytes_code", "hardware", "pytorch_version"),
+]
 
 
 def events(
@@ -101,7 +116,7 @@ class Project:
         self.readme.write_text(
             "# Title\n\n<!-- results -->\nold\n<!-- /results -->\n\nThe end.\n", encoding="utf-8"
         )
-        self.submission = root / "submission.json"
+        self.submission, self.results = root / "submission.json", root / "logs" / "results.json"
 
     def log(self, name: str, lines: list[dict[str, Any]], tail: str = "") -> Path:
         path = self.root / "logs" / f"{name}.jsonl"
@@ -142,6 +157,11 @@ class Project:
         self.run("--write")
         entry: dict[str, Any] = json.loads(self.submission.read_text(encoding="utf-8"))
         return entry
+
+    def measured(self) -> dict[str, Any]:
+        self.run("--write")
+        found: dict[str, Any] = json.loads(self.results.read_text(encoding="utf-8"))
+        return found
 
 
 @pytest.fixture
@@ -254,18 +274,9 @@ def test_submission_without_a_ranked_run_claims_nothing(project: Project) -> Non
     project.log("c", events(recipe="ar", bpb=1.0))
     entry = project.entry()
     assert entry["name"] == "Text diffusion, exactly autoregressive"
-    for key in (
-        "github_id",
-        "val_bpb",
-        "val_loss",
-        "bytes_total",
-        "bytes_code",
-        "bytes_model",
-        "hardware",
-        "seeds",
-    ):
-        assert entry[key] is None
-    (measured,) = entry["measured_here"]["stdlib"]
+    assert list(entry) == FIELDS
+    assert [key for key in entry if entry[key] is not None] == ["author", "name", "blurb"]
+    (measured,) = project.measured()["measured_here"]["stdlib"]
     assert measured["val_bpb_mean"] == pytest.approx(2.1)
     assert measured["val_bpb_std"] == pytest.approx(0.02**0.5, abs=1e-6)
     assert (measured["n"], measured["seeds"], measured["hardware"]) == (2, [1, 2], CPU)
@@ -292,13 +303,19 @@ def test_submission_takes_ranked_runs_from_fineweb_on_eight_ranks_only(project: 
     project.log("few", events(seed=1, bpb=0.1, changed={"num_layers": 98}, **ranked))
     entry = project.entry()
     assert entry["val_bpb"] == pytest.approx(1.25)
-    assert {seed: row["val_bpb"] for seed, row in entry["seeds"].items()} == {"1": 1.2, "2": 1.3}
-    assert (entry["bytes_total"], entry["bytes_code"], entry["bytes_model"]) == (
-        1_000_002,
-        90_000,
-        910_000,
+    assert list(entry) == FIELDS
+    assert {seed: row["val_bpb"] for seed, row in entry["seed_results"].items()} == {
+        "1": 1.2,
+        "2": 1.3,
+    }
+    assert entry["seeds"] == [1, 2]
+    assert entry["val_bpb_std"] == pytest.approx(0.005**0.5, abs=1e-6)
+    assert (entry["bytes_total"], entry["bytes_code"]) == (1_000_002, 90_000)
+    assert (entry["hardware"], entry["date"], entry["track"]) == (
+        f"8 x {CPU}",
+        "2026-01-01",
+        "10min_16mb",
     )
-    assert entry["hardware"] == f"8 x {CPU}"
 
 
 def test_write_then_check_agree_and_keep_the_rest_of_the_readme(project: Project) -> None:
@@ -316,36 +333,34 @@ def test_write_then_check_agree_and_keep_the_rest_of_the_readme(project: Project
 def test_check_notices_any_change(project: Project) -> None:
     project.log("a", events(seed=1, bpb=2.0))
     project.run("--write")
-    good_readme, good_entry = (
-        path.read_text(encoding="utf-8") for path in (project.readme, project.submission)
-    )
-    for readme, entry in (
-        (good_readme.replace("2.0000", "1.9999", 1), good_entry),
-        (good_readme.replace("2.0000", "2.0000 "), good_entry),
-        (good_readme.replace("<!-- /results -->", "More.\n<!-- /results -->"), good_entry),
-        (good_readme.replace("<!-- /results -->", ""), good_entry),
-        (good_readme, good_entry.replace('"val_bpb_mean": 2.0', '"val_bpb_mean": 1.9')),
-        (good_readme, good_entry.replace('"val_bpb": null', '"val_bpb": 1.1')),
-        (good_readme, good_entry.replace('"github_id": null,', "")),
-        (good_readme, good_entry.replace('"github_id": null,', '"github_id": null, "more": 1,')),
-        (good_readme, "not json"),
+    for path, old, new in (
+        (project.readme, "2.0000", "1.9999"),
+        (project.readme, "2.0000", "2.0000 "),
+        (project.readme, "<!-- /results -->", "More.\n<!-- /results -->"),
+        (project.readme, "<!-- /results -->", ""),
+        (project.submission, '"val_bpb": null', '"val_bpb": 1.1'),
+        (project.submission, '"github_id": null,', ""),
+        (project.submission, '"github_id": null,', '"github_id": null, "more": 1,'),
+        (project.submission, "{", "not json"),
+        (project.results, '"val_bpb_mean": 2.0', '"val_bpb_mean": 1.9'),
+        (project.results, '"decode_benchmark_here"', '"decode_benchmark"'),
+        (project.results, "{", "not json"),
     ):
-        assert (readme, entry) != (good_readme, good_entry)
-        project.readme.write_text(readme, encoding="utf-8")
-        project.submission.write_text(entry, encoding="utf-8")
-        assert "differs" in project.run("--check", code=1)
-    project.readme.write_text(good_readme, encoding="utf-8")
-    project.submission.write_text(good_entry, encoding="utf-8")
+        good = path.read_text(encoding="utf-8")
+        assert old in good
+        path.write_text(good.replace(old, new, 1), encoding="utf-8")
+        assert f"differs: {path}" in project.run("--check", code=1)
+        path.write_text(good, encoding="utf-8")
     project.run("--check")
     project.log("b", events(seed=2, bpb=2.5))  # a new log makes both stale
     out = project.run("--check", code=1)
     assert "README.md" in out
-    assert "submission.json: measured_here" in out
+    assert f"{project.results}: measured_here" in out
 
 
 def test_no_log_is_not_an_error(project: Project) -> None:
     assert "No finished run." in project.run()
-    assert project.entry()["measured_here"] is None
+    assert project.measured() == {"measured_here": None, "decode_benchmark_here": None}
 
 
 def test_faults_are_named(project: Project) -> None:
@@ -362,6 +377,7 @@ def test_faults_are_named(project: Project) -> None:
     assert "needs the lines <!-- results --> and <!-- /results -->" in project.run(
         "--write", code=2
     )
+    project.results.unlink(missing_ok=True)
     (project.root / "logs").rmdir()
     assert "is not a folder" in project.run(code=2)
 
@@ -551,47 +567,47 @@ def test_runs_of_a_row_with_a_setting_changed_are_apart(project: Project) -> Non
     assert "±" not in out.replace("± standard", "")
 
 
-def test_submission_holds_every_field_whatever_was_measured(project: Project) -> None:
-    fields = {
-        "name",
-        "recipe",
-        "val_bpb",
-        "seeds",
-        "bytes_total",
-        "hardware",
-        "parallel_eval",
-        "decode_benchmark",
-    }
-    entry = project.entry()
-    assert fields <= entry.keys()
-    unmeasured = fields - {"name", "recipe"}
-    assert all(
-        entry[name] is None for name in (*unmeasured, "measured_here", "decode_benchmark_here")
-    )
+def test_results_hold_what_was_measured_and_the_submission_its_fields(project: Project) -> None:
     ranked: dict[str, Any] = {"data": "/x/fineweb10B_sp1024", "ranks": 8, "preset": "8xh100"}
-    project.log("a", events(seed=1, bpb=1.2, **ranked))
-    lines = events(seed=2, bpb=1.3, **ranked)
-    lines[-2]["token_acc"] = 0.5  # infill in 8 passes
-    project.log("b", lines)
+    first = events(seed=1, bpb=1.2, **ranked)
+    first[0]["torch"] = "2.13.0"
+    first[-1]["train_seconds"] = 600.01
+    first.insert(-1, {"event": "timing", "train_seconds": 600.01, "evaluation_seconds": 77.5})
+    project.log("a", first)
+    second = events(seed=2, bpb=1.3, **ranked)
+    second[-2]["token_acc"] = 0.5  # infill in 8 passes
+    project.log("b", second)
     entry = project.entry()
-    assert all(entry[name] is not None for name in fields - {"decode_benchmark"})
-    assert entry["seeds"]["2"] == {
-        "val_bpb": 1.3,
-        "val_loss": 1.5,
-        "bytes_total": 1_000_002,
-        "log": "b",
-    }
+    scores = {"val_loss": 1.5, "val_bpb": 1.2, "artifact_bytes": 1_000_001, "steps": 10}
+    assert entry["seed_results"]["1"] == scores | {"train_seconds": 600.01, "eval_seconds": 77.5}
+    assert entry["seed_results"]["2"]["eval_seconds"] is None  # an older program
+    assert entry["pytorch_version"] == "2.13.0"
+    (here,) = project.measured()["measured_here"]["fineweb10B_sp1024"]
+    assert here["per_seed"]["1"] == entry["seed_results"]["1"] | {"log": "a"}
     infill = {"task": "infill", "span": 8, "mode": "refine", "steps": 8}
-    assert entry["parallel_eval"][-1] == {
+    assert here["parallel_eval"][-1] == {
         **infill,
         "token_acc": 0.45,
         "exact_seq": 0.0,
         "tok_per_sec": 200.0,
     }
-    (here,) = entry["measured_here"]["fineweb10B_sp1024"]
-    assert here["per_seed"] == entry["seeds"]
-    assert here["parallel_eval"] == entry["parallel_eval"]
-    assert here["recipe"] == "direct"
+    assert (here["recipe"], here["bytes_model"]) == ("direct", 910_000)
+
+
+@pytest.mark.parametrize("recipe", ["record", "direct"])
+def test_results_go_where_they_are_asked_to(project: Project, recipe: str) -> None:
+    project.log("a", events(recipe=recipe))
+    project.results = project.root / "all.json"
+    project.run("--write", "--results", str(project.results))
+    assert (
+        json.loads(project.results.read_text(encoding="utf-8"))["measured_here"]["stdlib"][0][
+            "recipe"
+        ]
+        == recipe
+    )
+    assert not (project.root / "logs" / "results.json").exists()
+    project.run("--check", "--results", str(project.results))
+    assert "results.json cannot be read" in project.run("--check", code=1)
 
 
 def decoded(**other: Any) -> dict[str, Any]:
@@ -617,18 +633,15 @@ def decoded(**other: Any) -> dict[str, Any]:
     return {**about, "rows": [row], **other}
 
 
-def test_submission_takes_decoding_from_the_benchmarks_own_line(project: Project) -> None:
-    ranked: dict[str, Any] = {"data": "/x/fineweb10B_sp1024", "ranks": 8, "preset": "8xh100"}
+def test_results_take_decoding_from_the_benchmarks_own_line(project: Project) -> None:
     text = (
         f"| a table |\n\n{json.dumps(decoded())}\n{json.dumps(decoded(data_path='books'))}\nmore\n"
     )
     path = project.root / "logs" / "x_decode.txt"
     path.write_text(text, encoding="utf-8")
-    entry = project.entry()
-    assert entry["decode_benchmark"] is None
-    assert list(entry["decode_benchmark_here"]) == ["fineweb10B_sp1024", "books"]
-    project.log("a", events(**ranked))
-    (found,) = project.entry()["decode_benchmark"]
+    benchmarks = project.measured()["decode_benchmark_here"]
+    assert list(benchmarks) == ["fineweb10B_sp1024", "books"]
+    (found,) = benchmarks["fineweb10B_sp1024"]
     assert (found["log"], found["rows"][0]["times_cached_ar"], found["rows"][0]["judge_nats"]) == (
         path.name,
         2.0,
