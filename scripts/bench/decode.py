@@ -168,7 +168,7 @@ def plan_jobs(modes: Sequence[str], args: argparse.Namespace) -> list[Job]:
 
 
 def decoder(at: Bench, how: tg.Decoding, suffix: bool = False) -> Decode:
-    """Continue prompts, or with the suffix fill the hole before it."""
+    """Continue prompts, or with the suffix fill the masked span before it."""
     before = slice(at.prefix)
     after = slice(at.prefix + at.target, None if suffix else at.prefix + at.target)
     return lambda rows, seed: tg.infill(
@@ -276,8 +276,9 @@ def measure(at: Bench, jobs: Sequence[Job], bar: Any) -> list[dict[str, Any]]:
 
 
 def predecessor(at: Bench, bar: Any) -> list[dict[str, Any]]:
-    """Measure as the predecessor did: all examples at once, greedy, a hole against a continuation,
-    AR not cached.
+    """Measure in the predecessor's protocol: all examples at once, greedy, AR not cached.
+
+    Infill is measured against a continuation, not against infill by another mode.
     """
     decoders: dict[str, Decode] = {
         "ar, no cache": lambda rows, _: uncached(at.model, rows[:, : at.prefix], at.target, tg.AR),

@@ -157,7 +157,7 @@ def right(text: Text) -> Estimate:
 
 
 def bytes_constant(text: Text) -> Estimate:
-    """Divide by 4.3 bytes a token instead of counting (#1106, #1241). Uniform: bytes per token /
+    """Divide by 4.3 bytes per token instead of counting (#1106, #1241). Uniform: bytes per token /
     4.3.
     """
     return Estimate(

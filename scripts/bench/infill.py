@@ -15,7 +15,7 @@ independent judge. Entropy and distinct-2 stand beside them, since repetition is
 
 Revision plants random tokens in true text, and looks whether they are the least likely ones: to the
 window that may doubt every token, and to the clean stream. As many tokens as were planted are then
-replaced: by the detector's own likeliest token (argmax), or masked and filled in again by one pass
+replaced: by the detector's own most probable token (argmax), or remasked and filled by one pass
 (refill).
 
 The last line is one JSON object.
@@ -350,7 +350,7 @@ class Span(NamedTuple):
     """All that was measured of the spans of one length."""
 
     fills: dict[Key, Fill]  # by TEXT, AR or (side, passes)
-    # By side: the first pass's likeliest tokens, and its nats of the true ones.
+    # By side: the first pass's most probable tokens, and its nats of the true ones.
     first: dict[str, Fill]
 
 
