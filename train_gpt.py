@@ -1940,10 +1940,13 @@ def decompress(data: bytes) -> bytes:
     if data.startswith(ZSTD_MAGIC):
         import zstandard
 
-        return zstandard.ZstdDecompressor().stream_reader(data).read(LARGEST_PAYLOAD)
-    unpacker = lzma.LZMADecompressor() if data.startswith(XZ_MAGIC) else zlib.decompressobj()
-    raw = unpacker.decompress(data, LARGEST_PAYLOAD)
-    if not unpacker.eof:
+        raw = zstandard.ZstdDecompressor().stream_reader(data).read(LARGEST_PAYLOAD)
+        complete = len(raw) == zstandard.frame_content_size(data)
+    else:
+        unpacker = lzma.LZMADecompressor() if data.startswith(XZ_MAGIC) else zlib.decompressobj()
+        raw = unpacker.decompress(data, LARGEST_PAYLOAD)
+        complete = unpacker.eof
+    if not complete:
         raise ValueError("truncated")
     return raw
 

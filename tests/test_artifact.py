@@ -122,7 +122,9 @@ class Quiet(tg.Log):
 model, _ = tg.load_artifact(tg.Path("a.ptz"), torch.device("cpu"))
 run = tg.Run(model.cfg, 0, 1, torch.device("cpu"), Quiet())
 loader, counter = tg.TokenLoader(model.cfg, "val"), tg.ByteCounter(model.cfg)
-print(json.dumps([tg.evaluate_bpb(model, run, loader, counter, size) for size in (0, 1, 4)]))
+found = [tg.evaluate_exact(model, run, loader, counter)]
+found += [tg.evaluate_bound(model, run, loader, counter, size) for size in (1, 4)]
+print(json.dumps(found))
 """
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60
@@ -130,7 +132,9 @@ print(json.dumps([tg.evaluate_bpb(model, run, loader, counter, size) for size in
     assert done.returncode == 0, done.stderr
     loaded, _ = tg.load_artifact(tmp_path / "a.ptz", CPU)
     loader, counter = tg.TokenLoader(cfg, "val"), tg.ByteCounter(cfg)
-    here = [tg.evaluate_bpb(loaded, make_run(cfg), loader, counter, size) for size in (0, 1, 4)]
+    run = make_run(cfg)
+    here = [tg.evaluate_exact(loaded, run, loader, counter)]
+    here += [tg.evaluate_bound(loaded, run, loader, counter, size) for size in (1, 4)]
     assert json.loads(done.stdout) == here  # to the last bit
 
 
@@ -299,10 +303,10 @@ def test_levels_are_coarsened_only_as_far_as_it_takes(
     scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code_bytes, model = (ROOT / "train_gpt.py").stat().st_size, big(export_scheme=scheme)
-    sizes = {
-        n: code_bytes + len(tg.pack(weights_of(model), model.cfg, "abc", n))
-        for n in tg.SCHEMES[scheme][0]
-    }
+    row, sizes = tg.SCHEMES[scheme], dict[int, int]()
+    for place, levels in enumerate(row.levels):
+        data = tg.pack(weights_of(model), model.cfg, "abc", row, place)
+        sizes[levels] = code_bytes + len(data)
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
     assert len(set(sizes.values())) == len(sizes)
     for levels, total in sizes.items():
@@ -404,3 +408,31 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         tg.atomic_write(tmp_path / "file" / "a.ptz", b"data", "artifact")
     with pytest.raises(tg.UserError, match="OUT_DIR="):
         tg.Log(tg.Config(**settings(out_dir=str(tmp_path / "file"))), 0, False)
+
+
+def test_the_smaller_int6_scheme_is_taken_and_logged(tmp_path: Path) -> None:
+    model = big(export_scheme="int6")
+    log = save(tmp_path / "a.ptz", model)
+    (choice,), (size,) = log.of("export_scheme"), log.of("size")
+    assert choice["model_bytes"].keys() == {"int6+zstd", "int6+lzma"}
+    assert choice["smallest"] == size["scheme"]
+    assert size["model_bytes"] == min(choice["model_bytes"].values())
+    assert (tmp_path / "a.ptz").stat().st_size == size["model_bytes"]
+    alone = save(tmp_path / "b.ptz", big(export_scheme=size["scheme"])).of("size")[0]
+    assert (alone["scheme"], alone["levels"]) == (size["scheme"], size["levels"])
+
+
+def test_a_missing_library_is_named_before_training_and_on_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = big(export_scheme="int6+zstd")
+    save(tmp_path / "a.ptz", model)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(tg.UserError, match=r"a\.ptz needs zstandard .*; pip install it"):
+        tg.load_artifact(tmp_path / "a.ptz", CPU)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for scheme in ("int6", "int6+zstd"):
+        with pytest.raises(tg.UserError, match=r"needs zstandard: pip install zstandard, or set"):
+            tg.check_libraries(tiny(export_scheme=scheme))
+    tg.check_libraries(tiny(export_scheme="int6+lzma"))
+    tg.check_libraries(tiny())

@@ -84,19 +84,22 @@ def damage_token(path: Path) -> None:
             damage_magic,
             (
                 "its header is [256, 20240521, 1], not [256, 20240520, 1]",
-                "rebuild it: python scripts/",
+                "build it again: python scripts/",
             ),
         ),
         (
             damage_version,
-            ("its header is [256, 20240520, 2], not [256, 20240520, 1]", "rebuild it"),
+            ("its header is [256, 20240520, 2], not [256, 20240520, 1]", "build it again"),
         ),
         (
             damage_tail,
             ("announces 40 tokens but holds 38.5", "truncated", "copy or build it again"),
         ),
-        (damage_header, ("its header is [250, 20240520, 1], not [256, 20240520, 1]", "rebuild it")),
-        (damage_all, ("not a token shard: its header is [0], not [256", "rebuild it")),
+        (
+            damage_header,
+            ("its header is [250, 20240520, 1], not [256, 20240520, 1]", "build it again"),
+        ),
+        (damage_all, ("not a token shard: its header is [0], not [256", "build it again")),
         (damage_count, ("announces 39 tokens but holds 40", "copy or build it again")),
         (damage_sign, ("announces -40 tokens", "copy or build it again")),
         (damage_token, ("holds token 64", "VOCAB_SIZE")),
@@ -143,7 +146,7 @@ def test_fewer_tokens_than_a_row_needs(tmp_path: Path, count: int) -> None:
     message = fault_of(lambda: tg.TokenLoader(cfg, "train"))
     assert "TRAIN_SEQ_LEN=16" in message
     assert f"the {count} train tokens of DATA_PATH={str(tmp_path)!r}" in message
-    assert "shorten it or prepare more text" in message
+    assert "lower it, or prepare more text" in message
     shards(tmp_path, list(range(17)))
     assert tg.TokenLoader(cfg, "train").rows(0, 1, 16, CPU).tolist() == [list(range(17))]
 
@@ -163,7 +166,7 @@ def test_a_tokenizer_of_another_size_is_named(data: dict[str, Any]) -> None:
     assert message.startswith(
         f"VOCAB_SIZE=401 but TOKENIZER_PATH={data['tokenizer_path']!r} has 400 pieces"
     )
-    assert "use the one the shards need" in message
+    assert "use the tokenizer of the shards" in message
 
 
 def test_main_prints_a_data_fault_without_a_traceback(
@@ -228,7 +231,9 @@ def test_ranks_share_every_batch_without_overlap(tmp_path: Path, world_size: int
             run = Alone(**vars(make_run(cfg, rank, world_size)))
             state = tg.TrainState(cfg, run, loader := Watched(cfg, "train"))
             loader.position, state.step = step * cfg.train_batch_tokens, step
-            tg.train_step(state, tg.Objective(cfg, run, state.model), tg.Moment.at(cfg, step, 0.0))
+            tg.train_step(
+                state, tg.Objective(cfg, run, state.model), tg.ScheduleState.at(cfg, step, 0.0)
+            )
             asked.append(loader.asked)
             assert len(loader.asked) == 8 // world_size
             assert loader.position == (step + 1) * 128

@@ -54,7 +54,7 @@ def test_groups_hold_what_their_names_say() -> None:
     }
     assert groups["embed"] == {"tok_emb", "mask_emb"}
     assert groups["adapter"] == {n for n in names.values() if "time_proj" in n or n == "self_cond"}
-    matrices = {n for n in names.values() if n.endswith(".weight")} | {"ahead_proj"}
+    matrices = {n for n in names.values() if n.endswith(".weight")} | {"next_visible_proj"}
     assert groups["matrix"] == matrices == {names[id(p)] for p in state.matrices}
     rates = {
         names[id(p)]: group["base_lr"] for group in state.adam.param_groups for p in group["params"]
@@ -74,7 +74,7 @@ def test_an_untied_output_matrix_has_rates_of_its_own() -> None:
 def test_a_parameter_that_no_group_takes_is_named() -> None:
     model = nn.Module()
     model.kernel = nn.Parameter(torch.zeros(2, 3, 4))
-    with pytest.raises(ValueError, match=r"no optimizer group takes kernel \(2, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"no row of GROUPS takes kernel \(2, 3, 4\); add one"):
         tg.assign_groups(model)
 
 
@@ -140,14 +140,16 @@ def test_muon_by_hand(shape: tuple[int, int], decay: float) -> None:
 
 def test_the_rate_is_full_and_then_falls_to_zero() -> None:
     cfg = tiny(iterations=100, warmdown_iters=20)
-    rates = [tg.Moment.at(cfg, step, 12.3).rate for step in range(101)]
+    rates = [tg.ScheduleState.at(cfg, step, 12.3).rate for step in range(101)]
     assert rates[:81] == [1.0] * 81
     assert rates[81:] == pytest.approx([(100 - step) / 20 for step in range(81, 101)], abs=1e-6)
     # The share caps a long warm-down.
     short = tiny(iterations=100, warmdown_iters=1000, warmdown_frac=0.4)
-    assert [tg.Moment.at(short, step, 0).rate for step in (60, 80)] == pytest.approx([1.0, 0.5])
+    assert [tg.ScheduleState.at(short, step, 0).rate for step in (60, 80)] == pytest.approx(
+        [1.0, 0.5]
+    )
     for none in (tiny(warmdown_iters=0), tiny(warmdown_frac=0.0)):
-        assert tg.Moment.at(none, 7, 0).rate == 1.0
+        assert tg.ScheduleState.at(none, 7, 0).rate == 1.0
 
 
 def test_the_clock_decides_when_it_ends_the_run_first() -> None:
@@ -161,11 +163,11 @@ def test_the_clock_decides_when_it_ends_the_run_first() -> None:
         (500, 100.0, 0),
         (500, 120.0, 0),
     ):
-        now = tg.Moment.at(cfg, step, seconds)
+        now = tg.ScheduleState.at(cfg, step, seconds)
         assert now.step == step
         assert now.progress == pytest.approx(step / (step + left), abs=1e-6)
         assert now.rate == pytest.approx(min(left / 50, 1), abs=1e-6)
-    assert tg.Moment.at(tiny(iterations=1000), 500, 1e9).progress == 0.5  # no cap
+    assert tg.ScheduleState.at(tiny(iterations=1000), 500, 1e9).progress == 0.5  # no cap
 
 
 def test_momentum_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +179,7 @@ def test_momentum_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:
         "ar", muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=10
     )
     for step in (0, 5, 10, 11, 500):
-        state.update(tg.Moment(step, 0.5, 1.0))
+        state.update(tg.ScheduleState(step, 0.5, 1.0))
     assert seen == pytest.approx([0.85, 0.90, 0.95, 0.95, 0.95])
 
 
@@ -189,7 +191,7 @@ def test_an_update_sets_every_rate_and_forgets_the_gradients(
     state = state_of(matrix_lr=0.5)
     for p in state.model.parameters():
         p.grad = torch.randn_like(p)
-    state.update(tg.Moment(8, 0.8, 0.5))
+    state.update(tg.ScheduleState(8, 0.8, 0.5))
     assert seen == [0.25]
     for group in state.adam.param_groups:
         assert group["lr"] == pytest.approx(group["base_lr"] / 2)
@@ -205,7 +207,7 @@ def test_the_gradient_is_clipped_as_a_whole() -> None:
     )
     for p in params:
         p.grad = torch.ones_like(p)
-    state.update(tg.Moment(0, 0.0, 1.0))
+    state.update(tg.ScheduleState(0, 0.0, 1.0))
     assert math.sqrt(sum(seen)) == pytest.approx(0.5, rel=1e-4)
 
 
@@ -215,7 +217,7 @@ def test_the_average_of_weights_is_kept_in_fp32_and_exported() -> None:
     expected = [p.detach().clone() for p in state.model.parameters()]
     objective = tg.Objective(state.cfg, state.run, state.model)
     for step in range(6):
-        tg.train_step(state, objective, tg.Moment.at(state.cfg, step, 0.0))
+        tg.train_step(state, objective, tg.ScheduleState.at(state.cfg, step, 0.0))
         decay = min(0.25, (1 + step) / (10 + step))  # early averages forget the initial weights
         expected = [
             decay * e + (1 - decay) * p.detach()

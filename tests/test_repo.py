@@ -22,8 +22,8 @@ MADE_BY_USERS = ("data/", "final_model", "checkpoints/", "logs/")  # what a comm
 
 
 def test_the_program_stays_small() -> None:
-    assert len(SOURCE.splitlines()) <= 1500
-    assert max(len(line) for line in SOURCE.splitlines()) <= 120
+    assert len(SOURCE.splitlines()) <= 2400
+    assert max(len(line) for line in SOURCE.splitlines()) <= 100
 
 
 def test_ten_sections_in_order() -> None:
@@ -41,17 +41,43 @@ def functions(source: str = SOURCE) -> list[tuple[str, int]]:
 
 def test_no_function_is_long() -> None:
     assert len(functions()) > 80
-    assert [(name, lines) for name, lines in functions() if lines > 60] == []
+    assert [(name, lines) for name, lines in functions() if lines > 40] == []
+
+
+def names_bound(source: str) -> list[tuple[int, list[str]]]:
+    """List the names that each assignment, loop and comprehension binds, `_` not counted."""
+    found = list[tuple[int, list[str]]]()
+    for node in ast.walk(ast.parse(source)):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        targets = [node.target] if isinstance(node, ast.For | ast.comprehension) else targets
+        parts = [part for target in targets for part in ast.walk(target)]
+        stored = [part for part in parts if isinstance(getattr(part, "ctx", None), ast.Store)]
+        names = [getattr(part, "id", None) or getattr(part, "attr", "") for part in stored]
+        found.append(
+            (getattr(node, "lineno", 0), [name for name in names if name not in ("", "_")])
+        )
+    return found
+
+
+def test_a_statement_binds_at_most_two_names() -> None:
+    assert max(len(names) for _, names in names_bound(SOURCE)) == 2
+    assert [found for found in names_bound(SOURCE) if len(found[1]) > 2] == []
+    assert [len(n) for _, n in names_bound("a, b, c = x\nfor i, _ in y: pass") if n] == [3, 1]
+
+
+def test_the_program_runs_no_other_file() -> None:
+    for word in ("runpy", "importlib.import_module", "exec(", "eval(", "spec_from_file"):
+        assert word not in SOURCE.replace(".eval()", "")
+    modules = {name.split(".")[0] for name in imports_of(ROOT / "train_gpt.py")}
+    packages = {"numpy", "sentencepiece", "torch", "tqdm", "zstandard"}
+    assert modules - set(sys.stdlib_module_names) == packages
 
 
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
-RUN_BY_PATH = ("flops", "ladder", "objectives", "start_from")  # by train_gpt.py
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_scripts_have_short_functions_and_lines(path: Path) -> None:
-    if path.stem in RUN_BY_PATH:
-        pytest.skip("part of train_gpt.py")
     source = path.read_text(encoding="utf-8")
     assert [(name, lines) for name, lines in functions(source) if lines > 40] == []
     assert max(map(len, source.splitlines() or [""])) <= 100

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, env_of, settings
 
 import train_gpt as tg
+from tests.conftest import ROOT, env_of, settings
 
 STEPS = 4
 ALL = dict(diffusion_row_frac=1.0, diffusion_start_frac=0.0, nelbo_windows="1,4", eval_stride=0)
@@ -147,7 +147,8 @@ def test_every_kind_of_recipe_runs_in_an_empty_folder(
     start = {"init_from": tmp_path / "no_denoiser" / "final_model.int8.ptz"}
     name = "loss_elbo"
     run_jobs(alone, tmp_path, {name: job(tmp_path, name, data, **start)})
-    assert [e["fresh"] for e in events_of(tmp_path, name) if e["event"] == "init_from"][0] > 0
+    (start_event,) = [e for e in events_of(tmp_path, name) if e["event"] == "init_from"]
+    assert start_event["fresh"] > 0
 
 
 @pytest.mark.slow
@@ -234,7 +235,7 @@ def test_an_unknown_recipe_says_where_it_looked(
 
 
 def test_importing_the_program_does_nothing(alone: Path, tmp_path: Path) -> None:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import train_gpt, torch, os; print(os.listdir('.'))"
+    code = "import os, sys; sys.path.insert(0, sys.argv[1]); import train_gpt; print(os.listdir())"
     done = subprocess.run(
         [sys.executable, "-c", code, str(alone)],
         cwd=tmp_path,

@@ -78,7 +78,12 @@ def test_weights_are_taken_by_name_and_the_rest_is_fresh(
     assert event["fresh"] == len(lacking)
     assert bool(lacking) == (source == "ar")
     if lacking:
-        assert {"mask_emb", "ahead_gain", "ahead_proj", "blocks.0.time_proj"} <= lacking
+        assert {
+            "mask_emb",
+            "next_visible_gain",
+            "next_visible_proj",
+            "blocks.0.time_proj",
+        } <= lacking
 
 
 def test_the_clean_stream_of_an_adapted_model_is_the_artifacts(
@@ -86,10 +91,12 @@ def test_the_clean_stream_of_an_adapted_model_is_the_artifacts(
 ) -> None:
     given, ids = export(tmp_path / "a.ptz", tiny("ar")), random_rows(3, 16, 64)
     state = begin(tiny(**text, init_from=str(tmp_path / "a.ptz")))
-    assert tg.score(state.model, ids).equal(tg.score(given, ids))
-    tg.train_step(state, tg.Objective(state.cfg, state.run, state.model), tg.Moment(0, 0.5, 1.0))
+    assert tg.token_nll_causal(state.model, ids).equal(tg.token_nll_causal(given, ids))
+    tg.train_step(
+        state, tg.Objective(state.cfg, state.run, state.model), tg.ScheduleState(0, 0.5, 1.0)
+    )
     # What was taken is what the optimizers move.
-    assert not tg.score(state.model, ids).equal(tg.score(given, ids))
+    assert not tg.token_nll_causal(state.model, ids).equal(tg.token_nll_causal(given, ids))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +172,7 @@ def test_a_checkpoint_goes_before_the_artifact_and_does_not_need_it(
     export(tmp_path / "a.ptz", tiny("ar"))
     cfg = tiny(**text, init_from=str(tmp_path / "a.ptz"), run_id="r", resume="auto")
     state = begin(cfg)  # there is no checkpoint yet
-    tg.train_step(state, tg.Objective(cfg, state.run, state.model), tg.Moment(0, 0.5, 1.0))
+    tg.train_step(state, tg.Objective(cfg, state.run, state.model), tg.ScheduleState(0, 0.5, 1.0))
     state.save()
     (tmp_path / "a.ptz").unlink()
     again = begin(cfg)
@@ -206,15 +213,15 @@ def objective_of(**overrides: Any) -> tg.Objective:
     return tg.Objective(cfg, make_run(cfg), randomise(tg.GPT(cfg)))
 
 
-def mask_of(objective: tg.Objective, size: int, now: tg.Moment) -> Any:
+def mask_of(objective: tg.Objective, size: int, now: tg.ScheduleState) -> Any:
     """By what mask windows are read at a moment of a run."""
-    seen, plain = list[tg.Window](), objective.model.window
+    seen, plain = list[tg.WindowInput](), objective.model.forward_denoise
 
-    def window(window: tg.Window, past: Any) -> torch.Tensor:
+    def forward_denoise(window: tg.WindowInput, cache: tg.Cache) -> torch.Tensor:
         seen.append(window)
-        return plain(window, past)
+        return plain(window, cache)
 
-    objective.window = window
+    objective.forward_denoise = forward_denoise
     objective(random_rows(1, 17, 64), 0, size, now)
     return seen[-1].mask
 
@@ -228,7 +235,9 @@ def test_attention_turns_from_causal_to_both_ways(size: int) -> None:
     assert isinstance(both, torch.Tensor)
     later = both & ~causal
     for progress, share in ((0.0, 0.0), (0.1, 0.2), (0.4, 0.8), (0.5, 1.0), (0.8, 1.0), (1.0, 1.0)):
-        masks = [mask_of(objective, size, tg.Moment(step, progress, 1.0)) for step in range(60)]
+        masks = [
+            mask_of(objective, size, tg.ScheduleState(step, progress, 1.0)) for step in range(60)
+        ]
         opened = torch.stack([mask for mask in masks if isinstance(mask, torch.Tensor)])
         assert opened.shape == (60, *both.shape)
         assert (opened & ~later == causal).all()  # all else is always as it was
@@ -241,7 +250,7 @@ def test_attention_turns_from_causal_to_both_ways(size: int) -> None:
 
 
 def test_annealed_attention_is_a_function_of_seed_and_step() -> None:
-    now = tg.Moment(7, 0.2, 1.0)
+    now = tg.ScheduleState(7, 0.2, 1.0)
     first, again, other = (
         mask_of(objective_of(diffusion_anneal_frac=0.5, **more), 8, now)
         for more in ({}, {}, {"seed": 3})
@@ -262,7 +271,7 @@ def test_windows_are_read_by_the_annealed_mask() -> None:
     ):
         objective = objective_of(look_ahead=0, **overrides)
         losses[name] = [
-            objective(rows, 0, 8, tg.Moment(3, progress, 1.0))[1][1].item()
+            objective(rows, 0, 8, tg.ScheduleState(3, progress, 1.0))[1][1].item()
             for progress in (0, 0.25, 0.5)
         ]
     assert losses["annealed"][0] == losses["causal"][0]
@@ -271,14 +280,14 @@ def test_windows_are_read_by_the_annealed_mask() -> None:
 
 
 def test_evaluation_reads_both_ways_whatever_was_annealed(text: dict[str, Any]) -> None:
-    x0, *_ = tg.tile(random_rows(2, 17, 64), 8)
-    keys, outputs = tg.derive(torch.arange(2)[:, None], torch.arange(2)), list[torch.Tensor]()
+    ids = random_rows(2, 16, 64)
+    keys, outputs = tg.split_key(torch.arange(2)[:, None], torch.arange(2)), list[torch.Tensor]()
     for frac in (0.0, 0.9):
         cfg = tiny(**text, diffusion_anneal_frac=frac)
         model = randomise(tg.GPT(cfg))
         mask = tg.window_mask(16, 8, cfg.diffusion_causal, CPU)
         outputs.append(tg.window_bounds(model, random_rows(2, 17, 64), keys, 8, 2, mask))
-        outputs.append(tg.infill(model, x0[:, 0], x0[:, 1], 4).ids)
+        outputs.append(tg.decode_refine(model, ids, 8, 12).ids)
     assert outputs[0].equal(outputs[2])
     assert outputs[1].equal(outputs[3])
 
@@ -288,7 +297,7 @@ def test_an_annealed_run_resumes_to_the_bit(text: dict[str, Any]) -> None:
 
     def steps(state: tg.TrainState, count: int) -> list[list[float]]:
         objective = tg.Objective(cfg, state.run, state.model)
-        moments = (tg.Moment.at(cfg, state.step, 0.0) for _ in range(count))
+        moments = (tg.ScheduleState.at(cfg, state.step, 0.0) for _ in range(count))
         return [tg.train_step(state, objective, now).tolist() for now in moments]
 
     whole = begin(cfg)
@@ -342,6 +351,8 @@ def test_recipes_made_of_these_settings_train(
     state = begin(cfg)
     objective, losses = tg.Objective(cfg, state.run, state.model), list[float]()
     for _ in range(cfg.iterations):
-        losses.append(tg.train_step(state, objective, tg.Moment.at(cfg, state.step, 0.0))[1].item())
+        losses.append(
+            tg.train_step(state, objective, tg.ScheduleState.at(cfg, state.step, 0.0))[1].item()
+        )
     assert all(loss < float("inf") for loss in losses)
     assert sum(losses[-20:]) < 0.9 * sum(losses[:20])

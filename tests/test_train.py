@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 import train_gpt as tg
-from scripts import objectives
 from tests.conftest import (
     CPU,
     MAIN,
@@ -136,7 +135,7 @@ def test_every_recipe_trains(recipe: str, synthetic: dict[str, Any]) -> None:
         fresh = tg.GPT(cfg).state_dict()
         moved = {name for name, w in state.model.state_dict().items() if not w.equal(fresh[name])}
         # A gradient reaches the first factor of a product only once the second has left zero.
-        still = {name for name in fresh.keys() - moved if not name.endswith("ahead_gain")}
+        still = {name for name in fresh.keys() - moved if not name.endswith("next_visible_gain")}
         assert not still
 
 
@@ -153,7 +152,7 @@ VARIANTS: list[dict[str, Any]] = [
     dict(self_condition="soft"), dict(self_condition="commit"), dict(diffusion_passes=2),
     dict(self_condition="soft", diffusion_passes=2),
     dict(self_condition="commit", diffusion_passes=2),
-    *(dict(diffusion_loss=name) for name in tg.LOSSES | objectives.LOSSES
+    *(dict(diffusion_loss=name) for name in tg.LOSSES
       if name != "sedd_uniform"),
     dict(diffusion_loss="sedd_uniform", diffusion_corruption_mode="uniform"),
     dict(diffusion_anneal_frac=0.6),
@@ -200,15 +199,17 @@ def objective_of(**overrides: Any) -> tuple[tg.Objective, tg.Config]:
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
-    rows, now = random_rows(4, 17, 64), tg.Moment(3, 0.5, 1.0)
+    rows, now = random_rows(4, 17, 64), tg.ScheduleState(3, 0.5, 1.0)
     objective, _ = objective_of(mercury_clean_loss_weight=0.3, diffusion_loss_weight=0.7)
     loss, (ar_loss, window_loss) = objective(rows, 1, 4, now)
     assert loss.item() == pytest.approx(0.3 * ar_loss.item() + 0.7 * window_loss.item(), rel=1e-5)
-    assert ar_loss.item() == pytest.approx(tg.score(objective.model, rows).mean().item(), rel=1e-5)
+    assert ar_loss.item() == pytest.approx(
+        tg.token_nll_causal(objective.model, rows).mean().item(), rel=1e-5
+    )
     assert objective(rows, 1, 4, now)[0].equal(loss)
     # Noise belongs to a place in the global batch.
     assert not objective(rows, 2, 4, now)[0].equal(loss)
-    assert not objective(rows, 1, 4, tg.Moment(4, 0.5, 1.0))[0].equal(loss)  # and to a step
+    assert not objective(rows, 1, 4, tg.ScheduleState(4, 0.5, 1.0))[0].equal(loss)  # and to a step
 
 
 def test_gradients_and_losses_of_ranks_add_up(synthetic: dict[str, Any]) -> None:
@@ -227,12 +228,14 @@ def test_gradients_and_losses_of_ranks_add_up(synthetic: dict[str, Any]) -> None
             state = tg.TrainState(cfg, run, tg.TokenLoader(cfg, "train"))
             params = list(randomise(state.model).parameters())
 
-            def update(_: tg.Moment, params: Any = params, grads: Any = grads) -> None:
+            def update(_: tg.ScheduleState, params: Any = params, grads: Any = grads) -> None:
                 grads.append(torch.cat([p.grad.flatten() for p in params]))
 
             state.update = update  # type: ignore[method-assign]
             losses.append(
-                tg.train_step(state, tg.Objective(cfg, run, state.model), tg.Moment(0, 0.0, 1.0))
+                tg.train_step(
+                    state, tg.Objective(cfg, run, state.model), tg.ScheduleState(0, 0.0, 1.0)
+                )
             )
         totals.append((torch.stack(grads).sum(0), torch.stack(losses).sum(0)))
     assert totals[0][0].abs().sum() > 0
@@ -242,17 +245,17 @@ def test_gradients_and_losses_of_ranks_add_up(synthetic: dict[str, Any]) -> None
 
 
 def test_only_a_share_of_rows_carries_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, plain = list[tuple[int, ...]](), tg.GPT.window
+    seen, plain = list[tuple[int, ...]](), tg.GPT.forward_denoise
 
-    def window(self: tg.GPT, window: tg.Window, past: Any) -> Tensor:
+    def forward_denoise(self: tg.GPT, window: tg.WindowInput, cache: tg.Cache) -> Tensor:
         seen.append(tuple(window.noisy.xt.shape))
-        assert all(k.shape[0] == len(window.noisy.xt) for k, _ in past)
-        return plain(self, window, past)
+        assert {len(x) for x in [*cache.keys, *cache.values]} == {len(window.noisy.xt)}
+        return plain(self, window, cache)
 
-    monkeypatch.setattr(tg.GPT, "window", window)
+    monkeypatch.setattr(tg.GPT, "forward_denoise", forward_denoise)
     for share, count in ((1.0, 8), (0.25, 2), (0.01, 1)):
         objective, _ = objective_of(diffusion_row_frac=share)
-        objective(random_rows(8, 17, 64), 0, 4, tg.Moment(0, 0.0, 1.0))
+        objective(random_rows(8, 17, 64), 0, 4, tg.ScheduleState(0, 0.0, 1.0))
         assert seen.pop() == (count, 4, 4)
 
 
@@ -267,7 +270,7 @@ def test_the_noise_levels_of_a_batch_are_stratified(monkeypatch: pytest.MonkeyPa
     objective, _ = objective_of(diffusion_full_prob=0.0)
     for step in (0, 7):
         for part in range(4):  # four parts of one batch, as several ranks would take them
-            objective(random_rows(4, 17, 64), part, 4, tg.Moment(step, 0.0, 1.0))
+            objective(random_rows(4, 17, 64), part, 4, tg.ScheduleState(step, 0.0, 1.0))
         t = torch.cat(seen).flatten().sort().values
         assert len(t) == 64
         assert (t - (torch.arange(64) + 0.5) / 64).abs().max() < 3 / 64
@@ -281,20 +284,21 @@ def test_a_prediction_is_fed_back_as_trained() -> None:
             mercury_self_condition_prob=0.5,
             mercury_self_condition_fraction=0.25,
         )
-        x0, before, positions = tg.tile(random_rows(500, 17, 64), 4)
-        keys = tg.derive(torch.arange(500)[:, None], torch.arange(4))
-        noisy = tg.corrupt(x0, torch.full((500, 4), 0.6), keys, cfg)
-        window = tg.Window(before, noisy, positions, objective.masks[4])
+        windows = tg.split_into_windows(random_rows(500, 17, 64), 4)
+        keys = tg.split_key(torch.arange(500)[:, None], torch.arange(4))
+        noisy = tg.corrupt(windows.x0, torch.full((500, 4), 0.6), keys, cfg)
+        mask = objective.masks[4]
+        window = tg.WindowInput(windows.before, noisy, windows.positions, mask)
         logits = torch.randn(500, 4, 4, 64)
-        draws = tg.uniform(tg.derive(keys, 1), 1), tg.uniform(tg.derive(keys, 2), 4)
-        fed = tg.beside("objectives.py", "feed_back")(objective.model, window, logits, *draws)
+        fed = tg.feed_back(objective.model, window, logits, keys)
         assert fed.noisy.corrupted.equal(noisy.corrupted)
-        assert fed.noisy.suspect.equal(noisy.suspect)
+        assert fed.noisy.possibly_corrupted.equal(noisy.possibly_corrupted)
         if self_condition == "soft":
             assert fed.noisy.xt.equal(noisy.xt)
+            assert fed.previous is not None
             given = fed.previous.abs().sum((-1, -2)) > 0
             assert given.float().mean().item() == pytest.approx(0.5, abs=0.06)
-            expected = tg.beside("objectives.py", "expected_embedding")(objective.model, logits)
+            expected = tg.expected_embedding(objective.model, logits)
             torch.testing.assert_close(fed.previous[given], expected[given])
         else:
             replaced = fed.noisy.xt != noisy.xt
@@ -306,7 +310,7 @@ def test_a_prediction_is_fed_back_as_trained() -> None:
 
 def test_self_conditioning_trains_with_one_pass_first() -> None:
     """Its first pass carries no gradient and no loss; unrolled passes carry both."""
-    rows, now = random_rows(4, 17, 64), tg.Moment(0, 0.0, 1.0)
+    rows, now = random_rows(4, 17, 64), tg.ScheduleState(0, 0.0, 1.0)
     for self_condition, passes, expected in (
         ("none", 1, 1),
         ("soft", 1, 2),
@@ -314,15 +318,15 @@ def test_self_conditioning_trains_with_one_pass_first() -> None:
         ("commit", 2, 3),
     ):
         objective, _ = objective_of(self_condition=self_condition, diffusion_passes=passes)
-        graded, plain = list[bool](), objective.window
+        graded, plain = list[bool](), objective.forward_denoise
 
-        def window(
-            window: tg.Window, past: Any, graded: list[bool] = graded, plain: Any = plain
+        def forward_denoise(
+            window: tg.WindowInput, cache: Any, graded: list[bool] = graded, plain: Any = plain
         ) -> Tensor:
             graded.append(torch.is_grad_enabled())
-            return plain(window, past)
+            return plain(window, cache)
 
-        objective.window = window
+        objective.forward_denoise = forward_denoise
         objective(rows, 0, 4, now)[0].backward()  # type: ignore[no-untyped-call]
         assert graded == [False] * (expected - passes) + [True] * passes
 
@@ -338,7 +342,7 @@ def test_a_run_that_is_no_longer_finite_stops(
     state = tg.TrainState(cfg, make_run(cfg), tg.TokenLoader(cfg, "train"))
     plain = state.update
 
-    def update(now: tg.Moment) -> None:
+    def update(now: tg.ScheduleState) -> None:
         plain(now)
         if state.step == 4:
             with torch.no_grad():
@@ -408,13 +412,13 @@ class Clock:
             return plain(*args)
 
         monkeypatch.setattr(tg, "train_step", train_step)
-        evaluate = tg.evaluate_bpb
+        evaluate = tg.evaluate_exact
 
-        def evaluate_bpb(*args: Any) -> dict[str, Any]:
+        def evaluate_exact(*args: Any) -> dict[str, Any]:
             self.now += 1000  # which must not count
             return evaluate(*args)
 
-        monkeypatch.setattr(tg, "evaluate_bpb", evaluate_bpb)
+        monkeypatch.setattr(tg, "evaluate_exact", evaluate_exact)
 
 
 def test_the_cap_stops_a_run_and_time_counts_on(
@@ -517,7 +521,11 @@ def test_another_configuration_cannot_resume(synthetic: dict[str, Any]) -> None:
 
 def logged(folder: Path) -> list[dict[str, Any]]:
     return [
-        {k: v for k, v in e.items() if k not in ("train_ms", "step_ms", "tok_per_sec", "mfu")}
+        {
+            k: v
+            for k, v in e.items()
+            if k not in ("train_ms", "step_ms", "tok_per_sec", "tflop_per_sec")
+        }
         for e in read_events(folder)
     ]
 
@@ -587,8 +595,7 @@ def test_sigterm_ends_a_run_and_says_how_to_go_on(
     _, err = process.communicate(timeout=30)
     assert process.returncode == 2
     assert (
-        "ended by a signal; the last checkpoint is kept: start the same command with RESUME=auto"
-        in err
+        "ended by a signal; the last checkpoint is kept: rerun the command with RESUME=auto" in err
     )
     assert torch.load(tmp_path / "out" / "checkpoints" / "r.pt", weights_only=True)["step"] > 0
 
@@ -626,7 +633,7 @@ def test_the_log_tells_people_and_programs_the_same(
         "final",
         "val_bpb_sliding",
     ]
-    assert names == [*expected, "nelbo", "nelbo", *["parallel_eval"] * 5, "done"]
+    assert names == [*expected, "nelbo", "nelbo", *["parallel_eval"] * 5, "timing", "done"]
     for event in events:  # both are made from the same values
         values = {k: v for k, v in event.items() if k != "event"}
         line = tg.LINES.get(
@@ -718,7 +725,7 @@ def test_a_compiled_stream_is_one_whole_graph_and_loses_nothing(
         run.compile = compiled
         objective = tg.Objective(cfg, run, model)
         for size in objective.masks:
-            objective(rows, 0, size, tg.Moment(5, 0.9, 1.0))[0].backward()
+            objective(rows, 0, size, tg.ScheduleState(5, 0.9, 1.0))[0].backward()
         grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         # Places count, too.
         totals.append([(g @ torch.linspace(1, 2, len(g))).item() for g in grads])
@@ -760,7 +767,7 @@ def test_a_step_reads_nothing_back_from_the_device(
     assert bool(torch.ones(1))
     assert waits == ["__bool__"]
     for step in range(3):
-        sums = tg.train_step(state, objective, tg.Moment(step, 0.5, 1.0))
+        sums = tg.train_step(state, objective, tg.ScheduleState(step, 0.5, 1.0))
     assert waits == ["__bool__"]
     monkeypatch.undo()
     assert sums.isfinite().all()
