@@ -88,7 +88,7 @@ class Config:
     UserError names every fault at once, each with value, rule and remedy.
     """
 
-    recipe: str = free("direct", "row of RECIPES or of scripts/study/ladder.toml")
+    recipe: str = free("record", "row of RECIPES or of scripts/study/ladder.toml")
     preset: str = free("auto", "row of PRESETS (hardware size); auto: chosen for this machine")
     strength: bool = opt(False, "take the row of STRENGTHS for the preset, too")
     run_id: str = free("", "name of log and checkpoint; empty: recipe, seed, hash of the settings")
@@ -437,7 +437,7 @@ def choose_rows(
     if mode and mode not in TRAIN_MODES:
         rule = f"must be one of: {', '.join(TRAIN_MODES)}; unset it and name a RECIPE"
         faults.append(f"DIFFUSION_TRAIN_MODE={mode!r} {rule}")
-    recipe = given.get("recipe", TRAIN_MODES.get(mode, "direct"))
+    recipe = given.get("recipe", TRAIN_MODES.get(mode, "record"))
     recipes = RECIPES if recipe in RECIPES else all_recipes()
     if recipe not in recipes:
         known = f"{closest(recipe, recipes)}; known: {', '.join(recipes)}"
