@@ -308,7 +308,9 @@ FAULTY = {  # rows, and what is said where the row called `x` is asked for
     ),
     "[rows.x]\nseed = 5": "{file}, x -> None: no such base, or a circle of bases; closest: none",
     "[rows.x]\nbase = 5": "{file}, x -> 5: no such base",
-    "[rows.x]\nbase = 'dirct'": "{file}, x -> dirct: no such base, or a circle of bases; closest: direct",
+    "[rows.x]\nbase = 'dirct'": (
+        "{file}, x -> dirct: no such base, or a circle of bases; closest: direct"
+    ),
     "[rows.x]\nbase = 'x'": (
         "{file}, x -> x: no such base, or a circle of bases; closest: x; the last base must be"
     ),

@@ -1,4 +1,7 @@
-"""train_gpt.py copied alone into an empty folder: every kind of recipe trains, exports, reloads, scores and decodes."""
+"""train_gpt.py copied alone into an empty folder runs every kind of recipe.
+
+It trains, exports, reloads, scores and decodes, eager and compiled.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,13 @@ from tests.conftest import ROOT, env_of, settings
 
 STEPS = 4
 ALL = dict(diffusion_row_frac=1.0, diffusion_start_frac=0.0, nelbo_windows="1,4", eval_stride=0)
-# One kind per setting that selects code: losses, corruption, regions, self-conditioning, passes, annealing, starts.
+# One kind per setting that selects code.
 # fmt: off
 KINDS: dict[str, dict[str, Any]] = {
     **{f"loss_{name}": dict(diffusion_loss=name) for name in tg.LOSSES if name != "sedd_uniform"},
     "loss_sedd_uniform": dict(diffusion_loss="sedd_uniform", diffusion_corruption_mode="uniform"),
-    **{f"noise_{mode}": dict(diffusion_corruption_mode=mode) for mode in ("uniform", "hybrid", "gaussian")},
+    **{f"noise_{mode}": dict(diffusion_corruption_mode=mode)
+       for mode in ("uniform", "hybrid", "gaussian")},
     **{f"region_{name}": dict(diffusion_regions=name) for name in tg.REGIONS},
     "tasks_mixed": dict(mercury_task_mode="mixed"),
     "self_condition_soft": dict(self_condition="soft", time_embed_dim=4),
@@ -31,7 +35,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "annealed": dict(diffusion_anneal_frac=0.9),
     "causal": dict(diffusion_causal=True, diffusion_shift=False),
     "fixed_ramp": dict(diffusion_rate="fixed", diffusion_ramp="iterations"),
-    "strong_parts": dict(value_residual=True, bigram_vocab_size=64, ema_decay=0.9, export_scheme="int6"),
+    "strong_parts": dict(
+        value_residual=True, bigram_vocab_size=64, ema_decay=0.9, export_scheme="int6"),
     "gaussian_bigrams": dict(diffusion_corruption_mode="gaussian", bigram_vocab_size=64),
     "no_denoiser": dict(diffusion_loss_weight=0.0),
     "untied": dict(tie_embeddings=False, export_scheme="int6+zstd"),
