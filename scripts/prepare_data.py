@@ -199,7 +199,7 @@ def stdlib_corpus(root: Path, max_bytes: int, val_percent: float) -> Corpus:
     """
     chosen: dict[bytes, Document] = {}
     documents, digest = list[Document](), hashlib.sha256()
-    foreign = found = total = 0
+    foreign = found = 0
     for path in stdlib_paths(root):
         found += 1
         try:
@@ -209,6 +209,7 @@ def stdlib_corpus(root: Path, max_bytes: int, val_percent: float) -> Corpus:
             continue
         document = Document(text, path.relative_to(root).as_posix())
         chosen.setdefault(hashlib.sha256(text.encode()).digest(), document)
+    total = 0
     for key in sorted(chosen):
         size = len(chosen[key].text.encode())
         if total + size > max_bytes:
@@ -345,7 +346,7 @@ def training_sample(corpus: Corpus, max_bytes: int) -> list[str]:
         while total - heap[0][1] >= max_bytes:
             total -= heapq.heappop(heap)[1]
     check_splits(documents)
-    return [text for _, _, text in sorted(heap, reverse=True)]
+    return [entry[2] for entry in sorted(heap, reverse=True)]
 
 
 # Of SentencePiece. A newline is a piece of its own and no other piece crosses it; runs of spaces
@@ -444,10 +445,11 @@ def check_roundtrip(
         expected = texts
         again = tokenizer.encode(texts, out_type="numpy", num_threads=threads)
         texts = tokenizer.decode(again, num_threads=threads)
-    for document, before, after in zip(batch, expected, texts, strict=True):
+    for i, document in enumerate(batch):
+        before, after = expected[i], texts[i]
         if before != after:
-            pairs = enumerate(zip(before, after, strict=False))
-            at = next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
+            same = [a == b for a, b in zip(before, after, strict=False)]
+            at = [*same, False].index(False)
             was, became = before[at : at + 20], after[at : at + 20]
             change = f"{was!r} became {became!r} at character {at:,}"
             remedy = "leave the document out or use another --tokenizer"
@@ -472,7 +474,9 @@ class ShardWriter:
         self.limit = limit
         self.file: IO[bytes] | None = None
         self.held = 0  # tokens in the open shard
-        self.documents = self.tokens = self.bytes = 0
+        self.documents = 0
+        self.tokens = 0
+        self.bytes = 0
         self.files: dict[str, dict[str, Any]] = {}
 
     def add(self, tokens: np.ndarray[Any, Any], num_bytes: int) -> None:
@@ -581,7 +585,8 @@ def encode_corpus(
                 [d.text for d in documents], out_type="numpy", num_threads=num_threads()
             )
             check_roundtrip(tokenizer, documents, ids, exact)
-            for (document, key), tokens in zip(batch, ids, strict=True):
+            for source, tokens in zip(batch, ids, strict=True):
+                document, key = source
                 writer = writers["val" if corpus.is_val(key) else "train"]
                 writer.add(np.concatenate((bos, tokens)), len(document.text.encode()))
         for writer in writers.values():
@@ -594,7 +599,8 @@ def check_splits(documents: dict[str, int]) -> None:
     """Raise UserError if a split is empty."""
     if not any(documents.values()):
         fail("no document with text was found; name other files")
-    for split, other, verb in (("train", "val", "lower"), ("val", "train", "raise")):
+    for split, other in (("train", "val"), ("val", "train")):
+        verb = {"train": "lower", "val": "raise"}[split]
         if not documents[split]:
             why = f"all {documents[other]} documents fell into {other}"
             remedy = f"{verb} --val-percent or add documents (a plain text file counts as one)"

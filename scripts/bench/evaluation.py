@@ -91,23 +91,26 @@ def jobs(
     random_text(folder, cfg, (rows or max(2 * cfg.val_batch_size // T, 32)) * T + 1)
     model, val = tg.GPT(cfg).to(run.device).eval(), tg.TokenLoader(cfg, "val")
 
-    def bpb(size: int = 0, stride: int = 0) -> Callable[[], Any]:
-        everything = dataclasses.replace(run, cfg=dataclasses.replace(cfg, nelbo_sequences=0))
-        counter: Any = OneByte()
-        return lambda: tg.evaluate_bpb(model, everything, val, counter, size, stride)
+    everything = dataclasses.replace(run, cfg=dataclasses.replace(cfg, nelbo_sequences=0))
+    counter: Any = OneByte()
+
+    def exact(stride: int = 0) -> Callable[[], Any]:
+        return lambda: tg.evaluate_exact(model, everything, val, counter, stride)
+
+    def bound(size: int) -> Callable[[], Any]:
+        return lambda: tg.evaluate_bound(model, everything, val, counter, size)
 
     scored = (val.total - 1) // T * T
     share = tokens / devices / scored
-    found = [Job(case, "exact", scored, 2 * share, bpb())]
+    found = [Job(case, "exact", scored, 2 * share, exact())]
     if cfg.eval_stride:
         step = min(cfg.eval_stride, T)
         count = (val.total - 1 - T) // step * step + T
-        found.append(
-            Job(case, "sliding", count, tokens / devices / count, bpb(stride=cfg.eval_stride))
-        )
+        sliding = exact(cfg.eval_stride)
+        found.append(Job(case, "sliding", count, tokens / devices / count, sliding))
     for size, _ in cfg.sizes(cfg.nelbo_windows) if cfg.diffusion else []:
         part = min(cfg.nelbo_sequences * T or tokens, tokens)  # what a run scores
-        found.append(Job(case, f"bound {size}", scored, part / devices / scored, bpb(size)))
+        found.append(Job(case, f"bound {size}", scored, part / devices / scored, bound(size)))
     if cfg.parallel_eval_examples:
         found.append(Job(case, PARALLEL, 0, 1.0, lambda: tg.evaluate_parallel(model, run, val)))
     return found

@@ -9,7 +9,7 @@ them as an artifact. Three tables: every largest integer of matrices with the by
 compressor and what rounding adds to the exact bits per byte and to the bound (the same noise before
 and after, so that the difference is no noise); where the bytes of every scheme of train_gpt.SCHEMES
 go; and the error of every tensor. "entropy" is what an ideal coder of single integers would take,
-"bits" ceil(log2(2 n + 1)) of them side by side. zstd is left out where zstandard is not installed.
+"bits" ceil(log2(2 n + 1)) of them side by side.
 Text comes from DATA_PATH and TOKENIZER_PATH, or from where the model was trained; NELBO_SEQUENCES
 and NELBO_SAMPLES are the environment's, too. The last line is one JSON object.
 """
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import lzma
 import math
 import os
@@ -68,16 +67,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def compressors() -> dict[str, Callable[[bytes], bytes]]:
-    found: dict[str, Callable[[bytes], bytes]] = {
-        "zlib-9": lambda data: zlib.compress(data, 9),
-        "lzma-9e": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
-    }
-    if importlib.util.find_spec("zstandard"):
-        import zstandard
-
-        found["zstd-22"] = zstandard.ZstdCompressor(level=22).compress
-    return found
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    "zlib-9": lambda data: zlib.compress(data, 9),
+    "lzma-9e": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
+    "zstd-22": tg.zstd_compress,
+}
 
 
 def load(path: Path) -> tuple[tg.Config, dict[str, Tensor]]:
@@ -111,11 +105,12 @@ def load(path: Path) -> tuple[tg.Config, dict[str, Tensor]]:
 # ==============================================================================
 
 
-def rounded(
-    weights: Mapping[str, Tensor], matrices: int, tables: int, keep: int
-) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Return what is stored of every tensor: integers and scales, or fp16 and None."""
-    stored: dict[str, tuple[Tensor, Tensor | None]] = {}
+Stored = dict[str, tuple[Tensor, Tensor | None]]  # by name: integers and scales, or fp16 and None
+
+
+def rounded(weights: Mapping[str, Tensor], matrices: int, tables: int, keep: int) -> Stored:
+    """Return what is stored of every tensor."""
+    stored: Stored = {}
     for name, w in weights.items():
         big = w.ndim == 2 and w.numel() > keep
         stored[name] = (
@@ -124,11 +119,18 @@ def rounded(
     return stored
 
 
-def restored(stored: Mapping[str, tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
-    return {
-        n: q.float() if scale is None else q.float() * scale.float()[:, None]
-        for n, (q, scale) in stored.items()
-    }
+def rounded_by(scheme: tg.Scheme, weights: Mapping[str, Tensor], keep: int) -> Stored:
+    """Round as a scheme does at its first levels."""
+    levels = scheme.levels[0]
+    return rounded(weights, levels, scheme.embedding_levels or levels, keep)
+
+
+def restored(stored: Stored) -> dict[str, Tensor]:
+    found = dict[str, Tensor]()
+    for name, kept in stored.items():
+        q, scale = kept
+        found[name] = q.float() if scale is None else q.float() * scale.float()[:, None]
+    return found
 
 
 def entropy(q: Tensor) -> float:
@@ -137,7 +139,7 @@ def entropy(q: Tensor) -> float:
     return float(-(p[p > 0] * p[p > 0].log2()).sum())
 
 
-def raw_bytes(stored: Mapping[str, tuple[Tensor, Tensor | None]]) -> dict[str, bytes]:
+def raw_bytes(stored: Stored) -> dict[str, bytes]:
     """The bytes of integers, of their scales and of what stays fp16, each in one piece."""
     parts = {"integers": b"", "scales": b"", "fp16": b""}
     for q, scale in stored.values():
@@ -146,13 +148,11 @@ def raw_bytes(stored: Mapping[str, tuple[Tensor, Tensor | None]]) -> dict[str, b
     return parts
 
 
-def sizes(stored: Mapping[str, tuple[Tensor, Tensor | None]]) -> dict[str, float]:
+def sizes(stored: Stored) -> dict[str, float]:
     """Bytes of all integers of a rounding, by compressor, ideal and side by side."""
     integers = [q for q, scale in stored.values() if scale is not None]
     data = raw_bytes(stored)["integers"]
-    found: dict[str, float] = {
-        name: len(compress(data)) for name, compress in compressors().items()
-    }
+    found: dict[str, float] = {name: len(compress(data)) for name, compress in COMPRESSORS.items()}
     found["entropy"] = sum(entropy(q) * q.numel() for q in integers) / 8
     found["bits"] = (
         sum(math.ceil(math.log2(2 * int(q.abs().max()) + 1)) * q.numel() for q in integers) / 8
@@ -171,16 +171,16 @@ def scores(
     """Exact bits per byte of the validation split, and the bound (None without a denoiser)."""
     model = tg.GPT(cfg)
     model.load_state_dict(dict(weights))
-    with tempfile.TemporaryDirectory() as nowhere:  # evaluate_bpb writes no event
+    with tempfile.TemporaryDirectory() as nowhere:  # scores write no event
         run = tg.Run(
             cfg, 0, 1, device, tg.Log(dataclasses.replace(cfg, out_dir=nowhere), 0, continued=False)
         )
-    val, counter = tg.TokenLoader(cfg, "val"), tg.ByteCounter(cfg)
-    of: list[int] = [0, window] if cfg.diffusion else [0]
-    found = [
-        tg.evaluate_bpb(model.to(device).eval(), run, val, counter, size)["bpb"] for size in of
-    ]
-    return {"val_bpb": found[0], "bound": found[1] if cfg.diffusion else None}
+    data = (run, tg.TokenLoader(cfg, "val"), tg.ByteCounter(cfg))
+    model = model.to(device).eval()
+    found = {"val_bpb": tg.evaluate_exact(model, *data)["bpb"], "bound": None}
+    if cfg.diffusion:
+        found["bound"] = tg.evaluate_bound(model, *data, window)["bpb"]
+    return found
 
 
 def round_all(
@@ -189,7 +189,8 @@ def round_all(
     """Score unrounded weights, then every rounding with its bytes."""
     device = pick_device(args.device)
     floats, rows = scores(cfg, weights, args.window, device), []
-    tables = sorted({embedding for _, embedding, _ in tg.SCHEMES.values()})  # 0: as the matrices
+    # 0: as the matrices.
+    tables = sorted({scheme.embedding_levels for scheme in tg.SCHEMES.values()})
     grid = dict.fromkeys((n, embedding or n) for n in args.levels for embedding in tables)
     for matrices, embedding in tqdm(list(grid), desc="roundings", disable=None):
         stored = rounded(weights, matrices, embedding, args.keep)
@@ -209,11 +210,11 @@ def measure(
     schemes, sha256 = [], tg.ByteCounter(cfg).sha256
     code = Path(tg.__file__).stat().st_size
     tg.KEEP_FLOAT_NUMEL = args.keep
-    for name, (levels, embedding, compress) in tg.SCHEMES.items():
-        stored = rounded(weights, levels[0], embedding or levels[0], args.keep)
-        parts = {part: len(compress(data)) for part, data in raw_bytes(stored).items()}
-        scheme = dataclasses.replace(cfg, export_scheme=name)
-        whole = len(tg.pack(weights, scheme, sha256, levels[0]))
+    for name, scheme in tg.SCHEMES.items():
+        stored = rounded_by(scheme, weights, args.keep)
+        parts = {part: len(scheme.compress(data)) for part, data in raw_bytes(stored).items()}
+        named = dataclasses.replace(cfg, export_scheme=name)
+        whole = len(tg.pack(weights, named, sha256, scheme, 0))
         rest = whole - sum(parts.values())
         schemes.append({"scheme": name, "code": code, "model": whole, **parts, "rest": rest})
     return found | {"schemes": schemes, "tensors": errors(weights, args.keep)}
@@ -224,12 +225,12 @@ def errors(weights: Mapping[str, Tensor], keep: int) -> list[dict[str, Any]]:
     found = []
     for name, w in weights.items():
         line: dict[str, Any] = {"tensor": name, "shape": list(w.shape)}
-        for scheme, (levels, embedding, _) in tg.SCHEMES.items():
-            q, scale = rounded({name: w}, levels[0], embedding or levels[0], keep)[name]
+        for kind, scheme in tg.SCHEMES.items():
+            q, scale = rounded_by(scheme, {name: w}, keep)[name]
             error = restored({name: (q, scale)})[name] - w
             share = float(error.square().mean().sqrt() / w.square().mean().sqrt().clamp_min(1e-30))
-            line[f"{scheme} error"] = share
-            line[f"{scheme} bits"] = 16.0 if scale is None else entropy(q)
+            line[f"{kind} error"] = share
+            line[f"{kind} bits"] = 16.0 if scale is None else entropy(q)
         found.append(line)
     return found
 

@@ -10,10 +10,10 @@ Settings come from the environment as for train_gpt.py (PRESET, COMPILE, ...); -
 once for every row of the table. Text is random tokens: nothing needs to be prepared. A step with
 windows and one without are timed apart; "run" is their mean over a run, by DIFFUSION_START_FRAC.
 Ratios to `ar` (or, with --program, to this program) are taken within a round and their median is
-shown, since a machine's speed drifts. MFU: flops.py. On CUDA a step that waits for the device is an
-error; "graphs" are compilations after the warm-up, which should be none. Not timed: data
-preparation, start, scores (bench/evaluation.py). The table is Markdown; the last line is one JSON
-object.
+shown, since a machine's speed drifts. "mfu" is model FLOPs utilisation: FLOPs per second over those
+that the device could do. On CUDA a step that waits for the device is an error; "graphs" are
+compilations after the warm-up, which should be none. Not timed: data preparation, start, scores
+(bench/evaluation.py). The table is Markdown; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +56,21 @@ from scripts.common import (
 WARM = 3  # steps before the timed ones
 OPERATORS = 12  # that a profile names
 REFERENCE = "ar"
+
+# Dense bf16 FLOPs per second with fp32 sums, from the makers' data sheets, by a part of the
+# device's name.
+PEAKS = {
+    "B200": 2.25e15,
+    "H200": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835.5e12,
+    "H100": 989.4e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+}
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -110,13 +126,14 @@ class Place(NamedTuple):
     progress: float
 
     @property
-    def moment(self) -> Any:
-        """The values of the schedules."""
-        return self.program.Moment(self.state.step, self.progress, 1.0)
+    def now(self) -> Any:
+        """The values of the schedules; versions before ScheduleState call them Moment."""
+        kind = getattr(self.program, "ScheduleState", None) or self.program.Moment
+        return kind(self.state.step, self.progress, 1.0)
 
     def step(self) -> None:
         """Train one step."""
-        self.program.train_step(self.state, self.objective, self.moment)
+        self.program.train_step(self.state, self.objective, self.now)
 
 
 def prime(at: Place) -> None:
@@ -126,7 +143,7 @@ def prime(at: Place) -> None:
     rows = at.state.loader.rows(0, num_rows, cfg.train_seq_len, at.run.device)
     for size in sizes or [0]:
         with at.run.autocast():
-            loss, _ = at.objective(rows, 0, size, at.moment)
+            loss = at.objective(rows, 0, size, at.now)[0]
         loss.backward()
     at.state.model.zero_grad(set_to_none=True)
 
@@ -195,18 +212,42 @@ def peak_mib(run: Any) -> int:
     return peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
-def flops_per_token(cfg: tg.Config, start: float) -> float:
-    """Return the mean over a run whose windows start at `start` of it."""
-    per_token = tg.beside("flops.py", "per_token")
+def flops_of(program: Any) -> Callable[..., float] | None:
+    """Find how a version of train_gpt.py counts FLOPs per token; None: it does not."""
+    if hasattr(program, "beside"):  # versions that ran scripts/flops.py
+        found: Callable[..., float] | None = program.beside("flops.py", "per_token")
+        return found
+    return getattr(program, "flops_per_token", None)
+
+
+def mean_flops(per_token: Callable[..., float], cfg: Any, start: float) -> float:
+    """Return FLOPs per token, the mean over a run whose windows start at `start` of it."""
     sizes = cfg.sizes(cfg.diffusion_windows) if cfg.diffusion else []
     windows = sum(per_token(cfg, size) * share for size, share in sizes)
     return float(start * per_token(cfg) + (1 - start) * windows)
 
 
+def peak_flops(device: torch.device) -> float | None:
+    """Return the FLOPs per second that a device can do at best.
+
+    A GPU by its data sheet (None if it is not listed), a CPU by what an fp32 product of matrices of
+    512 rows and columns reaches here, the best of 9.
+    """
+    if device.type == "cuda":
+        name = tg.machine_name(device)
+        return next((value for part, value in PEAKS.items() if part in name), None)
+    a, best = torch.ones(512, 512), float("inf")
+    for _ in range(9):
+        began = time.perf_counter()
+        torch.mm(a, a)
+        best = min(best, time.perf_counter() - began)
+    return 2 * 512**3 / best
+
+
 def work(task: Mapping[str, Any]) -> None:
     """Time one case and print what was found, as JSON (rank 0)."""
     program = load_program(task["program"])
-    cfg, _, _ = program.Config.from_env(os.environ)
+    cfg = program.Config.from_env(os.environ)[0]
     with program.Run.start(cfg) as run:
         state = program.TrainState(cfg, run, program.TokenLoader(cfg, "train"))
         objective = program.Objective(cfg, run, state.model)
@@ -216,9 +257,9 @@ def work(task: Mapping[str, Any]) -> None:
         shares = {"clean": start, "windows": 1 - start}
         found |= time_kinds(Place(program, state, objective, run, 0.0), task, shares)
         found["params"] = sum(p.numel() for p in state.model.parameters())
-        if not task["program"]:  # the settings of another version may be others
-            found["operations"] = flops_per_token(cfg, start)
-        found["best"] = tg.beside("flops.py", "peak")(str(run.device))
+        if (per_token := flops_of(program)) is not None:
+            found["flops"] = mean_flops(per_token, cfg, start)
+        found |= {"peak": peak_flops(run.device), "machine": tg.machine_name(run.device)}
         if run.rank == 0:
             print("\n" + json.dumps(found))
 
@@ -253,7 +294,7 @@ def one(case: Mapping[str, Any], args: argparse.Namespace, folder: Path) -> dict
     env = {**os.environ, **case["settings"], "RECIPE": case["recipe"], "DATA_PATH": str(text)}
     env |= {"OUT_DIR": str(folder), "RUN_ID": "bench", "RESUME": "no"}
     env["PRESET"] = case["preset"]  # the same for any number of processes
-    cfg, _, _ = tg.Config.from_env(env)
+    cfg = tg.Config.from_env(env)[0]
     enough_for_a_step = max(2 * cfg.train_batch_tokens, 4 * cfg.train_seq_len) + 1
     random_text(text, cfg, enough_for_a_step)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
@@ -270,11 +311,12 @@ def cases(args: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     programs = ["", str(args.program)] if args.program else [""]
     axes = itertools.product(args.size or [""], args.nproc, names(args.recipes))
-    for size, nproc, recipe in axes:
-        settings = overrides(size)
-        cfg, _, _ = tg.Config.from_env({**os.environ, **settings, "RECIPE": recipe})
-        case = {"size": size or NONE, "settings": settings, "nproc": nproc, "recipe": recipe}
-        found += [case | {"program": program, "preset": cfg.preset} for program in programs]
+    for axis in axes:
+        case = dict(zip(("size", "nproc", "recipe"), axis, strict=True))
+        settings = overrides(case["size"])
+        cfg = tg.Config.from_env({**os.environ, **settings, "RECIPE": case["recipe"]})[0]
+        case |= {"size": case["size"] or NONE, "settings": settings, "preset": cfg.preset}
+        found += [case | {"program": program} for program in programs]
     return found
 
 
@@ -302,6 +344,12 @@ def median_ms(found: Sequence[Mapping[str, Any]], kind: str) -> float | None:
     return 1e3 * float(statistics.median(statistics.median(f[kind]) for f in found))
 
 
+def mfu(found: Sequence[Mapping[str, Any]], rate: float) -> float | None:
+    """Return the share of a device's best that `rate` tokens per second are; None: not known."""
+    flops, peaks = found[0].get("flops"), [f["peak"] for f in found if f["peak"]]
+    return rate * flops / statistics.median(peaks) if flops and peaks else None
+
+
 def summarise(
     all_cases: Sequence[dict[str, Any]], rounds: Sequence[Sequence[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
@@ -310,9 +358,7 @@ def summarise(
     for i, case in enumerate(all_cases):
         mine, other = [found[i] for found in rounds], reference_of(case, all_cases)
         seconds = statistics.median(map(step_seconds, mine))
-        rate, flops = mine[0]["tokens"] / seconds, mine[0].get("operations")
-        best = statistics.median(f["best"] for f in mine)
-        ratio = None
+        rate, ratio = mine[0]["tokens"] / seconds, None
         if other is not None:
             pairs = [(step_seconds(f[i]), step_seconds(f[other])) for f in rounds]
             ratio = statistics.median(ours / theirs for ours, theirs in pairs)
@@ -327,7 +373,7 @@ def summarise(
                 "windows_ms": median_ms(mine, "windows"),
                 "run_ms": 1e3 * seconds,
                 "tok_per_sec": rate,
-                "mfu": None if flops is None else rate * flops / case["nproc"] / best,
+                "mfu": mfu(mine, rate / case["nproc"]),
                 "ratio": ratio,
                 "peak_mib": max(f["peak_mib"] for f in mine),
                 "graphs": max(f["graphs"] for f in mine),
@@ -379,7 +425,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(table([{name: line[name] for name in columns} for line in profiles], 4) + "\n")
     preset = tg.Config.from_env(os.environ)[0].preset
     found: dict[str, Any] = {"preset": preset, "rounds": args.rounds, "steps": args.steps}
-    found |= {"torch": torch.__version__, "rows": rows}
+    found |= {"machine": rounds[0][0]["machine"], "torch": torch.__version__, "rows": rows}
     found |= {"profiles": profiles} if profiles else {}
     write_result(args.out, found)
     return found

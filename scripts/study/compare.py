@@ -312,12 +312,12 @@ def order_text(found: Mapping[str, Any]) -> str:
         [
             f"`{line['row']}`",
             f"{line['published']:.4f}",
-            rank,
+            places[0],
             mean_cell(line["ours"]),
-            our_rank,
+            places[1],
             str(len(line["ours"])),
         ]
-        for line, rank, our_rank in zip(lines, ranks(theirs), ranks(ours), strict=True)
+        for line, places in zip(lines, zip(ranks(theirs), ranks(ours), strict=True), strict=True)
     ]
     table = markdown(["row", "published", "rank", "ours", "rank", "n"], body, 1)
     tau, rho = (NONE if found[kind] is None else f"{found[kind]:+.3f}" for kind in ("tau", "rho"))
@@ -417,7 +417,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 "them"
             )
     found: dict[str, Any] = {}
-    for folder, (contexts, notes) in held.items():
+    for folder, read in held.items():
+        contexts, notes = read
         parts = [f"## {shown(folder)}", *([] if contexts else ["No finished run."])]
         data = list[dict[str, Any]]()
         for key, rows in contexts.items():

@@ -80,7 +80,8 @@ def draw_curves(
         for i, run in enumerate(of_row):
             label = name if i == 0 else None
             line = {"ls": ":" if run.why_left_out else "-", "lw": 1.2, "alpha": 0.8, **style[name]}
-            for panel, event, key in ((loss, "train", "train_loss"), (bpb, "val", "val_bpb")):
+            for panel, event in ((loss, "train"), (bpb, "val")):
+                key = {"train": "train_loss", "val": "val_bpb"}[event]
                 found = [
                     p
                     for p in run.curve
@@ -111,10 +112,10 @@ def draw_infill(panel: Axes, rows: Rows, span: int, key: str, style: Mapping[str
         )
         found = [(n, point(values)) for n in steps if (values := report.infill(g, n, key, span))]
         if found:
-            means, bars = [mean for _, (mean, _) in found], [bar for _, (_, bar) in found]
-            at = [n for n, _ in found]
+            means, bars = [at[0] for _, at in found], [at[1] for _, at in found]
+            passes = [n for n, _ in found]
             panel.errorbar(
-                at,
+                passes,
                 means,
                 yerr=bars if any(bars) else None,
                 label=name,
@@ -137,7 +138,8 @@ def draw_likelihood(panel: Axes, rows: Rows, window: int, style: Mapping[str, An
     Where there are many, points are labelled by numbers, which the legend explains.
     """
     crowded = len(rows) > FEW
-    for number, (name, g) in enumerate(rows.items(), start=1):
+    for name, g in rows.items():
+        number = list(rows).index(name) + 1
         exact, bound = g.values("final", "val_bpb"), report.bounds(g, window)
         label = f"{number} {name}" if crowded else name
         if not bound:

@@ -1,6 +1,6 @@
 """Make a record from nothing: data, seeds x recipes, tables and submission.json.
 
-    python scripts/study/record.py 8xh100              FineWeb, `direct`, 3 seeds x 600 s, 8 GPUs
+    python scripts/study/record.py 8xh100              FineWeb, `record`, 3 seeds x 600 s, 8 GPUs
     DATA_PATH=data/mine TOKENIZER_PATH=data/mine/tokenizer.model \\
         python scripts/study/record.py 1xgpu --seconds 150
     python scripts/study/record.py cpu                 2 recipes x 3 seeds x 300 s: 1 h
@@ -10,12 +10,11 @@
     python scripts/study/record.py 8xh100 --package packages   then the folder that is handed in
 
 Rerun the command to resume. Steps: prepare_data.py (FineWeb, or for cpu the Python library, unless
-DATA_PATH names what is there), sweep.py twice (baselines as they are, then `direct` with the
-protocol's record settings, RECORD below; finished runs are skipped), bench/export.py (where the
-bytes go and what rounding costs both scores), report.py. OUT holds runs, logs/ with results.json,
-export.json, README.md with the tables and submission.json. Settings of train_gpt.py come from the
-environment as always, over which record settings stand (in a rehearsal but for sizes). The last
-line is one JSON object.
+DATA_PATH names what is there), sweep.py twice (baselines, then the recipe `record`; finished runs
+are skipped), bench/export.py (where the bytes go and what rounding costs both scores), report.py.
+OUT holds runs, logs/ with results.json, export.json, README.md with the tables and submission.json.
+Settings of train_gpt.py come from the environment as always; a rehearsal sets COMPILE=0 and
+MICRO_BATCHES=2 where it does not. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -44,37 +42,9 @@ from scripts.study.sweep import digest_of
 SCRIPTS = Path(__file__).resolve().parents[1]
 SEEDS = "1337,42,2026"
 RESUME = "what is done is kept: rerun the command to resume"
-RECIPE = "direct"  # of the record; others are baselines
+RECIPE = package.RECIPE  # of the record; others are baselines
 DATA_OPTIONS = ("source", "variant", "repo")  # of what is prepared
-CHECKPOINT = "CHECKPOINT"  # in a command: that of a run with record settings
-# A rehearsal takes the environment's.
-SIZES = (
-    "NUM_LAYERS",
-    "MLP_MULT",
-    "TRAIN_BATCH_TOKENS",
-    "MICRO_BATCHES",
-)
-
-# Settings beyond the baseline's, by protocol. Those of GPUs are what others measured in the
-# challenge (ten layers and a wide MLP, paid for by six bits; a table of token pairs, low rates,
-# long warm-down, decay, average), not measured by this project; `cpu` is what was measured here
-# (LOG.md).
-SIX_BITS = {"EXPORT_SCHEME": "int6+lzma", "VALUE_RESIDUAL": "1"}
-LOW_RATES = {"MATRIX_LR": "0.02", "TIED_EMBED_LR": "0.03", "MUON_WEIGHT_DECAY": "0.04"}
-LONG_RUN = {"WARMDOWN_ITERS": "3000", "MUON_MOMENTUM": "0.99", "MUON_MOMENTUM_WARMUP_START": "0.92"}
-LONG_RUN |= {
-    "MUON_MOMENTUM_WARMUP_STEPS": "1500",
-    "EMA_DECAY": "0.997",
-    "NUM_LAYERS": "10",
-    "MLP_MULT": "3",
-}
-SMALL_BATCH = {"TRAIN_BATCH_TOKENS": "2048", "MICRO_BATCHES": "1"}
-RECORD: dict[str, dict[str, str]] = {
-    "8xh100": SIX_BITS | LOW_RATES | LONG_RUN | {"BIGRAM_VOCAB_SIZE": "2048"},
-    "1xgpu": SIX_BITS | LOW_RATES | {"BIGRAM_VOCAB_SIZE": "8192"},
-    "cpu": SMALL_BATCH
-    | {"VALUE_RESIDUAL": "1", "MUON_MOMENTUM": "0.9", "COMPILE": "1", "BIGRAM_VOCAB_SIZE": "16384"},
-}
+CHECKPOINT = "CHECKPOINT"  # in a command: that of a record run
 
 
 class Protocol(NamedTuple):
@@ -83,7 +53,7 @@ class Protocol(NamedTuple):
     nproc: int
     preset: str
     seconds: float  # of each run
-    baselines: str  # recipes without record settings, if any
+    baselines: str  # recipes, if any
     source: str  # of text, where none is named
 
 
@@ -105,7 +75,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    baselines = "recipes without record settings (default: the protocol's; '': none)"
+    baselines = "recipes to compare with (default: the protocol's; '': none)"
     add("protocol", choices=PROTOCOLS)
     add("--seeds", default=SEEDS, help="list, with commas (default %(default)s)")
     add("--seconds", type=float, help="of each run (default: the protocol's)")
@@ -122,10 +92,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def record_settings(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, str]:
-    """Return the protocol's record settings, in a rehearsal without sizes that `env` sets."""
-    kept = {name for name in SIZES if args.rehearse and name in env}
-    return {name: value for name, value in RECORD[args.protocol].items() if name not in kept}
+def settings_of(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings that the protocol gives to every run."""
+    if not args.rehearse:
+        preset = PROTOCOLS[args.protocol].preset
+        return {"PRESET": preset} | ({"DEVICE": "cpu"} if preset == "cpu" else {})
+    free = {"COMPILE": "0", "MICRO_BATCHES": "2"}  # no compiler is needed; two processes share
+    return {"PRESET": "cpu", "DEVICE": "cpu"} | {k: v for k, v in free.items() if k not in env}
+
+
+def record_config(env: Mapping[str, str], **more: str) -> tg.Config:
+    """Return the settings of a record run; UserError: one is wrong."""
+    return tg.Config.from_env({**env, **more, "RECIPE": RECIPE})[0]
 
 
 def source_of(args: argparse.Namespace, protocol: Protocol) -> list[str]:
@@ -149,10 +127,8 @@ def steps_of(args: argparse.Namespace, env: Mapping[str, str]) -> list[Step]:
     """List what is run, in order."""
     protocol, out = PROTOCOLS[args.protocol], args.out
     if args.rehearse:
-        protocol = protocol._replace(nproc=min(protocol.nproc, 2), preset="cpu", source="stdlib")
-    settings, steps = {"PRESET": protocol.preset}, list[Step]()
-    if protocol.preset == "cpu":
-        settings["DEVICE"] = "cpu"
+        protocol = protocol._replace(nproc=min(protocol.nproc, 2), source="stdlib")
+    settings, steps = settings_of(args, env), list[Step]()
 
     def add(script: str, *arguments: str, **more: str) -> None:
         command = [sys.executable, str(SCRIPTS / script), *arguments]
@@ -171,10 +147,9 @@ def steps_of(args: argparse.Namespace, env: Mapping[str, str]) -> list[Step]:
     runs = ["--seeds", args.seeds, *budget, "--nproc", str(protocol.nproc), "--out", str(out)]
     if baselines := protocol.baselines if args.baselines is None else args.baselines:
         add("study/sweep.py", *baselines.split(","), *runs)
-    settings |= record_settings(args, env)
     add("study/sweep.py", RECIPE, *runs)
-    # The artifact takes one of the first levels.
-    levels = tg.SCHEMES[settings.get("EXPORT_SCHEME", "int8+zlib")][0][:4]
+    scheme = tg.schemes_of(record_config(env, **settings).export_scheme)[0]
+    levels = tg.SCHEMES[scheme].levels[:4]  # the artifact takes one of the first
     export = ["--levels", ",".join(map(str, levels)), "--out", str(out / "export.json")]
     device, rows = settings.get("DEVICE", "auto"), env.get("NELBO_SEQUENCES", "4096")
     add("bench/export.py", CHECKPOINT, *export, "--device", device, NELBO_SEQUENCES=rows)
@@ -185,7 +160,7 @@ def steps_of(args: argparse.Namespace, env: Mapping[str, str]) -> list[Step]:
 
 
 def checkpoint(args: argparse.Namespace, env: Mapping[str, str]) -> Path:
-    """Find the last checkpoint of a finished run of the first seed with record settings.
+    """Find the last checkpoint of a finished record run of the first seed.
 
     Raises:
         UserError: there is none.
@@ -193,9 +168,8 @@ def checkpoint(args: argparse.Namespace, env: Mapping[str, str]) -> Path:
     time = {"ITERATIONS": "4", "MAX_WALLCLOCK_SECONDS": "0"}
     if not args.rehearse:
         time = {"MAX_WALLCLOCK_SECONDS": str(args.seconds or PROTOCOLS[args.protocol].seconds)}
-    run = {"RECIPE": RECIPE, "SEED": args.seeds.split(",")[0]}
-    run |= {"RUN_ID": "", "OUT_DIR": str(args.out)}
-    digest = digest_of(tg.Config.from_env({**env, **time, **run})[0])
+    seed = args.seeds.split(",")[0]
+    digest = digest_of(record_config(env, **time, SEED=seed, RUN_ID="", OUT_DIR=str(args.out)))
 
     def finished(path: Path) -> bool:
         log = args.out / "logs" / f"{path.stem}.jsonl"
@@ -207,14 +181,14 @@ def checkpoint(args: argparse.Namespace, env: Mapping[str, str]) -> Path:
     return path
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise UserError, before a download, if this machine lacks the devices or a compiler."""
-    compilers = [os.environ.get("CXX", "g++"), "clang++"]
-    if RECORD[args.protocol].get("COMPILE") == "1" and not any(map(shutil.which, compilers)):
-        rule = f"COMPILE=1 needs a C++ compiler ({' or '.join(compilers)}); install one"
-        fail(f"PROTOCOL={args.protocol}: {rule}")
-    wanted, found = PROTOCOLS[args.protocol].nproc, torch.cuda.device_count()
-    if PROTOCOLS[args.protocol].preset != "cpu" and not args.rehearse and found < wanted:
+def check(args: argparse.Namespace, env: Mapping[str, str]) -> None:
+    """Raise UserError, before a download, if devices, a library or a compiler is missing."""
+    settings, wanted = settings_of(args, env), PROTOCOLS[args.protocol].nproc
+    cfg = record_config(env, **settings)
+    tg.check_libraries(cfg)
+    if cfg.preset == "cpu":
+        tg.use_compile(cfg, tg.CPU)
+    elif (found := torch.cuda.device_count()) < wanted:
         rule = f"needs {wanted} CUDA device{'s' if wanted > 1 else ''}, {found} found"
         fail(f"PROTOCOL={args.protocol} {rule}; run it there, or try the path with --rehearse")
 
@@ -256,7 +230,7 @@ def run(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]:
     """Run every step; UserError: one failed, or the machine lacks devices."""
     steps, entry = steps_of(args, env), dict[str, Any]()
     if not args.plan:
-        check(args)
+        check(args, env)
     for step in steps:
         readme = args.out / "README.md"
         if step is steps[-1] and not args.plan and not readme.exists():

@@ -218,14 +218,15 @@ def key_of(run: RunLog) -> Key:
     values = run.get("config", "values")
     source = run.get("config", "source")
     machine = run.get("header", "machine")
-    recipe, data, preset = (run.setting(name) for name in ("recipe", "data_path", "preset"))
+    data = Path(run.setting("data_path")).name
     changes = [
         f"{name.upper()}={values[name]}"
         for name in values
         if source.get(name) == "env" and name not in NEUTRAL
     ]
     ranks = (run.events["header"] | run.events.get("kernels", {})).get("world_size", 1)
-    return Key(recipe, tuple(changes), Path(data).name, machine, preset, ranks)
+    recipe, preset = run.setting("recipe"), run.setting("preset")
+    return Key(recipe, tuple(changes), data, machine, preset, ranks)
 
 
 def group_runs(runs: Iterable[RunLog]) -> tuple[list[Group], list[str]]:
@@ -268,7 +269,8 @@ def missing_seeds(groups: Sequence[Group]) -> list[str]:
         if lost := tuple(sorted(seeds[there].difference(g.seeds))):
             lacking.setdefault((there, lost), []).append(f"`{g.key.recipe}`")
     found = []
-    for (there, lost), names in lacking.items():
+    for key, names in lacking.items():
+        there, lost = key
         where = ", ".join([there.data, *(f"`{change}`" for change in there.changes)])
         named = f"seed{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}"
         verb = "has" if len(names) == 1 else "have"

@@ -34,13 +34,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import train_gpt as tg
-from scripts import ladder
 from scripts.common import (
     MAX_INT,
     NONE,
     Parser,
     check_faults,
-    closest,
     error_line,
     fail,
     in_range,
@@ -48,7 +46,7 @@ from scripts.common import (
     run_command,
 )
 from scripts.study.runlog import SWEEP_RESULTS, RunLog, mean_cell, numbers, read_log, spread
-from train_gpt import Config, UserError
+from train_gpt import Config, UserError, closest
 
 PROGRAM = Path(tg.__file__)
 
@@ -64,19 +62,26 @@ RESUME = "rerun the command to resume"
 SCORING = ("nelbo_", "parallel_eval_", "eval_", "export_")
 
 
-def tables() -> dict[str, dict[str, Any]]:
-    """Read the ladder file; UserError: it is damaged."""
-    return ladder.read(UserError)
+ABOUT = ("base", "note", "published")  # what a row says of itself; the rest are its settings
+
+
+def ladder_table(name: str) -> dict[str, Any]:
+    """Return a table of the ladder file, empty if it has none; UserError: the file is damaged."""
+    found = tg.read_ladder().get(name, {})
+    if not isinstance(found, dict):
+        rule = f"{name} must be a table, not {found!r}"
+        fail(f"{tg.LADDER_FILE} is damaged ({rule}); repair it, or move it away")
+    return found
 
 
 def rows() -> dict[str, dict[str, Any]]:
     """Return every row of the ladder file by name."""
-    return tables()["rows"]
+    return ladder_table("rows")
 
 
 def ladders() -> dict[str, list[str]]:
     """Return the names of every ladder's rows."""
-    return tables()["ladders"] | {"all": list(rows())}
+    return ladder_table("ladders") | {"all": list(rows())}
 
 
 class Run(NamedTuple):
@@ -124,7 +129,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def chosen_rows(names: Sequence[str]) -> list[str]:
     """Expand ladders into rows, each once, in order; UserError: one is unknown."""
-    left_out = tables()["left_out"]
+    left_out = ladder_table("left_out")
     known = {name: [name] for name in rows()} | ladders()
     faults = []
     for name in [name for name in names if name not in known]:
@@ -146,21 +151,21 @@ def overrides(args: argparse.Namespace) -> dict[str, str]:
     if args.steps is not None:
         values |= {"ITERATIONS": str(args.steps), "MAX_WALLCLOCK_SECONDS": "0"}
     for text in args.set:
-        name, equals, value = text.partition("=")
+        name, *value = text.split("=", 1)
         if name in OWN:
             faults.append(f"--set {text}: a sweep sets {name} itself; use rows, --seeds and --out")
-        elif not equals or name not in known:
+        elif not value or name not in known:
             rule = "must be NAME=VALUE of a setting of train_gpt.py"
             faults.append(f"--set {text}: {rule}; {closest(name, known)}")
-        values[name] = value
+        values[name] = "".join(value)
     check_faults(faults)
     return values
 
 
 def configure(
     name: str, seed: str, given: Mapping[str, str], nproc: int
-) -> tuple[Config, dict[str, str], list[str]]:
-    """Return settings and environment of one run, and warnings.
+) -> tuple[Config, dict[str, str]]:
+    """Return settings and environment of one run.
 
     Raises:
         UserError: a setting is wrong, or a given one is the row's.
@@ -169,10 +174,10 @@ def configure(
     rule = "is the row's to set; leave it out of --set and the environment"
     check_faults(f"{key}={given[key]!r} {rule}" for key in taken)
     env = {**given, "RECIPE": name, "SEED": seed}
-    cfg, _, warnings = Config.from_env(env | {"WORLD_SIZE": str(nproc)})
+    cfg, _ = Config.from_env(env | {"WORLD_SIZE": str(nproc)})
     if cfg.micro_batches % nproc:
         fail(f"--nproc={nproc} must divide MICRO_BATCHES={cfg.micro_batches}; change one of them")
-    return cfg, env | {"PRESET": cfg.preset}, warnings
+    return cfg, env | {"PRESET": cfg.preset}
 
 
 class Said:
@@ -220,9 +225,11 @@ def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:
     for name in OWN:
         if name in os.environ:
             notes.add(f"{name} of the environment is not read: a sweep sets it")
+    for text in tg.near_misses(given):
+        notes.add(text)
     for seed, name in itertools.product(dict.fromkeys(args.seeds.split(",")), rows_of_sweep):
         try:
-            cfg, env, warnings = configure(name, seed, given, args.nproc)
+            cfg, env = configure(name, seed, given, args.nproc)
         except UserError as error:
             for fault in str(error).splitlines():
                 faults.add(fault, name)
@@ -231,8 +238,6 @@ def plan(args: argparse.Namespace) -> tuple[list[Run], list[str]]:
         folder = folders.setdefault(digest, folder_of(cfg, name, args.out))
         env |= {"RUN_ID": folder.name, "OUT_DIR": str(folder)}
         runs.append(Run(name, cfg.seed, digest, cfg, env, folder))
-        for text in warnings:
-            notes.add(text)
         for text in hollow(cfg):
             notes.add(text, name)
     check_faults(faults.lines())
@@ -453,7 +458,7 @@ def plan_table(runs: Sequence[Run]) -> str:
     body = []
     for name in dict.fromkeys(run.row for run in runs):
         row = rows()[name]
-        changed = ladder.changes(row)
+        changed = {key: value for key, value in row.items() if key not in ABOUT}
         values = {k.upper(): int(v) if isinstance(v, bool) else v for k, v in changed.items()}
         settings = " ".join(f"`{k}={v}`" for k, v in values.items())
         seeds = " ".join(str(run.seed) for run in runs if run.row == name)
