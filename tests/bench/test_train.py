@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import train_gpt as tg
 from scripts.bench import train as bench
-from tests.conftest import env_of, facts, outcome, settings
+from tests.conftest import CPU, env_of, facts, outcome, settings
 
 
 def found(clean: float, windows: float = 0.0, start: float = 0.5, **more: Any) -> dict[str, Any]:
@@ -25,8 +27,8 @@ def found(clean: float, windows: float = 0.0, start: float = 0.5, **more: Any) -
         "params": 7,
         "peak_mib": 5,
         "graphs": 0,
-        "operations": 10.0,
-        "best": 1000.0,
+        "flops": 10.0,
+        "peak": 1000.0,
     }
     return kinds | usual | more
 
@@ -58,6 +60,66 @@ def test_another_program_is_compared_with_this_one() -> None:
     ]
     ours, theirs = bench.summarise(cases, [[found(1.0), found(1.6)]])
     assert (ours["ratio"], theirs["ratio"]) == (None, 1.6)  # there is no `ar`
+
+
+def test_a_rate_without_flops_or_a_peak_has_no_mfu() -> None:
+    case = {"size": "-", "settings": {}, "nproc": 2, "recipe": "ar", "program": ""}
+    (row,) = bench.summarise([case], [[found(1.0)]])
+    assert row["mfu"] == pytest.approx(100 * 10 / 2 / 1000)
+    for unknown in ({"flops": None}, {"peak": None}):
+        (row,) = bench.summarise([case], [[found(1.0, **unknown)]])
+        assert row["mfu"] is None
+
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA L40S", 362e12),
+        ("Some new device", None),
+    ],
+)
+def test_a_gpu_counts_by_its_data_sheet(
+    name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert bench.peak_flops(CUDA) == peak
+
+
+def test_a_cpu_counts_by_what_it_does() -> None:
+    peak = bench.peak_flops(CPU)
+    assert peak is not None
+    assert 1e8 < peak < 1e15
+
+
+OLD = """
+class Moment(tuple):
+    def __new__(cls, *values):
+        return super().__new__(cls, values)
+
+def beside(file, name):
+    return {("flops.py", "per_token"): lambda cfg, size=0: 100.0 + size}[file, name]
+"""
+
+
+def test_versions_with_other_names_are_understood(tmp_path: Path) -> None:
+    path = tmp_path / "train_gpt.py"
+    path.write_text(OLD, encoding="utf-8")
+    old = bench.load_program(str(path))
+    state: Any = SimpleNamespace(step=3)
+    assert tuple(bench.Place(old, state, None, None, 0.5).now) == (3, 0.5, 1.0)
+    assert bench.Place(tg, state, None, None, 0.5).now == tg.ScheduleState(3, 0.5, 1.0)
+    cfg = tg.Config(**settings(diffusion_windows="4:1,8:3"))
+    per_token = bench.flops_of(old)
+    assert per_token is not None
+    assert bench.mean_flops(per_token, cfg, 0.25) == pytest.approx(0.25 * 100 + 0.75 * 107)
+    assert bench.flops_of(tg) is tg.flops_per_token
+    path.write_text("", encoding="utf-8")
+    assert bench.flops_of(bench.load_program(str(path))) is None
 
 
 @pytest.fixture
@@ -120,7 +182,7 @@ def test_faults_are_named_before_anything_runs(
     small: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for argv, named in (
-        (["--recipes", "ar,drect"], "RECIPE='drect' is not in RECIPES; closest: direct"),
+        (["--recipes", "ar,drect"], "RECIPE='drect' is neither in RECIPES nor in "),
         (["--size", "MODEL_DIM=33"], "MODEL_DIM=33 must be a multiple"),
         (["--size", "MODEL_DIM"], "MODEL_DIM='' must be a whole number"),
         (["--size", "MODEL_DIMS=32"], "--size 'MODEL_DIMS=32': MODEL_DIMS is no setting"),
