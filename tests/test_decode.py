@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_rows, randomise, tiny
 from torch import Tensor
 
 import train_gpt as tg
+from tests.conftest import random_rows, randomise, tiny
 
 V = 64
 CORRUPTION = ["mask", "uniform", "hybrid", "gaussian"]

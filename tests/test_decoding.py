@@ -8,15 +8,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import decoding as dec
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_rows, randomise, tiny
-from decoding import LIMITS, MODES, Decoding, Limits, Measured, Quality, Target
 from torch import Tensor
 
 import train_gpt as tg
+from scripts import decoding as dec
+from scripts.decoding import LIMITS, MODES, Decoding, Limits, Measured, Quality, Target
+from tests.conftest import random_rows, randomise, tiny
 
 V = 64
 CORRUPTION = ["mask", "uniform", "hybrid", "gaussian"]
