@@ -24,6 +24,7 @@ import train_gpt as tg
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 BOS = 1
+THREADS = int(os.environ.get("OMP_NUM_THREADS") or 1)
 VOCAB = 400  # 4 control pieces, 256 bytes, a newline, the rest characters and merges
 HARD_TEXTS = (
     "日本語の文章と漢字。\n\n\n二行目\n",
@@ -66,10 +67,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def same_every_time() -> None:
-    """Tiny matrices are slower on several threads; a test's own random numbers must not depend on
-    the one before.
+    """Use one thread, unless OMP_NUM_THREADS says so, and random numbers of the test's own.
+
+    Tiny matrices are slower on several threads.
     """
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
 
 
@@ -311,7 +313,7 @@ def launch(data: dict[str, Any], tmp_path: Path) -> Iterator[Callable[..., subpr
         started.append(
             subprocess.Popen(
                 argv,
-                env=inherited | {"OMP_NUM_THREADS": "1"} | env_of(merged) | dict(env or {}),
+                env=inherited | {"OMP_NUM_THREADS": str(THREADS)} | env_of(merged) | dict(env or {}),
                 cwd=tmp_path,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

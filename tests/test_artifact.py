@@ -22,7 +22,17 @@ import torch
 from torch import Tensor
 
 import train_gpt as tg
-from tests.conftest import CPU, ROOT, Recorder, make_run, randomise, recorded, settings, tiny
+from tests.conftest import (
+    CPU,
+    ROOT,
+    THREADS,
+    Recorder,
+    make_run,
+    randomise,
+    recorded,
+    settings,
+    tiny,
+)
 
 
 @pytest.fixture
@@ -113,7 +123,7 @@ def test_a_fresh_process_scores_the_artifact_alike(tmp_path: Path, data: dict[st
 import sys, json, torch
 sys.path.insert(0, {str(ROOT)!r})
 import train_gpt as tg
-torch.set_num_threads(1)
+torch.set_num_threads({THREADS})
 
 class Quiet(tg.Log):
     def __init__(self):

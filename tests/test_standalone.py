@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import train_gpt as tg
-from tests.conftest import ROOT, env_of, settings
+from tests.conftest import ROOT, THREADS, env_of, settings
 
 STEPS = 4
 ALL = dict(diffusion_row_frac=1.0, diffusion_start_frac=0.0, nelbo_windows="1,4", eval_stride=0)
@@ -50,7 +50,6 @@ import json, os, sys, traceback
 folder, jobs, backend = sys.argv[1], json.load(open(sys.argv[2])), sys.argv[3]
 sys.path.insert(0, folder)
 import torch
-torch.set_num_threads(1)
 if backend != "none":
     import functools
     torch.compile = functools.partial(torch.compile, backend=backend)
@@ -71,7 +70,7 @@ for name, env in jobs.items():
 
 def clean_env() -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k.lower() not in tg.Config.__dataclass_fields__}
-    return kept | {"OMP_NUM_THREADS": "1"}
+    return kept | {"OMP_NUM_THREADS": str(THREADS)}
 
 
 @pytest.fixture(scope="module")
