@@ -1,20 +1,19 @@
-"""Measure likelihood and speed against the length of the context, with and without position
-interpolation.
+"""Measure likelihood and speed by context length, with and without position interpolation.
 
     DATA_PATH=data/stdlib python scripts/bench/context.py final_model.int8.ptz
     DATA_PATH=data/stdlib python scripts/bench/context.py final_model.int8.ptz --factors 1,2,4,8 \\
         --out context.json
 
-A factor f reads rows of f times the TRAIN_SEQ_LEN (T) tokens that a model was trained on: at their
-own positions, which it has never seen from T on, and with all positions divided by f (ROPE_SCALE;
-arXiv:2306.15595), without more training. Every factor scores the same text, cut into longer or
-shorter rows. "Beyond T" are the tokens with more than T tokens before them in a row of f T; beside
-them stand the very same tokens in rows of T. Both kinds of rows begin with nothing, so these tokens
-have (f + 1) T / 2 tokens before them on average in the one, and T / 2 in the other.
+A factor f means rows of f times the TRAIN_SEQ_LEN (T) tokens that a model was trained on: at their
+own positions, of which those from T on were not trained, and with all positions divided by f
+(ROPE_SCALE; arXiv:2306.15595), without further training. Every factor scores the same text, cut
+into longer or shorter rows. "Beyond T" are the tokens with more than T tokens before them in a row
+of f T; the next column has the same tokens in rows of T. Neither kind of row has text before it, so
+these tokens have (f + 1) T / 2 tokens before them on average in the one, and T / 2 in the other.
 
-Speeds are tokens a second of a batch, medians of three after a warm-up; decoding is mode ar with
-its cache, the prompt not counted. Text comes from DATA_PATH and TOKENIZER_PATH, or from where the
-artifact was trained. The table is Markdown; the last line is one JSON object.
+Speeds are tokens per second of a batch, medians of three after a warm-up; decoding is mode ar with
+its cache, the prompt not counted. Text comes from DATA_PATH and TOKENIZER_PATH, or from the
+artifact's settings. The table is Markdown; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ import train_gpt as tg
 from scripts.common import (
     Parser,
     autocast,
+    cell,
     check_outputs,
     counts,
     fail,
@@ -71,7 +71,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Loaded(NamedTuple):
-    """A model, and text that the rows of every factor tile."""
+    """A model, and text that divides into rows of every factor."""
 
     model: tg.GPT
     text: Tensor  # (N, L + 1) int64 on the device; L is a multiple of every context length
@@ -94,7 +94,7 @@ def load(args: argparse.Namespace) -> Loaded:
     length = math.lcm(*args.factors) * cfg.train_seq_len
     if loader.total <= length:
         held = f"DATA_PATH={cfg.data_path!r} holds {loader.total:,} validation tokens"
-        fail(f"--factors: rows of all of them tile {length:,} tokens, but {held}; name lower ones")
+        fail(f"--factors: rows of all of them need {length:,} tokens, but {held}; name lower ones")
     total = (loader.total - 1) // length
     count = min(args.rows, total)
     text = torch.cat([loader.rows(i * total // count * length, 1, length) for i in range(count)])
@@ -109,21 +109,17 @@ def rescaled(model: tg.GPT, factor: float) -> tg.GPT:
 
 
 def cut(text: Tensor, length: int) -> list[Tensor]:
-    """Cut text (N, L + 1), in order, into rows of `length` tokens and the one before: batches of
-    (B, length + 1).
-    """
+    """Cut text (N, L + 1), in order, into batches (B, length + 1): rows and the token before."""
     rows = text.unfold(1, length + 1, length).flatten(0, 1)
     at_once = max(TOKENS_AT_ONCE // length, 1)
     return [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
 
 
 def token_nats(at: Loaded, model: tg.GPT, length: int) -> Tensor:
-    """Nats of each token of the text but the first, read in rows of `length`: (N, L) float64 on the
-    CPU.
-    """
+    """Score the text in rows of `length`: nats of each token but the first, (N, L) float64."""
     with autocast(at.text.device):
-        nats = torch.cat([tg.score(model, rows).double().cpu() for rows in cut(at.text, length)])
-    return nats.view(at.bytes.shape)
+        parts = [tg.token_nll_causal(model, rows).double().cpu() for rows in cut(at.text, length)]
+    return torch.cat(parts).view(at.bytes.shape)
 
 
 def bpb(nats: Tensor, num_bytes: Tensor, where: Tensor) -> float | None:
@@ -133,6 +129,7 @@ def bpb(nats: Tensor, num_bytes: Tensor, where: Tensor) -> float | None:
 
 
 def seconds(run: Callable[[], Tensor]) -> float:
+    """Time a function: median of TIMED calls after one that does not count."""
     times = list[float]()
     for _ in range(1 + TIMED):
         began = time.perf_counter()
@@ -142,70 +139,48 @@ def seconds(run: Callable[[], Tensor]) -> float:
 
 
 def speeds(at: Loaded, model: tg.GPT, length: int, count: int) -> dict[str, float]:
-    """Tokens a second of scoring a batch of rows, and of decoding their last `count` tokens with a
-    cache: its time less that of reading the prompt and decoding one.
+    """Measure tokens per second of scoring rows, and of decoding their last `count` tokens.
+
+    The time of decoding is less that of reading the prompt and decoding one token.
     """
     batch = cut(at.text, length)[0]
     ids = at.text[:DECODED_ROWS, :length]
     start = length - count
     with autocast(at.text.device):
-        scored = batch[:, 1:].numel() / seconds(lambda: tg.score(model, batch))
-        first = seconds(lambda: tg.decode(model, ids[:, : start + 1], start, start + 1).ids)
-        others = seconds(lambda: tg.decode(model, ids, start, length).ids) - first
+        scored = batch[:, 1:].numel() / seconds(lambda: tg.token_nll_causal(model, batch))
+        first = seconds(lambda: tg.decode_autoregressive(model, ids, start, start + 1).ids)
+        others = seconds(lambda: tg.decode_autoregressive(model, ids, start, length).ids) - first
     return {"scored_tok_s": scored, "decoded_tok_s": len(ids) * (count - 1) / max(others, 1e-9)}
 
 
 def measure(at: Loaded, factors: Sequence[int], count: int) -> dict[str, Any]:
-    """Compute everything that is printed: rows of every factor, each with and without
-    interpolation.
-    """
+    """Measure rows of every factor, each with and without interpolation."""
     T = at.model.cfg.train_seq_len
     place = torch.arange(at.bytes.shape[1])
-    results = []
-    base = token_nats(at, at.model, T)
+    base, results = token_nats(at, at.model, T), []
     jobs = [(factor, scale) for factor in factors for scale in dict.fromkeys((1, factor))]
     for factor, scale in tqdm(jobs, desc="context", leave=False, disable=None):
         model, length = rescaled(at.model, scale), factor * T
-        nats, far = token_nats(at, model, length), place % length >= T
+        nats, beyond = token_nats(at, model, length), place % length >= T
         row = {"factor": factor, "context": length, "rope_scale": model.cfg.rope_scale}
-        row |= {"bpb": bpb(nats, at.bytes, place >= 0), "bpb_beyond": bpb(nats, at.bytes, far)}
-        results.append(
-            row
-            | {"bpb_beyond_in_rows_of_t": bpb(base, at.bytes, far)}
-            | speeds(at, model, length, count)
-        )
-    about: dict[str, Any] = {
-        "train_seq_len": T,
-        "tokens": at.bytes.numel(),
-        "bytes": int(at.bytes.sum()),
-    }
-    about |= {
-        "device": str(at.text.device),
-        "decode_tokens": count,
-        "decoded_rows": min(DECODED_ROWS, len(at.text)),
-    }
+        row |= {"bpb": bpb(nats, at.bytes, place >= 0), "bpb_beyond": bpb(nats, at.bytes, beyond)}
+        row["bpb_beyond_in_rows_of_t"] = bpb(base, at.bytes, beyond)
+        results.append(row | speeds(at, model, length, count))
+    size = {"tokens": at.bytes.numel(), "bytes": int(at.bytes.sum())}
+    about = {"train_seq_len": T, **size, "device": str(at.text.device)}
+    about |= {"decode_tokens": count, "decoded_rows": min(DECODED_ROWS, len(at.text))}
     return about | {"bpb_in_rows_of_t": bpb(base, at.bytes, place >= 0), "results": results}
 
 
 def table(result: dict[str, Any]) -> str:
     """Write the result as Markdown."""
     T, rows = result["train_seq_len"], []
-    head = [
-        "context",
-        "ROPE_SCALE",
-        "bpb",
-        f"bpb beyond {T}",
-        f"same, rows of {T}",
-        "scored tok/s",
-        "decoded tok/s",
-    ]
+    head = ["context", "ROPE_SCALE", "bpb", f"bpb beyond {T}", f"same, rows of {T}"]
+    head += ["scored tok/s", "decoded tok/s"]
     for row in result["results"]:
         scores = [row["bpb"], row["bpb_beyond"], row["bpb_beyond_in_rows_of_t"]]
-        cells = [
-            f"{row['context']:,}",
-            f"{row['rope_scale']:g}",
-            *("-" if x is None else f"{x:.4f}" for x in scores),
-        ]
+        cells = [f"{row['context']:,}", f"{row['rope_scale']:g}"]
+        cells += [cell(score, 4) for score in scores]
         rows.append([*cells, f"{row['scored_tok_s']:,.0f}", f"{row['decoded_tok_s']:,.0f}"])
     return f"{result['tokens']:,} tokens of {result['bytes']:,} bytes\n\n{markdown(head, rows)}"
 

@@ -7,21 +7,21 @@ Prompts are excerpts of the validation data (DATA_PATH; else that of the artifac
 the pass over the prompt in every row, AR's too, and only decoded tokens count; median of --repeats
 runs after a warm-up. The last line of the output is one JSON object.
 
-passes              of one window; `block` and `remask` take several windows
-tokens per forward  mean over examples of decoded tokens by passes, without the one over the prompt
+passes              over one window; `block` and `remask` fill several windows
+tokens per forward  decoded tokens / passes, mean over examples; the pass over the prompt is not
+                    counted
 speedup             over AR with a cache: same weights, same batch, same run
 identical           share of examples in which every token equals AR's
 accuracy            share of tokens equal to the text, in a continuation; infill accuracy: in a
                     masked span whose suffix the window reads
-judge, own nats     per token of what was decoded, under a model trained apart and under this one.
+judge, own nats     per decoded token, under a model that was trained separately and under this one.
                     Repetition has few nats under both, so the entropy of all decoded tokens and
-                    distinct-2 (mean over examples) stand beside them
+                    distinct-2 (mean over examples) are reported, too
 python              (--python) share of outputs, prompt included, that ast.parse accepts; prompts
-                    begin with a top-level `def` or `class`. A last line that is not complete is
-                    dropped, then each last line that only lacks what would come next (an open
-                    bracket or string, a block without a body). Something decoded besides blanks
-                    must be left; one line is enough, so see the entropy too. The true text is cut
-                    likewise
+                    begin with a top-level `def` or `class`. An incomplete last line is dropped,
+                    then each last line that is only unfinished (an open bracket or string, a block
+                    without a body). More than blanks must remain of the decoded text; one line is
+                    enough, so see the entropy, too. The true text is cut in the same way
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import train_gpt as tg
-from scripts import policy
+from scripts import decoding
 from scripts.bench.infill import distinct_2, estimate, unigram_entropy
 from scripts.common import (
     Artifact,
@@ -67,16 +67,11 @@ from scripts.common import (
     text_config,
     write_result,
 )
+from scripts.decoding import Decoding
 
 SCORED_AT_ONCE, SCAN_TOKENS = 32, 1 << 22  # rows; validation tokens searched for functions
 # What parsing a text may raise.
-BAD_SOURCE = (
-    SyntaxError,
-    ValueError,
-    OverflowError,
-    RecursionError,
-    MemoryError,
-)
+BAD_SOURCE = (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError)
 # Tokens/s of the "Mercury in Retrograde" submission on one H100.
 PUBLISHED = {"ar, no cache": 1519, "1 pass": 33315, "2 passes": 52424, "1 pass, infill": 147729}
 Decode = Callable[[Tensor, int], tg.Decoded]  # of excerpts (B, L) and a seed
@@ -85,7 +80,7 @@ Decode = Callable[[Tensor, int], tg.Decoded]  # of excerpts (B, L) and a seed
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
     parser = Parser(__doc__)
-    add, modes = parser.add_argument, ",".join(policy.MODES)
+    add, modes = parser.add_argument, ",".join(decoding.MODES)
     add("artifact", type=Path)
     add("--judge", type=Path, metavar="ARTIFACT", help="another model of the same tokenizer")
     add("--modes", type=names, default=modes, help="default all; ar is always measured")
@@ -109,18 +104,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         rule = f"must be a multiple of --batch={odd[0]}, so that all batches are alike"
         parser.error(f"--examples={args.examples} {rule}")
     for name in args.modes:
-        if name not in policy.MODES:
-            near = f"{closest(name, policy.MODES)}; all: {', '.join(policy.MODES)}"
+        if name not in decoding.MODES:
+            near = f"{closest(name, decoding.MODES)}; all: {', '.join(decoding.MODES)}"
             parser.error(f"--modes: no mode is called {name!r}; {near}")
     args.modes = names(",".join(["ar", *args.modes]))
     return args
 
 
 class Job(NamedTuple):
+    """One line of the table."""
+
     mode: str
-    passes: int  # a window; 0: the mode has none, or takes as many as it needs
+    passes: int  # over a window; 0: the mode has none, or takes as many as it needs
     batch: int
-    how: tg.Decoding
+    decoding: Decoding
 
 
 class Bench(NamedTuple):
@@ -129,68 +126,71 @@ class Bench(NamedTuple):
     model: tg.GPT
     judge: tg.GPT | None
     tokenizer: Any  # SentencePiece; None unless outputs are to be parsed
-    # (N, prefix + target + suffix) int64: prompts, their true continuation, and what follows it.
-    rows: Tensor
+    rows: Tensor  # (N, prefix + target + suffix) int64: prompts, their true continuations, suffixes
     prefix: int
     target: int
     repeats: int
 
     def text(self, ids: Tensor) -> Tensor:
-        """The part between prefix and suffix of ids (N, L), (N, target)."""
+        """Cut what lies between prefix and suffix out of ids (N, L): (N, target)."""
         return ids[:, self.prefix : self.prefix + self.target]
 
     def clock(self) -> float:
-        """Seconds, once the device has done all it was asked."""
+        """Wait for the device; seconds."""
         if self.rows.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
 
-def reads_suffix(how: tg.Decoding) -> bool:
-    """Do windows fill the span, so that the last one reads what follows it?"""
-    return how.window > 0 and not how.verify
+def fills_windows(settings: Decoding) -> bool:
+    """Tell whether the output is that of windows, the last of which reads a suffix."""
+    return settings.mode not in decoding.LOSSLESS
 
 
 def plan_jobs(modes: Sequence[str], args: argparse.Namespace) -> list[Job]:
-    """List every mode x passes x batch, the first mode first in each batch; no window has more
-    passes than tokens.
+    """List every mode x passes x batch, the first mode first in each batch.
+
+    A window takes at most one pass per token.
     """
-    jobs = []
+    sampling, jobs = tg.Sampling(temperature=args.temperature), []
     for batch in args.batch:
         for mode in modes:
-            how = policy.MODES[mode]._replace(temperature=args.temperature)
-            stepped = reads_suffix(how) and how.threshold == math.inf
-            steps = (
-                sorted({min(n, how.window, args.target) for n in args.passes}) if stepped else [0]
-            )
-            jobs += [Job(mode, n, batch, how._replace(steps=n or how.steps)) for n in steps]
+            settings = decoding.MODES[mode]._replace(sampling=sampling)
+            has_steps = fills_windows(settings) and settings.threshold == math.inf
+            most = min(settings.window, args.target)
+            steps = sorted({min(n, most) for n in args.passes}) if has_steps else [0]
+            for n in steps:
+                jobs.append(Job(mode, n, batch, settings._replace(steps=n or settings.steps)))
     return jobs
 
 
-def decoder(at: Bench, how: tg.Decoding, suffix: bool = False) -> Decode:
+def decoder(at: Bench, settings: Decoding, suffix: bool = False) -> Decode:
     """Continue prompts, or with the suffix fill the masked span before it."""
     before = slice(at.prefix)
     after = slice(at.prefix + at.target, None if suffix else at.prefix + at.target)
-    return lambda rows, seed: tg.infill(
-        at.model, rows[:, before], rows[:, after], at.target, how._replace(seed=seed)
-    )
+
+    def decode(rows: Tensor, seed: int) -> tg.Decoded:
+        seeded = settings._replace(sampling=settings.sampling._replace(seed=seed))
+        return decoding.infill(at.model, rows[:, before], rows[:, after], at.target, seeded)
+
+    return decode
 
 
 @torch.no_grad()
-def uncached(model: tg.GPT, prompt: Tensor, count: int, how: tg.Decoding) -> tg.Decoded:
-    """Continue prompts (B, P) by `count` tokens, the same as `generate` with AR, but read all again
-    for each token.
-    """
-    ids = prompt
-    keys = tg.derive(torch.arange(len(prompt), device=prompt.device)[:, None], how.seed)
+def decode_uncached(
+    model: tg.GPT, prompt: Tensor, count: int, sampling: tg.Sampling = tg.GREEDY
+) -> tg.Decoded:
+    """Continue prompts (B, P) by `count` tokens as mode ar does, but read all for each token."""
+    ids, keys = prompt, tg.row_keys(prompt, sampling.seed)
     for place in range(prompt.shape[1], prompt.shape[1] + count):
-        token, _ = tg.pick(model.clean(ids)[0][:, -1:], how, tg.derive(keys, place))
+        logits = model.forward_causal(ids)[0][:, -1:]
+        token, _ = tg.sample_tokens(logits, sampling, tg.split_key(keys, place))
         ids = torch.cat((ids, token), dim=1)
     return tg.Decoded(ids, torch.full_like(ids[:, :1], count))
 
 
 def decode_all(at: Bench, decode: Decode, batch: int) -> tg.Decoded:
-    """Decode all excerpts, `batch` at a time, each batch with a seed of its own."""
+    """Decode all excerpts, `batch` at a time, each batch with its own seed."""
     parts = [decode(at.rows[i : i + batch], i) for i in range(0, len(at.rows), batch)]
     return tg.Decoded(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
@@ -211,7 +211,7 @@ def nats(model: tg.GPT | None, ids: Tensor, prefix: int) -> dict[str, float] | N
     if model is None:
         return None
     batches = torch.split(ids, SCORED_AT_ONCE)
-    parts = [tg.score(model, part)[:, prefix - 1 :].double() for part in batches]
+    parts = [tg.token_nll_causal(model, part)[:, prefix - 1 :].double() for part in batches]
     return estimate(torch.cat(parts).mean(-1))
 
 
@@ -221,9 +221,7 @@ def accuracy(at: Bench, ids: Tensor) -> float:
 
 
 def parses(text: str, prompt: str) -> bool:
-    """Is what can be judged of a Python text right, and does it reach beyond the prompt? The rule
-    stands at the top.
-    """
+    """Tell whether a Python text parses, cut as described at the top, and exceeds the prompt."""
     lines = text.split("\n")[:-1]
     with warnings.catch_warnings(), contextlib.suppress(*BAD_SOURCE):
         warnings.simplefilter("ignore")  # "\d" is bad style, not bad syntax
@@ -238,7 +236,7 @@ def parses(text: str, prompt: str) -> bool:
 
 
 def quality(at: Bench, ids: Tensor) -> dict[str, Any]:
-    """Judge continuations, (N, prefix + target)."""
+    """Measure the quality of continuations, (N, prefix + target)."""
     new, python = at.text(ids), None
     if at.tokenizer is not None:
         found = []
@@ -259,7 +257,7 @@ def measure(at: Bench, jobs: Sequence[Job], bar: Any) -> list[dict[str, Any]]:
     """Measure every job; the first of a batch, ar, is its reference."""
     found, references = list[dict[str, Any]](), dict[int, tuple[float, Tensor]]()
     for job in jobs:
-        out, speed = timed(at, decoder(at, job.how), job.batch)
+        out, speed = timed(at, decoder(at, job.decoding), job.batch)
         rate = speed["tokens_per_second"]
         reference, ids = references.setdefault(job.batch, (rate, out.ids))
         row: dict[str, Any] = {"mode": job.mode, "passes": job.passes or None, "batch": job.batch}
@@ -267,85 +265,79 @@ def measure(at: Bench, jobs: Sequence[Job], bar: Any) -> list[dict[str, Any]]:
         row |= speed | {"times_cached_ar": rate / reference}
         row["identical"] = (out.ids == ids).all(dim=1).double().mean().item()
         row |= {"accuracy": accuracy(at, out.ids), "infill_accuracy": None}
-        if reads_suffix(job.how):
-            filled = decode_all(at, decoder(at, job.how, suffix=True), job.batch)
+        if fills_windows(job.decoding):
+            filled = decode_all(at, decoder(at, job.decoding, suffix=True), job.batch)
             row["infill_accuracy"] = accuracy(at, filled.ids)
         found.append(row | quality(at, out.ids))
         bar.update()
     return found
 
 
+def predecessor_decoders(at: Bench) -> dict[str, Decode]:
+    """Name the decoders of the predecessor's protocol: greedy, AR without a cache first."""
+
+    def uncached(rows: Tensor, _: int) -> tg.Decoded:
+        return decode_uncached(at.model, rows[:, : at.prefix], at.target)
+
+    decoders = {"ar, no cache": uncached, "ar": decoder(at, decoding.MODES["ar"])}
+    if at.model.mask_emb is not None:
+        once, twice = (decoding.MODES["refine"]._replace(steps=n) for n in (1, 2))
+        decoders |= {"1 pass": decoder(at, once), "2 passes": decoder(at, twice)}
+        decoders["1 pass, infill"] = decoder(at, once, suffix=True)
+    return decoders
+
+
 def predecessor(at: Bench, bar: Any) -> list[dict[str, Any]]:
     """Measure in the predecessor's protocol: all examples at once, greedy, AR not cached.
 
-    Infill is measured against a continuation, not against infill by another mode.
+    The speed of infill is compared with that of a continuation, not of infill by another mode.
     """
-    decoders: dict[str, Decode] = {
-        "ar, no cache": lambda rows, _: uncached(at.model, rows[:, : at.prefix], at.target, tg.AR),
-        "ar": decoder(at, tg.AR),
-    }
-    if at.model.mask_emb is not None:
-        once, twice = (policy.MODES["refine"]._replace(steps=n) for n in (1, 2))
-        decoders |= {"1 pass": decoder(at, once), "2 passes": decoder(at, twice)}
-        decoders["1 pass, infill"] = decoder(at, once, suffix=True)
     found = list[dict[str, Any]]()
-    for name, decode in decoders.items():
+    for name, decode in predecessor_decoders(at).items():
         out, speed = timed(at, decode, len(at.rows))
-        found.append(
-            {
-                "decoding": name,
-                **speed,
-                "accuracy": accuracy(at, out.ids),
-                "published": PUBLISHED.get(name),
-            }
-        )
+        row = {"decoding": name, **speed, "accuracy": accuracy(at, out.ids)}
+        found.append(row | {"published": PUBLISHED.get(name)})
         bar.update()
     for row in found:
         for key, reference in zip(("times_uncached_ar", "times_cached_ar"), found, strict=False):
             row[key] = row["tokens_per_second"] / reference["tokens_per_second"]
-        row["published_times_uncached_ar"] = (
-            row["published"] and row["published"] / PUBLISHED["ar, no cache"]
-        )
+        published = row["published"]
+        row["published_times_uncached_ar"] = published and published / PUBLISHED["ar, no cache"]
     return found
 
 
 def function_starts(stream: Tensor, tokenizer: Any, length: int) -> list[int]:
-    """Find where a top-level `def` or `class` begins in a stream (n,), at least `length` apart and
-    from the end.
+    """Find where a top-level `def` or `class` begins in a stream (n,).
+
+    The places are at least `length` apart and from the end.
     """
-    newlines = torch.tensor(
-        [i for i in range(tokenizer.vocab_size()) if tokenizer.decode([i]) == "\n"]
-    )
+    pieces = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size())]
+    newlines = torch.tensor([i for i, piece in enumerate(pieces) if piece == "\n"])
     starts, free = list[int](), 0
     for start in (torch.isin(stream, newlines).nonzero()[:, 0] + 1).tolist():
-        fits = free <= start <= len(stream) - length
-        if fits and tokenizer.decode(stream[start : start + 8].tolist()).startswith(
-            ("def ", "class ")
-        ):
-            starts, free = [*starts, start], start + length
+        if free <= start <= len(stream) - length:
+            text = tokenizer.decode(stream[start : start + 8].tolist())
+            if text.startswith(("def ", "class ")):
+                starts.append(start)
+                free = start + length
     return starts
 
 
 def excerpts(cfg: tg.Config, length: int, examples: int, tokenizer: Any) -> Tensor:
-    """Take evenly spaced excerpts, (examples, length), with a tokenizer of Python; UserError: they
-    would overlap.
+    """Take evenly spaced excerpts, (examples, length); UserError: they would overlap.
+
+    With a tokenizer, the text is Python and excerpts begin with a top-level def or class.
     """
     loader = tg.TokenLoader(cfg, "val")
     starts, what = list(range(0, loader.total - length + 1, length)), "excerpts"
     if tokenizer is not None:
-        starts = function_starts(
-            loader.rows(0, 1, min(loader.total, SCAN_TOKENS) - 1)[0], tokenizer, length
-        )
+        stream = loader.rows(0, 1, min(loader.total, SCAN_TOKENS) - 1)[0]
+        starts = function_starts(stream, tokenizer, length)
         what = "excerpts that begin with a top-level def or class"
     if len(starts) < examples:
-        held = (
-            f"{len(starts)} {what} of --prefix + --target + --suffix = {length} tokens; ask for "
-            "less, or prepare more"
-        )
-        fail(
-            f"--examples={examples}: the {loader.total:,} validation tokens of {cfg.data_path} "
-            f"hold only {held}"
-        )
+        held = f"the {loader.total:,} validation tokens of {cfg.data_path} hold only {len(starts)}"
+        remedy = f"of --prefix + --target + --suffix = {length} tokens; lower them, or prepare more"
+        fail(f"--examples={examples}: {held} {what} {remedy}")
     chosen = [starts[i * len(starts) // examples] for i in range(examples)]
     return torch.cat([loader.rows(start, 1, length - 1) for start in chosen])
 
@@ -356,7 +348,7 @@ def check_judge(args: argparse.Namespace, artifact: Artifact, judge: Artifact) -
         rule = f"has another tokenizer than {args.artifact}; name a judge with the same"
         fail(f"--judge={args.judge} {rule}")
     if args.judge.read_bytes() == args.artifact.read_bytes():
-        rule = "is the model to be judged; name one that was trained apart, or none"
+        rule = "is the model to be judged; name one that was trained separately, or none"
         fail(f"--judge={args.judge} {rule}")
 
 
@@ -376,8 +368,8 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[Bench, str]:
     """
     artifact, judge = load_artifact(args.artifact, device), None
     stop, tokenizer = args.prefix + args.target, None
-    if args.compile:  # the warm-up of every timing compiles what is new
-        policy.compiled(artifact.model)
+    if args.compile:  # the warm-up of each timing compiles
+        decoding.compiled(artifact.model)
     check_length(artifact, stop + args.suffix)
     if args.judge is not None:
         judge = load_artifact(args.judge, device)
@@ -404,7 +396,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw_batch(panel: Any, result: Mapping[str, Any], batch: int, key: str) -> None:
-    """Draw the nats of one batch size against new tokens/s, a line a mode."""
+    """Draw the nats of one batch size against new tokens/s, a line per mode."""
     for mode in dict.fromkeys(row["mode"] for row in result["rows"]):
         rows = [row for row in result["rows"] if (row["batch"], row["mode"]) == (batch, mode)]
         points = [(row["tokens_per_second"], row[key]["mean"]) for row in rows]
@@ -417,7 +409,7 @@ def draw_batch(panel: Any, result: Mapping[str, Any], batch: int, key: str) -> N
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Draw nats per token, a judge's or the model's own, against new tokens/s: a panel a batch."""
+    """Draw nats per token, a judge's or the model's own, against speed: a panel per batch size."""
     from matplotlib.figure import Figure
 
     key = "own_nats" if result["judge"] is None else "judge_nats"
@@ -429,8 +421,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     whose = "the model's own" if key == "own_nats" else "of the judge"
     panels[0, 0].set_ylabel(f"nats per token, {whose}")
     panels[0, 0].legend()
-    about = "Numbers at points: passes a window. Repetition has few nats too: see the entropy."
-    figure.suptitle(about, size=10)
+    title = "Numbers at points: passes per window. Repetition has few nats, too: see the entropy."
+    figure.suptitle(title, size=10)
     figure.savefig(path, dpi=150, format="png")
 
 
@@ -441,7 +433,7 @@ def notes_of(args: argparse.Namespace, at: Bench, modes: Sequence[str]) -> list[
         why = f"{args.artifact} has no trained denoiser"
         notes.append(f"Left out, since {why}: {', '.join(left_out)}.")
     if at.judge is None:
-        own = "only the model's own nats, which favour what it would say anyway"
+        own = "only the model's own nats, which favour its own output"
         notes.append(f"No --judge: {own}.")
     if args.predecessor and (args.examples, args.prefix, args.target) != (32, 128, 64):
         protocol = "it decoded 64 tokens after 128, of 32 examples at once"
@@ -450,7 +442,7 @@ def notes_of(args: argparse.Namespace, at: Bench, modes: Sequence[str]) -> list[
 
 
 def measure_all(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure all modes asked for; UserError: they cannot be measured."""
+    """Measure all modes of --modes; UserError: they cannot be measured."""
     torch.set_num_threads(args.threads or torch.get_num_threads())
     at, data_path = load(args, pick_device(args.device))
     modes = args.modes if at.model.mask_emb is not None else ["ar"]

@@ -1,22 +1,23 @@
 """Measure what a denoiser gains from the text after a span and from more passes, and whether it
-finds wrong tokens.
+detects wrong tokens.
 
     DATA_PATH=data/stdlib python scripts/bench/infill.py final_model.int8.ptz
     DATA_PATH=data/stdlib python scripts/bench/infill.py a.ptz b.ptz --spans 8 --passes 1,4 \\
         --examples 1024 --out infill.json --plot infill.png
 
 Spans lie in evenly spaced excerpts of the validation data (DATA_PATH; else that of the artifact)
-and are filled greedily twice: in a window that ends with the span, and in one that goes on with the
-text after it. Both read the same text before it, so their difference is paired. Standard errors are
-over excerpts, not over tokens.
+and are filled greedily twice: in a window that ends with the span, and in one that continues with
+the text after it. Both read the same text before it, so their difference is paired. Standard errors
+are over excerpts, not over tokens.
 
-Nats per token of what was filled in are those of the clean stream of the same weights: no
-independent judge. Entropy and distinct-2 stand beside them, since repetition is likely too.
+Nats per token of the filled-in text are those of the clean stream of the same weights, which is no
+independent judge. Entropy and distinct-2 are reported beside them, since repetitive text has a high
+likelihood, too.
 
-Revision plants random tokens in true text, and looks whether they are the least likely ones: to the
-window that may doubt every token, and to the clean stream. As many tokens as were planted are then
-replaced: by the detector's own most probable token (argmax), or remasked and filled by one pass
-(refill).
+Revision replaces tokens of true text by random ones and measures whether these have the lowest
+probability: in a window all of whose tokens are possibly corrupted, and in the clean stream. As
+many tokens as were replaced are then revised: set to the detector's own most probable token
+(argmax), or remasked and filled in one pass (refill).
 
 The last line is one JSON object.
 """
@@ -30,11 +31,10 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from tqdm import tqdm
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import train_gpt as tg
+from scripts import decoding
 from scripts.common import (
     Parser,
     autocast,
@@ -58,14 +59,14 @@ from scripts.common import (
     text_config,
     write_result,
 )
-from train_gpt import GPT, KV, Config
+from train_gpt import GPT, Config
 
 PLANTED = (1, 2, 4)  # wrong tokens in a window
 ROWS_AT_ONCE = {"cpu": 32, "cuda": 256}  # more are no faster
 WITH, WITHOUT = "with_suffix", "without_suffix"
-TEXT, AR = ("text", 0), ("ar", 0)  # what a span is filled with, besides (WITH or WITHOUT, passes)
+TEXT, AR = ("text", 0), ("ar", 0)  # how a span is filled, besides (WITH or WITHOUT, passes)
 Key = tuple[str, int]
-# Of curves in the plot.
+# Line styles in the plot.
 SIDES: dict[str, dict[str, Any]] = {
     WITH: dict(ls="-", marker="o"),
     WITHOUT: dict(ls="--", marker="o", mfc="white"),
@@ -98,7 +99,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.revise_examples == 1:
         parser.error("--revise-examples=1 has no standard error; use 0 or at least 2")
     if args.passes[0] > args.spans[0]:
-        rule = f"a span of {args.spans[0]} takes at most one pass a token"
+        rule = f"a span of {args.spans[0]} takes at most one pass per token"
         parser.error(f"--passes: {rule}; list a smaller number")
     if len(set(args.artifacts)) < len(args.artifacts):
         parser.error("an artifact is named twice")
@@ -111,16 +112,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def estimate(values: Tensor) -> dict[str, float]:
-    """Mean of one value an example, (N,), and its standard error."""
+    """Mean over examples of one value per example, (N,), and its standard error."""
     values = values.double()
     return {"mean": values.mean().item(), "se": (values.var() / len(values)).sqrt().item()}
 
 
 def paired(ours: Tensor, theirs: Tensor) -> dict[str, float | None]:
-    """Mean difference of two values of the same examples, (N,) each, its standard error, and a
-    two-sided p.
+    """Mean difference of two values of the same examples, (N,) each, its standard error and a p.
 
-    p is of the normal distribution; None where all differences are equal.
+    p is two-sided, of the normal distribution; None where all differences are equal.
     """
     found = estimate(ours.double() - theirs.double())
     z = found["mean"] / found["se"] if found["se"] > 0 else None
@@ -128,11 +128,12 @@ def paired(ours: Tensor, theirs: Tensor) -> dict[str, float | None]:
 
 
 def compare(ours: Tensor, theirs: Tensor) -> dict[str, Any]:
+    """Compare values of examples (N,) with the suffix and without it."""
     return {WITH: estimate(ours), WITHOUT: estimate(theirs), "difference": paired(ours, theirs)}
 
 
 def most_frequent(ids: Tensor) -> float:
-    """Share of the most frequent token: what one constant guess gets right at best."""
+    """Share of the most frequent token: the best accuracy of a constant prediction."""
     return ids.flatten().bincount().max().item() / ids.numel()
 
 
@@ -144,9 +145,7 @@ def unigram_entropy(ids: Tensor) -> float:
 
 
 def distinct_2(ids: Tensor) -> float | None:
-    """Share of different pairs among the neighbouring pairs of one example, (N, n), mean; None
-    where n = 1.
-    """
+    """Share of different bigrams among the bigrams of an example, mean over (N, n); n = 1: None."""
     if ids.shape[1] < 2:
         return None
     rows = [list(itertools.pairwise(row)) for row in ids.tolist()]
@@ -154,7 +153,7 @@ def distinct_2(ids: Tensor) -> float | None:
 
 
 def quarters(size: int) -> dict[str, slice]:
-    """Parts of a span of `size` tokens; the middle is two quarters. Empty parts are left out."""
+    """Split a span of `size` tokens; the middle is two quarters. Empty parts are left out."""
     quarter = max(size // 4, 1)
     last = max(size - quarter, quarter)
     parts = {
@@ -166,150 +165,123 @@ def quarters(size: int) -> dict[str, slice]:
 
 
 def plant(x0: Tensor, keys: Tensor, count: int, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Replace `count` tokens a row of (N, n) by others, all equally likely, with randomness from
-    keys (N,).
+    """Replace `count` tokens of each row (N, n) by others, all equally likely, by keys (N,).
 
-    Fewer are planted at a part of the places of more, as the same tokens. Returns the text and
-    where, bool.
+    A smaller `count` replaces some of the tokens of a larger one, by the same tokens. Returns the
+    text, and which tokens were planted, bool.
     """
-    planted = tg.uniform(tg.derive(keys, 1), x0.shape[1]).argsort(dim=-1).argsort(dim=-1) < count
-    step = 1 + (tg.uniform(tg.derive(keys, 2), x0.shape[1]) * (vocab_size - 1)).long()
+    planted = (
+        tg.random_uniform(tg.split_key(keys, 1), x0.shape[1]).argsort(dim=-1).argsort(dim=-1)
+        < count
+    )
+    step = 1 + (tg.random_uniform(tg.split_key(keys, 2), x0.shape[1]) * (vocab_size - 1)).long()
     return (x0 + step * planted) % vocab_size, planted
 
 
 def least_likely(log_p: Tensor, planted: Tensor) -> Tensor:
-    """Mark as many tokens of each row (N, n) as were planted: the least likely ones."""
+    """Mark as many tokens of each row (N, n) as were planted: those of lowest probability."""
     return log_p.argsort(dim=-1).argsort(dim=-1) < planted.sum(-1, keepdim=True)
 
 
 def detection(log_p: Tensor, planted: Tensor) -> dict[str, Tensor]:
-    """Say how well low log-probability of the token shown, (N, n), tells planted ones; one value an
-    example, (N,).
+    """Measure how well low log-probability of visible tokens (N, n) detects planted ones.
 
-    least_likely_is_planted: of all tokens; found: share of the planted among as many least likely
-    ones; auc: share of pairs of a planted and a right token in which the planted one is less
-    likely, ties as a half.
+    Returns one value per example, (N,). least_likely_is_planted: the least likely token is;
+    found: share of planted tokens among as many least likely ones; auc: share of pairs of a planted
+    and a true token in which the planted one is less likely, ties as a half.
     """
     lowest = planted.gather(1, log_p.argmin(-1, keepdim=True))[:, 0]
     found = (least_likely(log_p, planted) & planted).sum(-1) / planted.sum(-1)
-    mine, other = log_p[:, :, None], log_p[:, None, :]
+    own, other = log_p[:, :, None], log_p[:, None, :]
     pairs = planted[:, :, None] & ~planted[:, None, :]
-    won = ((mine < other).double() + (mine == other).double() / 2) * pairs
+    won = ((own < other).double() + (own == other).double() / 2) * pairs
     auc = won.sum((1, 2)) / pairs.sum((1, 2))
     return {"least_likely_is_planted": lowest.double(), "found": found, "auc": auc}
 
 
 def repairs(final: Tensor, x0: Tensor, planted: Tensor) -> dict[str, Tensor]:
-    """Share of planted tokens that are now true, and of right ones that no longer are; (N, n) to
-    (N,).
-    """
-    right = final == x0
-    repaired = (right & planted).sum(-1) / planted.sum(-1)
-    spoilt = (~right & ~planted).sum(-1) / (~planted).sum(-1)
+    """Share of planted tokens that are now true, and of others that no longer are, (N,) each."""
+    true = final == x0
+    repaired = (true & planted).sum(-1) / planted.sum(-1)
+    spoilt = (~true & ~planted).sum(-1) / (~planted).sum(-1)
     return {"repaired": repaired, "spoilt": spoilt}
 
 
 # ==============================================================================
-# 2  PASSES -- a batch of excerpts whose text before the span was read once
+# 2  PASSES -- over a batch of excerpts whose text before the span was read once
 # ==============================================================================
 
 
 class Batch(NamedTuple):
     """Excerpts with a span from token `start` on, and what the model has read of them."""
 
-    model: GPT
+    run: decoding.Run  # its cache has L places, filled up to the token before the last visible one
     rows: Tensor  # (B, L)
-    keys: Tensor  # (B, 1)
     start: int
-    past: list[KV]  # buffers of L places; filled up to the token before the last visible one
 
     @property
     def before(self) -> Tensor:
-        return self.rows[:, self.start - 1 : self.start]  # (B, 1), the last visible token
+        """The last visible token before the span, (B, 1)."""
+        return self.rows[:, self.start - 1 : self.start]
+
+    def window(self, ids: Tensor, suffix: Tensor) -> decoding.Window:
+        """Put tokens (B, S) in the place of the span, before a suffix (B, n)."""
+        first = torch.full_like(self.before, self.start - 1)
+        return decoding.Window(torch.cat((self.before, ids), dim=1), first, suffix, is_last=True)
+
+    def select(self, index: list[int]) -> Batch:
+        """Keep some excerpts."""
+        old = self.run.cache
+        keys, values = [k[index] for k in old.keys], [v[index] for v in old.values]
+        cache = tg.Cache(keys, values, old.tokens[index])
+        run = self.run._replace(cache=cache, keys=self.run.keys[index])
+        return self._replace(run=run, rows=self.rows[index])
 
 
 def open_batch(model: GPT, rows: Tensor, index: Tensor, start: int, seed: int) -> Batch:
-    """Read the excerpts (B, L) up to a span at `start`; index (B,): their numbers, from which
-    randomness comes.
-    """
-    room = (0, 0, 0, rows.shape[1] - start + 1)
-    past = [(pad(k, room), pad(v, room)) for k, v in model.clean(rows[:, : start - 1])[1]]
-    return Batch(model, rows, tg.derive(index[:, None], seed), start, past)
+    """Read excerpts (B, L) up to a span at `start`; their numbers (B,) determine the noise."""
+    cache = tg.fill_cache(model, rows[:, : start - 1], rows.shape[1] - start + 1)
+    keys = tg.split_key(index[:, None], seed)
+    return Batch(decoding.Run(model, decoding.MODES["refine"], cache, keys), rows, start)
 
 
-def read(batch: Batch, ids: Tensor, first: int) -> Tensor:
-    """Clean stream's logits (B, n, V) of what follows each token of ids (B, n), which stand from
-    place `first` on.
-    """
-    at = torch.arange(first, first + ids.shape[1], device=ids.device).expand(len(ids), -1)
-    return batch.model.clean(ids, batch.past, at)[0]
+def predict_causal(batch: Batch, ids: Tensor) -> Tensor:
+    """Predict tokens (B, n) that fill the span, each from all before it: logits (B, n, V)."""
+    read = torch.cat((batch.before, ids[:, :-1]), dim=1)
+    positions = batch.start - 1 + torch.arange(ids.shape[1], device=ids.device)
+    positions = positions.expand(len(ids), -1)
+    return batch.run.model.forward_causal(read, batch.run.cache, positions)[0]
 
 
-def follow(batch: Batch, ids: Tensor) -> Tensor:
-    """Clean stream's logits (B, n, V) of the tokens (B, n) that fill a span, each given all before
-    it.
-    """
-    return read(batch, torch.cat((batch.before, ids[:, :-1]), dim=1), batch.start - 1)
+def decode_left_to_right(batch: Batch, count: int) -> Tensor:
+    """Decode `count` tokens of the span from the clean stream, (B, count)."""
+    stop = batch.start + count
+    found = tg.decode_autoregressive(batch.run.model, batch.rows, batch.start, stop)
+    return found.ids[:, batch.start : stop]
 
 
-def left_to_right(batch: Batch, count: int) -> Tensor:
-    """Decode `count` tokens from the clean stream, (B, count): `train_gpt.decode`, but what was
-    read stays read.
-    """
-    found = [batch.before]
-    for i in range(count):
-        found.append(read(batch, found[-1], batch.start - 1 + i).argmax(-1))
-    return torch.cat(found[1:], dim=1)
+def predict_masked(batch: Batch, window: decoding.Window, masked: Tensor) -> Tensor:
+    """Predict a window by one pass with some of its tokens (B, S) masked: logits (B, S, V)."""
+    logits = decoding.denoise(batch.run, decoding.with_suffix(window, masked))
+    return logits[:, 0, : masked.shape[1]]
 
 
-class FirstPass:
-    """Stands for a model, and keeps the logits of its first window pass."""
-
-    def __init__(self, model: GPT) -> None:
-        self.model, self.logits = model, cast("Tensor | None", None)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def read(self, *args: Any) -> Tensor:
-        logits = self.model.read(*args)
-        if self.logits is None:
-            self.logits = logits[:, :-1] if self.model.cfg.diffusion_shift else logits[:, 1:]
-        return logits
+def fill(batch: Batch, window: decoding.Window, masked: Tensor, steps: int) -> Tensor:
+    """Fill the masked tokens (B, S) of a window in `steps` passes; returns its tokens (B, S)."""
+    refine = batch.run.decoding._replace(steps=steps)
+    run = batch.run._replace(decoding=refine)
+    return decoding.fill_window(run, window, masked)[0].tokens[:, 1:]
 
 
-def refill(
-    batch: Batch, ids: Tensor, span: Tensor, suffix: Tensor, steps: int
-) -> tuple[Tensor, Tensor]:
-    """Fill the marked tokens of ids (B, S), which stand from `start` on before `suffix` (B, n), in
-    `steps` passes.
-
-    Returns the tokens (B, S) and the logits of the first pass (B, S, V).
-    """
-    watched, first = FirstPass(batch.model), torch.full_like(batch.keys, batch.start - 1)
-    window = torch.cat((batch.before, ids), dim=1)
-    run = tg.Decoder(cast("GPT", watched), tg.Decoding(steps=steps), batch.past, batch.keys)
-    found, _ = run.refine(window, span, suffix, first)
-    assert watched.logits is not None
-    return found, watched.logits[:, : ids.shape[1]]
-
-
-def doubt(batch: Batch, ids: Tensor, wrong_share: float) -> Tensor:
-    """Logits (B, S, V) of a window that shows all of ids (B, S), any of which may be wrong."""
-    (B, S) = ids.shape
-    start = batch.start
-    device = ids.device
-    everything = torch.ones(B, 1, S, dtype=torch.bool, device=device)
-    noisy = tg.Corruption(
-        ids[:, None], ~everything, everything, torch.full((B, 1), wrong_share, device=device)
-    )
-    positions = torch.arange(start - 1, start + S, device=device)
-    mask = (torch.arange(start + S, device=device) <= positions[:, None]) | (
-        not batch.model.cfg.diffusion_causal
-    )
-    past = [(k[:, :, : start - 1], v[:, :, : start - 1]) for k, v in batch.past]
-    window = tg.Window(before=batch.before[:, None], noisy=noisy, positions=positions, mask=mask)
-    return batch.model.window(window, past)[:, 0]
+def predict_doubted(batch: Batch, ids: Tensor, wrong_share: float) -> Tensor:
+    """Predict a window of tokens (B, S), any of which may be a wrong one: logits (B, S, V)."""
+    none, visible = ids[:, :0], torch.zeros_like(ids, dtype=torch.bool)
+    windows = decoding.with_suffix(batch.window(ids, none), visible)
+    inputs = decoding.build_inputs(batch.run, none, none, windows)
+    t = torch.full_like(inputs.noisy.t, wrong_share)
+    noisy = tg.Corruption(ids[:, None], visible[:, None], ~visible[:, None], t)
+    logits = batch.run.model.forward_denoise(inputs._replace(noisy=noisy), batch.run.cache)
+    return logits[:, 0]
 
 
 # ==============================================================================
@@ -336,6 +308,7 @@ class Plan(NamedTuple):
         )
 
     def passes_of(self, span: int) -> list[int]:
+        """List the numbers of passes for a span: at most one per token."""
         return [n for n in self.passes if n <= span]
 
 
@@ -344,6 +317,10 @@ class Fill(NamedTuple):
 
     ids: Tensor
     nats: Tensor
+
+    def first(self, count: int) -> Fill:
+        """Keep the first `count` tokens."""
+        return Fill(self.ids[:, :count], self.nats[:, :count])
 
 
 class Span(NamedTuple):
@@ -354,29 +331,37 @@ class Span(NamedTuple):
     first: dict[str, Fill]
 
 
+def score_fill(batch: Batch, ids: Tensor) -> Fill:
+    """Score tokens (B, n) in the place of the span by the clean stream."""
+    return Fill(ids, tg.token_nll(predict_causal(batch, ids), ids))
+
+
 def fill_spans(batch: Batch, plan: Plan) -> dict[int, Span]:
     """Fill spans of every length in every way."""
     longest = plan.spans[-1]
-    text, ar = batch.rows[:, batch.start : batch.start + longest], left_to_right(batch, longest)
-    shared = {
-        key: Fill(ids, tg.token_nll(follow(batch, ids), ids))
-        for key, ids in ((TEXT, text), (AR, ar))
-    }
+    text = score_fill(batch, batch.rows[:, batch.start : batch.start + longest])
+    ar = score_fill(batch, decode_left_to_right(batch, longest))
     found = {}
     for span in plan.spans:  # left to right, a shorter span is the beginning of a longer one
-        fills = {key: Fill(ids[:, :span], nats[:, :span]) for key, (ids, nats) in shared.items()}
-        first = {}
-        x0, everything = text[:, :span], torch.ones_like(text[:, :span], dtype=torch.bool)
+        parts = Span({TEXT: text.first(span), AR: ar.first(span)}, {})
         after = batch.rows[:, batch.start + span :][:, : plan.suffix]
         for side, suffix in ((WITH, after), (WITHOUT, after[:, :0])):
-            for passes in plan.passes_of(span)[::-1]:
-                if passes > 1 or side not in first:  # one pass is the first of several
-                    ids, logits = refill(batch, torch.zeros_like(x0), everything, suffix, passes)
-                    first[side] = Fill(logits.argmax(-1), tg.token_nll(logits, x0))
-                ids = first[side].ids if passes == 1 else ids
-                fills[side, passes] = Fill(ids, tg.token_nll(follow(batch, ids), ids))
-        found[span] = Span(fills, first)
+            fill_side(batch, parts, side, suffix, plan.passes_of(span))
+        found[span] = parts
     return found
+
+
+def fill_side(batch: Batch, parts: Span, side: str, suffix: Tensor, passes: Sequence[int]) -> None:
+    """Fill spans before a suffix (B, n) in each number of passes, and add this to `parts`."""
+    x0 = parts.fills[TEXT].ids
+    masked = torch.ones_like(x0, dtype=torch.bool)
+    window = batch.window(torch.zeros_like(x0), suffix)
+    logits = predict_masked(batch, window, masked)
+    parts.first[side] = Fill(logits.argmax(-1), tg.token_nll(logits, x0))
+    for count in passes:
+        once = count == 1  # the first pass is the only one
+        ids = parts.first[side].ids if once else fill(batch, window, masked, count)
+        parts.fills[side, count] = score_fill(batch, ids)
 
 
 def join_spans(parts: Sequence[Span]) -> Span:
@@ -438,29 +423,30 @@ Marks = dict[str, Any]  # nested; values (N,)
 
 
 def revise(batch: Batch, plan: Plan) -> dict[int, Marks]:
-    """Plant wrong tokens, look for them and replace what is taken for them."""
+    """Plant wrong tokens in true text, detect them, and revise the detected ones."""
     x0 = batch.rows[:, batch.start : batch.start + plan.revise_window]
     return {count: revise_some(batch, x0, count) for count in PLANTED}
 
 
 def revise_some(batch: Batch, x0: Tensor, count: int) -> Marks:
-    """Do so with `count` wrong tokens in every window of true ones (B, S)."""
-    xt, planted = plant(x0, batch.keys[:, 0], count, batch.model.cfg.vocab_size)
-    logits = {"window": doubt(batch, xt, count / x0.shape[1]), "clean_stream": follow(batch, xt)}
-
-    def masked_again(marked: Tensor) -> Tensor:
-        return refill(batch, xt, marked, xt[:, :0], 1)[0]
-
-    known = {"refill": masked_again(planted)}
+    """Do so with `count` wrong tokens in each window of true ones (B, S)."""
+    vocab_size = batch.run.model.cfg.vocab_size
+    xt, planted = plant(x0, batch.run.keys[:, 0], count, vocab_size)
+    window = batch.window(xt, xt[:, :0])
+    predictions = {
+        "window": predict_doubted(batch, xt, count / x0.shape[1]),
+        "clean_stream": predict_causal(batch, xt),
+    }
+    known = {"refill": fill(batch, window, planted, 1)}
     detectors = {}
-    for name, shown in logits.items():
-        known[f"{name}_argmax"] = shown.argmax(-1)
-        log_p = shown.double().log_softmax(-1).gather(-1, xt[..., None])[..., 0]
+    for name, logits in predictions.items():
+        known[f"{name}_argmax"] = logits.argmax(-1)
+        log_p = logits.double().log_softmax(-1).gather(-1, xt[..., None])[..., 0]
         marked = least_likely(log_p, planted)
         detectors[name] = {
             **detection(log_p, planted),
-            "argmax": repairs(torch.where(marked, shown.argmax(-1), xt), x0, planted),
-            "refill": repairs(masked_again(marked), x0, planted),
+            "argmax": repairs(torch.where(marked, logits.argmax(-1), xt), x0, planted),
+            "refill": repairs(fill(batch, window, marked, 1), x0, planted),
         }
     at_known = {name: repairs(ids, x0, planted)["repaired"] for name, ids in known.items()}
     return {"detectors": detectors, "repaired_at_known_places": at_known}
@@ -477,18 +463,18 @@ def sum_up_marks(parts: Sequence[Marks]) -> Marks:
 
 
 def trained_on_random_tokens(cfg: Config) -> bool:
-    """Has the window seen wrong tokens that look like any other?"""
+    """Tell whether windows of training had random tokens."""
     mode, masked = cfg.diffusion_corruption_mode, cfg.diffusion_hybrid_mask_prob
     return mode == "uniform" or (mode == "hybrid" and masked < 1)
 
 
 # ==============================================================================
-# 5  ARTIFACTS AND EXCERPTS -- everything that can be wrong is found before the long part
+# 5  ARTIFACTS AND EXCERPTS -- every fault is found before the long part
 # ==============================================================================
 
 
 class Loaded(NamedTuple):
-    """A model with the name it goes by."""
+    """A model with its name in tables and plot."""
 
     label: str
     path: Path
@@ -496,9 +482,7 @@ class Loaded(NamedTuple):
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
-    """Name artifacts by their folders, or by their files, or by both: the shortest that tells them
-    apart.
-    """
+    """Name artifacts by folder, by file or by both: the shortest names that differ."""
     for names in ([p.absolute().parent.name for p in paths], [p.name.split(".")[0] for p in paths]):
         if len(set(names)) == len(names) and all(names):
             return names
@@ -543,7 +527,7 @@ def excerpts(cfg: Config, plan: Plan, examples: int) -> tuple[Tensor, str]:
     """Take evenly spaced excerpts of the validation data, (examples, length), and say where from.
 
     Raises:
-        UserError: no data, or so little that what is to be found would overlap.
+        UserError: no data, or so little that spans would overlap.
     """
     cfg = text_config(cfg)
     loader = tg.TokenLoader(cfg, "val")
@@ -559,7 +543,7 @@ def excerpts(cfg: Config, plan: Plan, examples: int) -> tuple[Tensor, str]:
     return torch.cat([loader.rows(start, 1, plan.length - 1) for start in starts]), cfg.data_path
 
 
-def about(loaded: Loaded) -> dict[str, Any]:
+def describe_artifact(loaded: Loaded) -> dict[str, Any]:
     """Describe an artifact and how it was trained."""
     cfg = loaded.model.cfg
     return {
@@ -573,18 +557,12 @@ def about(loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def select(batch: Batch, index: list[int]) -> Batch:
-    """Keep some excerpts of a batch."""
-    past = [(k[index], v[index]) for k, v in batch.past]
-    return batch._replace(rows=batch.rows[index], keys=batch.keys[index], past=past)
-
-
 def measure(loaded: Loaded, rows: Tensor, plan: Plan, bar: Any) -> dict[str, Any]:
     """Measure one artifact on excerpts (N, L)."""
     model, device = loaded.model, loaded.model.tok_emb.device
     spans, marks = list[dict[int, Span]](), list[dict[int, Marks]]()
     at_once = ROWS_AT_ONCE[device.type]
-    # Of N excerpts every so many are revised too: evenly spaced as well.
+    # The revised excerpts are evenly spaced, too.
     revised = {i * len(rows) // plan.revise_examples for i in range(plan.revise_examples)}
     with torch.no_grad(), autocast(device):
         for first in range(0, len(rows), at_once):
@@ -592,14 +570,14 @@ def measure(loaded: Loaded, rows: Tensor, plan: Plan, bar: Any) -> dict[str, Any
             here = rows[index].to(device)
             batch = open_batch(model, here, index.to(device), plan.prefix, plan.seed)
             spans.append(fill_spans(batch, plan))
-            if mine := [i for i, number in enumerate(index.tolist()) if number in revised]:
-                marks.append(revise(select(batch, mine), plan))
+            if chosen := [i for i, number in enumerate(index.tolist()) if number in revised]:
+                marks.append(revise(batch.select(chosen), plan))
             bar.update()
     joined = {size: join_spans([part[size] for part in spans]) for size in plan.spans}
     infill = [sum_up_span(span, plan.passes_of(n), plan.suffix) for n, span in joined.items()]
     summed = {n: sum_up_marks([part[n] for part in marks]) for n in PLANTED if marks}
     revision = [{"planted": n, **values} for n, values in summed.items()]
-    return {**about(loaded), "infill": infill, "revision": revision}
+    return {**describe_artifact(loaded), "infill": infill, "revision": revision}
 
 
 # ==============================================================================
@@ -623,8 +601,8 @@ def plain(value: float | None, digits: int = 2) -> str:
 
 
 def infill_table(span: Mapping[str, Any]) -> str:
-    """One row a number of passes, then the references."""
-    head = ["passes", "right, with suffix", "without", "gain of suffix", "gain over ar"]
+    """Lay out a row for each number of passes, then the references."""
+    head = ["passes", "accuracy, with suffix", "without", "gain of suffix", "gain over ar"]
     head += ["nats, with", "without", "entropy, with", "without", "distinct-2, with", "without"]
     rows = []
     for row in span["passes"]:
@@ -660,19 +638,17 @@ def infill_table(span: Mapping[str, Any]) -> str:
                 distinct,
             ]
         )
-    rows.append(["commonest token", "-", plain(span["most_frequent_token"], 3), *["-"] * 8])
+    rows.append(["most frequent token", "-", plain(span["most_frequent_token"], 3), *["-"] * 8])
     return markdown(head, rows)
 
 
 def first_pass_table(spans: Sequence[Mapping[str, Any]]) -> str:
-    """What one pass makes of the spans: log-probability of the truth, and where in the span the
-    suffix helps.
-    """
+    """Lay out the first pass: log-probability of the text, and where in a span the suffix helps."""
     rows = []
     for span in spans:
         found = {"log p of the text, nats per token": span["first_pass_log_prob"]}
         found |= {
-            f"right, {name.replace('_', ' ')}": part
+            f"accuracy, {name.replace('_', ' ')}": part
             for name, part in span["one_pass_accuracy"].items()
         }
         rows += [
@@ -689,7 +665,7 @@ def first_pass_table(spans: Sequence[Mapping[str, Any]]) -> str:
 
 
 def revision_table(revision: Sequence[Mapping[str, Any]]) -> str:
-    """One row a number of planted tokens and a detector; then the same at places that are known."""
+    """Lay out a row for each number of planted tokens and detector; then at known places."""
     head = ["planted", "detector", "least likely is planted", "found", "AUC"]
     head += ["argmax repairs", "spoils", "refill repairs", "spoils"]
     rows = []
@@ -718,8 +694,8 @@ def revision_table(revision: Sequence[Mapping[str, Any]]) -> str:
     return markdown(head, rows)
 
 
-def tell(result: Mapping[str, Any]) -> str:
-    """All tables of one artifact, with what a reader must know of it."""
+def describe(result: Mapping[str, Any]) -> str:
+    """Lay out all tables of one artifact, with what a reader must know of it."""
     largest, label = result["largest_trained_window"], result["label"]
     corruption = f"corruption {result['corruption_mode']}"
     parts = [f"## {label}: {result['parameters']:,} parameters, {corruption}"]
@@ -746,16 +722,16 @@ def draw_artifact(
         bottom: of nats.
         found: its infill of one span length.
         colour: of its lines.
-        place: which artifact it is, times two, less their number: keeps bars apart.
+        place: twice the number of the artifact, less the number of artifacts: keeps bars apart.
     """
     ticks = [row["passes"] for row in found["passes"]]
-    for j, (side, style) in enumerate(SIDES.items()):
-        beside = 1.02 ** (place + j + 0.5)  # so that bars do not hide each other
+    for side, style in SIDES.items():
+        shift = 1.02 ** (place + (0.5 if side == WITH else 1.5))  # bars do not hide each other
         accuracy = [row["accuracy"][side] for row in found["passes"]]
         likelihood = [row[side]["clean_stream_nats"] for row in found["passes"]]
         for axes, values in ((top, accuracy), (bottom, likelihood)):
             mean, se = ([value[key] for value in values] for key in ("mean", "se"))
-            x = [n * beside for n in ticks]
+            x = [n * shift for n in ticks]
             axes.errorbar(x, mean, se, color=colour, capsize=2.5, ms=5, **style)
     top.axhline(found["ar"]["accuracy"]["mean"], color=colour, ls=":", lw=1.5)
     bottom.axhline(found["ar"]["clean_stream_nats"]["mean"], color=colour, ls=":", lw=1.5)
@@ -763,7 +739,7 @@ def draw_artifact(
 
 
 def draw_span(top: Axes, bottom: Axes, results: Sequence[Mapping[str, Any]]) -> None:
-    """Draw accuracy (top) and likelihood (bottom) of one span length, an artifact a result."""
+    """Draw accuracy (top) and likelihood (bottom) of one span length, for each artifact."""
     ticks = [row["passes"] for row in results[0]["passes"]]
     for i, found in enumerate(results):
         draw_artifact(top, bottom, found, colour_of(i), 2 * i - len(results))
@@ -778,7 +754,7 @@ def draw_span(top: Axes, bottom: Axes, results: Sequence[Mapping[str, Any]]) -> 
 
 
 def legend_lines(result: Mapping[str, Any]) -> list[Line2D]:
-    """Return the lines of the legend: a colour an artifact, a style a curve."""
+    """Return the lines of the legend: a colour per artifact, a style per curve."""
     from matplotlib.lines import Line2D
 
     def line(label: str, color: str = "0.3", **style: Any) -> Line2D:
@@ -787,16 +763,16 @@ def legend_lines(result: Mapping[str, Any]) -> list[Line2D]:
     handles = [line(a["label"], colour_of(i), lw=4) for i, a in enumerate(result["artifacts"])]
     return [
         *handles,
-        line(f"with {result['suffix']} tokens after the span", **SIDES[WITH]),
-        line("without them", **SIDES[WITHOUT]),
+        line(f"with a suffix of {result['suffix']} tokens", **SIDES[WITH]),
+        line("without it", **SIDES[WITHOUT]),
         line("left to right (ar)", ls=":"),
-        line("the text itself", ls="-."),
+        line("the text", ls="-."),
         line("most frequent token", "0.6"),
     ]
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Draw accuracy and likelihood against passes: a column a span length, a colour an artifact.
+    """Draw accuracy and likelihood against passes: a column per span length, a colour per artifact.
 
     Raises:
         UserError: the file cannot be written.
@@ -811,7 +787,9 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         draw_span(axes[0, column], axes[1, column], found)
     axes[0, 0].set_ylim(bottom=0)
     axes[0, 0].set_ylabel("accuracy (share of tokens)")
-    axes[1, 0].set_ylabel("nats per token of the fill\n(clean stream of the same weights)")
+    axes[1, 0].set_ylabel(
+        "nats per token of the filled-in text\n(clean stream of the same weights)"
+    )
     handles = legend_lines(result)
     prefix = f"{result['prefix']} tokens before the span"
     bars = "bars: ± 1 standard error of each point (differences are paired: see the tables)"
@@ -840,7 +818,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         found = [measure(loaded, rows, plan, bar) for loaded in artifacts]
     result |= {"device": str(device), "artifacts": found}
     write_result(args.out, result)
-    print("\n".join(map(tell, found)))
+    print("\n".join(map(describe, found)))
     if args.plot is not None:
         draw(result, args.plot)
     return result

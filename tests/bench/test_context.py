@@ -51,7 +51,7 @@ def test_every_token_is_scored_once_in_its_row(
     for i in range(5):
         for start in range(0, 4 * T, length):
             row = at.text[i : i + 1, start : start + length + 1]
-            expected[i, start : start + length] = tg.score(at.model, row)[0]
+            expected[i, start : start + length] = tg.token_nll_causal(at.model, row)[0]
     torch.testing.assert_close(bench.token_nats(at, at.model, length), expected)
 
 
@@ -126,7 +126,7 @@ def test_the_command(artifact: Path, capsys: pytest.CaptureFixture[str], tmp_pat
         (
             "--decode-tokens 3 --factors 1,5000",
             "",
-            "--factors: rows of all of them tile 80,000 tokens",
+            "--factors: rows of all of them need 80,000 tokens",
         ),
         ("", "nowhere", "DATA_PATH='nowhere' holds no"),
     ],

@@ -13,7 +13,7 @@ import sentencepiece as spm
 import torch
 
 import train_gpt as tg
-from scripts import policy
+from scripts import decoding
 from scripts.bench import decode as bench
 from tests.conftest import (
     ROOT,
@@ -73,37 +73,39 @@ def test_every_mode_has_the_passes_its_windows_can_take() -> None:
     stepped = [(mode, n) for mode in ("refine", "block") for n in (1, 6, 8)]
     assert [job[:2] for job in jobs] == [("ar", 0), *stepped, ("threshold", 0), ("speculative", 0)]
     for job in jobs:
-        assert job.how == policy.MODES[job.mode]._replace(
-            temperature=0.5, steps=job.passes or policy.MODES[job.mode].steps
-        )
+        mode = decoding.MODES[job.mode]
+        sampling = tg.Sampling(temperature=0.5)
+        assert job.decoding == mode._replace(sampling=sampling, steps=job.passes or mode.steps)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_decoding_without_a_cache_says_the_same(
+def test_decoding_without_a_cache_gives_the_same(
     temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, prompt = model_of(), random_rows(5, PREFIX, V)
-    how = tg.AR._replace(temperature=temperature, seed=3)
-    expected = tg.generate(model, prompt, TARGET, how)
-    read, real = list[int](), tg.GPT.clean
-    monkeypatch.setattr(
-        tg.GPT,
-        "clean",
-        lambda self, ids, *rest: read.append(ids.shape[1]) or real(self, ids, *rest),
-    )
-    found = bench.uncached(model, prompt, TARGET, how)
-    assert read == list(range(PREFIX, PREFIX + TARGET))
+    sampling = tg.Sampling(temperature=temperature, seed=3)
+    ar = decoding.Decoding("ar", sampling=sampling)
+    expected = decoding.generate(model, prompt, TARGET, ar)
+    lengths, real = list[int](), tg.GPT.forward_causal
+
+    def forward_causal(self: tg.GPT, ids: torch.Tensor, *rest: Any) -> Any:
+        lengths.append(ids.shape[1])
+        return real(self, ids, *rest)
+
+    monkeypatch.setattr(tg.GPT, "forward_causal", forward_causal)
+    found = bench.decode_uncached(model, prompt, TARGET, sampling)
+    assert lengths == list(range(PREFIX, PREFIX + TARGET))
     assert found.ids.equal(expected.ids)
     assert len(found.ids[:, PREFIX:].unique(dim=0)) == 5
 
 
 @pytest.mark.parametrize("suffix", [False, True])
-def test_what_is_decoded_is_not_seen(suffix: bool) -> None:
+def test_the_true_span_is_not_read(suffix: bool) -> None:
     at = bench_of()
     other = at.rows.clone()
     other[:, PREFIX : PREFIX + TARGET] = random_rows(6, TARGET, V, seed=9)
-    for how in policy.MODES.values():
-        decode = bench.decoder(at, how, suffix)
+    for mode in decoding.MODES.values():
+        decode = bench.decoder(at, mode, suffix)
         assert decode(at.rows, 0).ids.equal(decode(other, 0).ids)
         assert decode(at.rows, 0).ids.shape[1] == PREFIX + TARGET + suffix * SUFFIX
 
@@ -161,7 +163,8 @@ def test_quality_by_hand() -> None:
     at, ids = bench_of(judge=judge, rows=40), random_rows(40, PREFIX + TARGET, V, seed=5)
     found = bench.quality(at, ids)
     for key, model in (("own_nats", at.model), ("judge_nats", judge)):
-        nats = torch.cat([tg.score(model, row[None])[0, -TARGET:].mean()[None] for row in ids])
+        rows = [tg.token_nll_causal(model, row[None])[0, -TARGET:].mean() for row in ids]
+        nats = torch.stack(rows)
         assert found[key]["mean"] == pytest.approx(nats.mean().item(), rel=1e-5)
         assert found[key]["se"] == pytest.approx(nats.std().item() / 40**0.5, rel=1e-4)
     ids[:, PREFIX:] = torch.tensor([1, 2] * (TARGET // 2))
@@ -239,26 +242,16 @@ def test_all_modes_from_end_to_end(
 ) -> None:
     python_data(tmp_path, data)
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
-    path, judge, out, plot = (
-        save(tmp_path, data),
-        save(tmp_path, data, "ar", "j"),
-        tmp_path / "json",
-        tmp_path / "png",
-    )
-    more = [
-        "--batch=1,4",
-        "--python",
-        "--predecessor",
-        f"--judge={judge}",
-        f"--out={out}",
-        f"--plot={plot}",
-    ]
+    path, judge = save(tmp_path, data), save(tmp_path, data, "ar", "j")
+    out, plot = tmp_path / "json", tmp_path / "png"
+    more = ["--batch=1,4", "--python", "--predecessor", f"--judge={judge}"]
+    more += [f"--out={out}", f"--plot={plot}"]
     _, printed, _ = run(capsys, path, *SMALL, *more)
     found = json.loads(printed.splitlines()[-1])
     assert json.loads(out.read_text(encoding="utf-8")) == found
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert [(row["batch"], row["mode"]) for row in found["rows"]] == [
-        (n, mode) for n in (1, 4) for mode in policy.MODES
+        (n, mode) for n in (1, 4) for mode in decoding.MODES
     ]
     assert all(
         row["judge_nats"]["mean"] > 0 and row["python"] is not None
@@ -271,7 +264,7 @@ def test_all_modes_from_end_to_end(
         cached["accuracy"],
     )
     assert [round(row["published_times_uncached_ar"], 1) for row in windows] == [21.9, 34.5, 97.3]
-    assert all(f" {mode} | " in printed for mode in [*policy.MODES, "the text", "1 pass, infill"])
+    assert all(f" {mode} | " in printed for mode in [*decoding.MODES, "the text", "1 pass, infill"])
 
 
 @pytest.mark.slow

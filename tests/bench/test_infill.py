@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import train_gpt as tg
+from scripts import decoding
 from scripts.bench import infill as bench
 from scripts.bench.infill import AR, TEXT, WITH, WITHOUT
 from tests.conftest import (
@@ -56,19 +57,17 @@ def sure(tokens: Tensor, how_sure: Tensor | float = 20.0) -> Tensor:
 
 
 class Stub:
-    """A model of counting text: its windows do what they are told.
+    """A model of counting text whose denoiser predicts what it is told to.
 
-    Its clean stream knows the text from the first token it is given, or, if `misled`, each token
-    from the one before.
+    Its clean stream continues the text from the first token of a pass, or, if `misled`, predicts
+    each token from the one before.
     """
 
     def __init__(
-        self, window: Callable[[Tensor, Tensor], Tensor], mode: str = "mask", misled: bool = False
+        self, predict: Callable[[Tensor, Tensor], Tensor], mode: str = "mask", misled: bool = False
     ) -> None:
-        """Make windows from a function of the token before (B, 1) and the window (B, S), to logits
-        (B, S, V).
-        """
-        self.cfg, self.guess = tiny(**SHAPE, diffusion_corruption_mode=mode), window
+        """Denoise by a function of the token before (B, 1) and the window (B, S), to (B, S, V)."""
+        self.cfg, self.predict = tiny(**SHAPE, diffusion_corruption_mode=mode), predict
         self.mask_emb = torch.zeros(1)
         self.tok_emb = torch.zeros(1)
         self.misled = misled
@@ -76,19 +75,15 @@ class Stub:
     def parameters(self) -> list[Tensor]:
         return [self.tok_emb]
 
-    def clean(self, ids: Tensor, past: Any = None, at: Any = None) -> tuple[Tensor, list[tg.KV]]:
-        buffer = torch.zeros(len(ids), 1, ids.shape[1], 1)
-        return sure(counting(ids) if self.misled else continued(ids[:, :1], ids.shape[1])), [
-            (buffer, buffer)
-        ]
+    def forward_causal(
+        self, ids: Tensor, cache: tg.Cache | None = None, positions: Tensor | None = None
+    ) -> tuple[Tensor, tg.Cache]:
+        logits = sure(counting(ids) if self.misled else continued(ids[:, :1], ids.shape[1]))
+        empty = torch.zeros(len(ids), 1, ids.shape[1], 1)
+        return logits, cache or tg.Cache([empty], [empty], ids)
 
-    def window(self, window: tg.Window, past: Any) -> Tensor:
-        return self.guess(window.before[:, 0], window.noisy.xt[:, 0])[:, None]
-
-    def read(
-        self, window: tg.Window, past: Any
-    ) -> Tensor:  # the last token of a window predicts what nobody asks for
-        return torch.nn.functional.pad(self.window(window, past)[:, 0], (0, 0, 0, 1))
+    def forward_denoise(self, window: tg.WindowInput, cache: tg.Cache) -> Tensor:
+        return self.predict(window.before[:, 0], window.noisy.xt[:, 0])[:, None]
 
 
 def continued(before: Tensor, count: int) -> Tensor:
@@ -186,7 +181,7 @@ def test_repairs_by_hand() -> None:
 
 
 def test_planted_tokens_are_wrong_and_grow_with_their_number() -> None:
-    x0, keys = random_rows(300, 12, V), tg.derive(torch.arange(300), 7)
+    x0, keys = random_rows(300, 12, V), tg.split_key(torch.arange(300), 7)
     before, where = x0, torch.zeros_like(x0, dtype=torch.bool)
     for count in (1, 2, 4):
         xt, planted = bench.plant(x0, keys, count, V)
@@ -201,7 +196,7 @@ def test_planted_tokens_are_wrong_and_grow_with_their_number() -> None:
     assert shares[0] == 0
     assert (shares[1:] - 1 / (V - 1)).abs().max() < 0.03  # any other token, equally
     assert (where.float().mean(0) - 4 / 12).abs().max() < 0.12  # at any place
-    assert not bench.plant(x0, tg.derive(torch.arange(300), 8), 4, V)[0].equal(xt)
+    assert not bench.plant(x0, tg.split_key(torch.arange(300), 8), 4, V)[0].equal(xt)
 
 
 # 2  passes
@@ -217,7 +212,7 @@ def real_model(mode: str = "mask", **overrides: Any) -> tg.GPT:
 )
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_spans_are_filled_as_users_fill_them(mode: str, overrides: dict[str, Any]) -> None:
+def test_spans_are_filled_as_by_decoding(mode: str, overrides: dict[str, Any]) -> None:
     model, asked = real_model(mode, **overrides), plan(seed=3)
     rows = random_rows(5, asked.length, V)
     batch = bench.open_batch(model, rows, torch.arange(5), asked.prefix, asked.seed)
@@ -228,14 +223,17 @@ def test_spans_are_filled_as_users_fill_them(mode: str, overrides: dict[str, Any
             if key == TEXT:
                 expected = rows[:, :stop]
             elif key == AR:
-                expected = tg.generate(model, prefix, span).ids
+                expected = decoding.generate(model, prefix, span).ids
             else:
                 side, passes = key
                 suffix = rows[:, stop : stop + asked.suffix][:, : None if side == WITH else 0]
-                how = tg.Decoding(steps=passes, seed=asked.seed)
-                expected = tg.infill(model, prefix, suffix, span, how).ids[:, :stop]
+                sampling = tg.Sampling(seed=asked.seed)
+                refine = decoding.Decoding("refine", steps=passes, sampling=sampling)
+                expected = decoding.infill(model, prefix, suffix, span, refine).ids[:, :stop]
             assert ids.equal(expected[:, asked.prefix :]), key
-            torch.testing.assert_close(nats, tg.score(model, expected)[:, asked.prefix - 1 :])
+            torch.testing.assert_close(
+                nats, tg.token_nll_causal(model, expected)[:, asked.prefix - 1 :]
+            )
         for side in (WITH, WITHOUT):
             assert found[span].first[side].ids.equal(found[span].fills[side, 1].ids)
         assert set(found[span].fills) == {TEXT, AR} | {
@@ -267,21 +265,22 @@ def assert_near(ours: Any, theirs: Any) -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 @torch.no_grad()
-def test_a_window_in_doubt_is_one_of_training(causal: bool) -> None:
+def test_a_window_of_possibly_corrupted_tokens_matches_training_inputs(causal: bool) -> None:
     size, model = 8, real_model("hybrid", diffusion_causal=causal)
     rows = random_rows(3, 2 * size + 1, V)
-    x0, before, positions = tg.tile(rows, size)
-    everything, t = torch.ones_like(x0, dtype=torch.bool), torch.full(x0.shape[:2], 0.25)
-    window = tg.Window(
-        before=before,
-        noisy=tg.Corruption(x0, ~everything, everything, t),
-        positions=positions,
+    windows = tg.split_into_windows(rows, size)
+    x0 = windows.x0
+    every, t = torch.ones_like(x0, dtype=torch.bool), torch.full(x0.shape[:2], 0.25)
+    inputs = tg.WindowInput(
+        before=windows.before,
+        noisy=tg.Corruption(x0, ~every, every, t),
+        positions=windows.positions,
         mask=tg.window_mask(2 * size, size, causal, CPU),
     )
-    expected = model.window(window, model.clean(rows[:, :-1])[1])[:, 1]
+    expected = model.forward_denoise(inputs, model.forward_causal(rows[:, :-1])[1])[:, 1]
     batch = bench.open_batch(model, rows, torch.arange(3), size + 1, 0)
     torch.testing.assert_close(
-        bench.doubt(batch, rows[:, size + 1 :], 0.25), expected, rtol=1e-4, atol=1e-4
+        bench.predict_doubted(batch, rows[:, size + 1 :], 0.25), expected, rtol=1e-4, atol=1e-4
     )
 
 
@@ -400,7 +399,7 @@ def test_a_detector_that_believes_what_it_sees_repairs_nothing() -> None:
 def test_the_clean_stream_reads_the_wrong_tokens_too() -> None:
     found = measured(Stub(oracle, misled=True))["revision"][0]["detectors"]["clean_stream"]
     _, planted = bench.plant(
-        torch.ones(40, 12, dtype=torch.long), tg.derive(torch.arange(40), 0), 1, V
+        torch.ones(40, 12, dtype=torch.long), tg.split_key(torch.arange(40), 0), 1, V
     )
     # The token after a wrong one surprises as much, unless the window ends before it.
     expected = bench.estimate(torch.where(planted[:, -1], 1.0, 10.5 / 11))
@@ -418,7 +417,8 @@ def test_revision_takes_as_many_excerpts_as_asked(monkeypatch: pytest.MonkeyPatc
     original = bench.revise
 
     def watched(batch: bench.Batch, asked: bench.Plan) -> Any:
-        assert len(batch.rows) == len(batch.keys) == len(batch.past[0][0])
+        run = batch.run
+        assert len(batch.rows) == len(run.keys) == len(run.cache.keys[0]) == len(run.cache.tokens)
         seen.extend(batch.rows[:, 0].tolist())
         return original(batch, asked)
 
@@ -524,18 +524,11 @@ def test_two_artifacts_from_end_to_end(env: dict[str, Any], tmp_path: Path) -> N
     assert [a["label"] for a in found["artifacts"]] == ["a", "b"]
     assert [a["trained_on_random_tokens"] for a in found["artifacts"]] == [False, True]
     assert [a["largest_trained_window"] for a in found["artifacts"]] == [32, 32]
-    assert (found["examples"], found["revise_examples"], found["prefix"], found["suffix"]) == (
-        12,
-        12,
-        8,
-        6,
-    )
+    plan_keys = ("examples", "revise_examples", "prefix", "suffix")
+    assert [found[key] for key in plan_keys] == [12, 12, 8, 6]
     for artifact in found["artifacts"]:
-        assert [span["span"] for span in artifact["infill"]] == [2, 6]
-        assert [[row["passes"] for row in span["passes"]] for span in artifact["infill"]] == [
-            [1],
-            [1, 3],
-        ]
+        spans = {s["span"]: [row["passes"] for row in s["passes"]] for s in artifact["infill"]}
+        assert spans == {2: [1], 6: [1, 3]}
     text = [artifact["infill"][1]["most_frequent_token"] for artifact in found["artifacts"]]
     assert text[0] == text[1]  # the same excerpts
     assert sum(line.startswith("## ") for line in lines) == 2
@@ -618,7 +611,7 @@ def test_labels_tell_artifacts_apart() -> None:
         ("--spans=8,,9", "'8,,9' must list whole numbers from 1"),
         ("--passes=1.5", "'1.5' must list whole numbers from 1"),
         ("--passes=-1", "'-1' must list whole numbers from 1"),
-        ("--passes=3", "--passes: a span of 2 takes at most one pass a token"),
+        ("--passes=3", "--passes: a span of 2 takes at most one pass per token"),
         ("--examples=1", "argument --examples: 1 must be 2 or more"),
         ("--prefix=1", "argument --prefix: 1 must be 2 or more"),
         ("--suffix=0", "argument --suffix: 0 must be 1 or more"),
