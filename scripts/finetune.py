@@ -5,12 +5,12 @@
     python scripts/sample.py --artifact final_model.int8.ptz --adapter adapter.ptz --prompt 'Dear'
 
 Settings are those of train_gpt.py, from the environment: RECIPE (default: the artifact's) chooses
-the loss, ADAPTER_LR the rate, LORA_RANK the rank of the updates (as --rank), ITERATIONS and
-MAX_WALLCLOCK_SECONDS the budget; logs and checkpoints go to OUT_DIR, RESUME=auto resumes. What a
-model is (its sizes, and how its windows are read) is the artifact's. Windows carry loss from the
-first step unless DIFFUSION_START_FRAC says else. New text is prepared with the artifact's tokenizer
-(scripts/prepare_data.py). Progress goes to standard error; the last line of standard output is one
-JSON object.
+the loss, ADAPTER_LR the learning rate, LORA_RANK the rank of the updates (as --rank), ITERATIONS
+and MAX_WALLCLOCK_SECONDS the budget; logs and checkpoints go to OUT_DIR, RESUME=auto resumes. The
+settings of the model (its sizes, and how its windows are read) are the artifact's. Windows carry
+loss from the first step unless DIFFUSION_START_FRAC is set. New text is prepared with the
+artifact's tokenizer (scripts/prepare_data.py). Progress goes to standard error; the last line of
+standard output is one JSON object.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,32 +45,30 @@ from scripts.common import (
 
 FORMAT = "text-diffusion-adapter-1"
 MOST_BYTES = 1 << 30  # of an unpacked adapter: more than any needs
-# Settings that say what a model is; an adapter must not be trained on, or beside, another one.
-# The last two are what they are by default.
-# fmt: off
+TRAIN = "train one: python scripts/finetune.py {}"
+# Settings of the model: an adapter must not be trained on another one. The last two, which are no
+# settings of the model, take their defaults.
 MODEL = (
-    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
-    "tie_embeddings", "rope_base", "rope_scale", "logit_softcap", "value_residual",
-    "bigram_vocab_size", "look_ahead", "time_embed_dim", "self_condition", "diffusion_causal",
-    "diffusion_shift", "diffusion_corruption_mode", "train_seq_len", "init_from",
-    "diffusion_anneal_frac",
+    *tg.SHAPE_SETTINGS,
+    *("rope_base", "rope_scale", "logit_softcap", "self_condition", "diffusion_causal"),
+    *("diffusion_shift", "diffusion_corruption_mode", "train_seq_len"),
+    *("init_from", "diffusion_anneal_frac"),
 )
-# fmt: on
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
     parser = Parser(__doc__)
     add, out = parser.add_argument, Path("adapter.ptz")
-    add("artifact", type=Path, help="what to fine-tune: final_model.int8.ptz of train_gpt.py")
-    add("--rank", type=int, help="rank of every update (default: LORA_RANK, or 8 without it)")
+    add("artifact", type=Path, help="model to fine-tune: final_model.*.ptz of train_gpt.py")
+    add("--rank", type=int, help="rank of each update (default: LORA_RANK, or 8 without it)")
     add("--out", type=Path, default=out, help="default %(default)s")
     window = "window size of the bound (default 16, or T where 16 does not fit)"
     add("--window", type=int, help=window)
     args = parser.parse_args(argv)
     text = os.environ.get("LORA_RANK", "8")
     if args.rank is None and not text.isdecimal():
-        rule = "must be a whole number from 1; set another, or name one by --rank"
+        rule = "must be a whole number from 1; set another, or use --rank"
         parser.error(f"LORA_RANK={text!r} {rule}")
     args.rank = int(text) if args.rank is None else args.rank
     return args
@@ -82,18 +80,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class LowRank(nn.Module):
-    """What a matrix W is replaced by: W + B A, with B zero at the start (LoRA, arXiv:2106.09685).
+    """Replace a matrix W by W + B A, with B zero at the start (LoRA, arXiv:2106.09685).
 
-    It acts on every token, so both ways through the model move.
+    This changes the causal and the denoising pass, which share all matrices.
     """
 
     def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
         super().__init__()
         rows, columns = weight.shape
-        start = torch.empty(rank, columns).uniform_(
-            -(columns**-0.5), columns**-0.5, generator=generator
-        )
-        # (rank, columns); names that GROUPS trains by Adam.
+        bound = columns**-0.5
+        start = torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
+        # train_gpt.GROUPS has Adam train parameters of these names.
         self.lora_a = nn.Parameter(start.to(weight.device))
         self.lora_b = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
 
@@ -109,7 +106,7 @@ def matrices(model: tg.GPT) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def add_updates(model: tg.GPT, rank: int, seed: int) -> None:
-    """Freeze a model and give each of its matrices a low-rank update that trains.
+    """Freeze a model and give each of its matrices a trainable low-rank update.
 
     Raises:
         UserError: the rank is not between 1 and the smallest dimension of a matrix.
@@ -122,9 +119,8 @@ def add_updates(model: tg.GPT, rank: int, seed: int) -> None:
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for module in found:
-        parametrize.register_parametrization(
-            module, "weight", LowRank(module.weight, rank, generator)
-        )
+        update = LowRank(module.weight, rank, generator)
+        parametrize.register_parametrization(module, "weight", update)
 
 
 def sha256_of(path: Path) -> str:
@@ -134,19 +130,12 @@ def sha256_of(path: Path) -> str:
 def save_adapter(
     path: Path, weights: Mapping[str, Tensor], cfg: tg.Config, rank: int, artifact: Path
 ) -> int:
-    """Write the trained updates of a model with such `weights`, fp16; return the file's bytes."""
+    """Write the trained updates among the weights of a model as fp16; return the file's bytes."""
     mark = ".parametrizations.weight.0."
-    tensors = {
-        name.replace(mark, "."): w.detach().cpu().half()
-        for name, w in weights.items()
-        if mark in name
-    }
-    about = {
-        "format": FORMAT,
-        "artifact_sha256": sha256_of(artifact),
-        "rank": rank,
-        "config": dataclasses.asdict(cfg),
-    }
+    updates = {name.replace(mark, "."): w for name, w in weights.items() if mark in name}
+    tensors = {name: w.detach().cpu().half() for name, w in updates.items()}
+    about = {"format": FORMAT, "artifact_sha256": sha256_of(artifact), "rank": rank}
+    about["config"] = dataclasses.asdict(cfg)
     buffer = io.BytesIO()
     torch.save(about | {"tensors": tensors}, buffer)
     data = zlib.compress(buffer.getvalue(), 9)
@@ -158,12 +147,33 @@ def read_adapter(path: Path) -> dict[str, Any]:
     """Unpack an adapter without running code of the file."""
     unpacker = zlib.decompressobj()
     raw = unpacker.decompress(path.read_bytes(), MOST_BYTES)
-    payload = (
-        torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True) if unpacker.eof else None
-    )
-    if payload is None or payload["format"] != FORMAT:
-        raise ValueError("truncated" if payload is None else f"its format is not {FORMAT!r}")
-    return dict(payload)
+    if not unpacker.eof:
+        raise ValueError("truncated")
+    payload: dict[str, Any] = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    if payload["format"] != FORMAT:
+        raise ValueError(f"its format is not {FORMAT!r}")
+    return payload
+
+
+def check_artifact(path: Path, about: Mapping[str, Any], artifact: Path) -> None:
+    """Raise UserError if an adapter was trained for another artifact."""
+    theirs, found = about["artifact_sha256"], sha256_of(artifact)
+    if theirs != found:
+        hashes = f"its SHA-256 is {theirs[:12]}, that of {artifact} is {found[:12]}"
+        remedy = f"name that artifact, or {TRAIN.format(artifact)}"
+        fail(f"adapter {path} belongs to another artifact: {hashes}; {remedy}")
+
+
+def unpack_updates(tensors: dict[str, Tensor], own: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+    """Multiply low-rank factors: the update of each matrix. ValueError: they do not fit."""
+    updates = dict[str, Tensor]()
+    for name, module in own.items():
+        updates[name] = tensors[f"{name}.lora_b"].float() @ tensors[f"{name}.lora_a"].float()
+        if updates[name].shape != module.weight.shape:
+            raise ValueError(f"its update of {name} does not fit the matrix")
+    if len(tensors) != 2 * len(updates):
+        raise ValueError("it has updates of other matrices")
+    return updates
 
 
 @torch.no_grad()
@@ -171,37 +181,23 @@ def load_adapter(path: Path, model: tg.GPT, artifact: Path) -> dict[str, Any]:
     """Add an adapter's updates to a model that was loaded from `artifact`, in place.
 
     Returns:
-        What the file says of itself: rank, config (settings of the fine-tuning), artifact_sha256.
+        About the file: rank, config (settings of the fine-tuning), artifact_sha256.
 
     Raises:
-        UserError: the file is missing or damaged, or was trained beside another artifact.
+        UserError: the file is missing or damaged, or was trained for another artifact.
     """
-    again = f"train one: python scripts/finetune.py {artifact}"
+    own = dict(matrices(model))
     try:
         about = read_adapter(path)
         tensors = about.pop("tensors")
-        own = dict(matrices(model))
-        found = sha256_of(artifact)
-        if about["artifact_sha256"] == found:
-            updates = {
-                name: tensors[f"{name}.lora_b"].float() @ tensors[f"{name}.lora_a"].float()
-                for name in own
-            }
-            if len(tensors) != 2 * len(own) or any(
-                updates[n].shape != m.weight.shape for n, m in own.items()
-            ):
-                raise ValueError("its updates do not fit the matrices")
-    except (
-        Exception
-    ) as error:  # zlib, zipfile, pickle and torch each fail in their own ways on foreign bytes
+        check_artifact(path, about, artifact)
+        updates = unpack_updates(tensors, own)
+    except tg.UserError:
+        raise
+    except Exception as error:  # zlib, zipfile, pickle and torch fail in many ways on foreign bytes
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        fail(f"adapter {path} is missing, damaged or not ours ({why}); copy it again, or {again}")
-    if about["artifact_sha256"] != found:
-        theirs = f"{about['artifact_sha256'][:12]}, that of {artifact} is {found[:12]}"
-        fail(
-            f"adapter {path} belongs to another artifact: its SHA-256 is {theirs}; name that "
-            f"artifact, or {again}"
-        )
+        rule = f"is missing, damaged or not ours ({why}); copy it again"
+        fail(f"adapter {path} {rule}, or {TRAIN.format(artifact)}")
     for name, module in own.items():
         module.weight.add_(updates[name].to(module.weight.device))
     return about
@@ -214,8 +210,8 @@ def load_adapter(path: Path, model: tg.GPT, artifact: Path) -> dict[str, Any]:
 
 def fixed_settings(model: tg.GPT, env: Mapping[str, str]) -> dict[str, Any]:
     """Return what the artifact sets; UserError: the environment contradicts it."""
-    default, made = tg.Config(), ("init_from", "diffusion_anneal_frac")
-    fixed = {name: getattr(default if name in made else model.cfg, name) for name in MODEL}
+    default, by_default = tg.Config(), MODEL[-2:]
+    fixed = {name: getattr(default if name in by_default else model.cfg, name) for name in MODEL}
     faults = []
     for name in [name for name in fixed if name.upper() in env]:
         try:
@@ -230,8 +226,8 @@ def fixed_settings(model: tg.GPT, env: Mapping[str, str]) -> dict[str, Any]:
     return fixed
 
 
-def configure(model: tg.GPT, env: Mapping[str, str]) -> tuple[tg.Config, dict[str, str], list[str]]:
-    """Take what a model is from the artifact, all else from the environment.
+def configure(model: tg.GPT, env: Mapping[str, str]) -> tuple[tg.Config, dict[str, str]]:
+    """Take settings of the model from the artifact, all others from the environment.
 
     Returns:
         What train_gpt.Config.from_env returns.
@@ -246,16 +242,16 @@ def configure(model: tg.GPT, env: Mapping[str, str]) -> tuple[tg.Config, dict[st
     fixed = fixed_settings(model, env)
     shared = ("recipe", "preset", "tokenizer_path")
     usual = {name.upper(): getattr(model.cfg, name) for name in shared}
-    # Its denoiser has begun long ago.
+    # Its denoiser is trained already.
     usual |= {"DIFFUSION_START_FRAC": "0", "DIFFUSION_START_STEP": "0"}
     numbers = {name: int(v) if isinstance(v, bool) else v for name, v in fixed.items()}
     text = {name.upper(): str(value) for name, value in numbers.items()}
-    cfg, source, warnings = tg.Config.from_env({**usual, **env, **text})
+    cfg, source = tg.Config.from_env({**usual, **env, **text})
     if cfg.diffusion and not model.cfg.diffusion:
         why = "and this artifact has no denoiser (DIFFUSION_LOSS_WEIGHT=0)"
         remedy = "use RECIPE=ar, or give it one: INIT_FROM of train_gpt.py"
         fail(f"RECIPE={cfg.recipe!r} trains windows, {why}; {remedy}")
-    return cfg, source | dict.fromkeys(MODEL, "artifact"), warnings
+    return cfg, source | dict.fromkeys(MODEL, "artifact")
 
 
 def bound_window(args: argparse.Namespace, cfg: tg.Config) -> int:
@@ -268,34 +264,37 @@ def bound_window(args: argparse.Namespace, cfg: tg.Config) -> int:
     return int(size)
 
 
-Bound = tuple[tg.TokenLoader, tg.ByteCounter, int]  # validation split, its bytes, window size
+class Validation(NamedTuple):
+    """What a model is scored on."""
+
+    data: tg.TokenLoader
+    counter: tg.ByteCounter
+    window: int  # tokens of a window of the bound
 
 
-def scores(model: tg.GPT, run: tg.Run, of: Bound) -> dict[str, Any]:
+def score(model: tg.GPT, run: tg.Run, val: Validation) -> dict[str, Any]:
     """Score the validation split: exact bits per byte, and the bound if there is a denoiser."""
-    val, counter, size = of
-    exact = tg.evaluate_bpb(model, run, val, counter)
+    exact = tg.evaluate_exact(model, run, val.data, val.counter)
     found: dict[str, Any] = {"val_bpb": exact["bpb"], "bound": None, "bound_se": None}
-    if model.mask_emb is not None:  # RECIPE=ar trains no windows, but it moves them
-        bounded = tg.evaluate_bpb(model, run, val, counter, size)
-        found |= {"bound": bounded["bpb"], "bound_se": bounded["standard_error"]}
+    if model.mask_emb is not None:  # RECIPE=ar trains no windows, but changes their predictions
+        bound = tg.evaluate_bound(model, run, val.data, val.counter, val.window)
+        found |= {"bound": bound["bpb"], "bound_se": bound["standard_error"]}
     return found
 
 
 def train_adapter(
-    args: argparse.Namespace, run: tg.Run, model: tg.GPT, of: Bound
+    args: argparse.Namespace, run: tg.Run, model: tg.GPT, val: Validation
 ) -> dict[str, Any]:
-    """Train updates and write them; return what is said of the run."""
-    val, counter, size = of
+    """Train updates and write them; return facts about the run."""
     loader = tg.TokenLoader(run.cfg, "train")
-    counts = {"train_tokens": loader.total, "val_tokens": val.total}
+    counts = {"train_tokens": loader.total, "val_tokens": val.data.total}
     run.log.event("data", train_shards=len(loader.paths), **counts)
-    before = scores(model.to(run.device), run, of)  # the updates are zero
+    before = score(model.to(run.device), run, val)  # the updates are zero
     about = {"artifact": str(args.artifact), "sha256": sha256_of(args.artifact)}
-    run.log.event("before", window=size, **about, **before)
+    run.log.event("before", window=val.window, **about, **before)
     state = tg.TrainState(run.cfg, run, loader, model)
     state.resume()
-    tg.train(state, val, counter)
+    tg.train(state, val.data, val.counter)
     if run.rank == 0:
         save_adapter(args.out, state.weights(), run.cfg, args.rank, args.artifact)
     run.from_rank0(0.0)  # nobody reads the adapter before it is written
@@ -308,7 +307,7 @@ def train_adapter(
         "artifact_bytes": args.artifact.stat().st_size,
         "steps": state.step,
         "train_seconds": state.seconds,
-        "window": size,
+        "window": val.window,
         "log": str(run.log.path),
         "before": before,
     }
@@ -322,23 +321,23 @@ def finetune(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]
     """
     artifact = load_artifact(args.artifact, torch.device("cpu"))
     model = artifact.model
-    cfg, source, warnings = configure(model, env)
-    size, remedy = bound_window(args, cfg), "name that one, and prepare the text with it"
-    tg.TokenLoader(cfg, "train")  # UserError, before the tokenizer's
-    val = tg.TokenLoader(cfg, "val")
+    cfg, source = configure(model, env)
+    window, remedy = bound_window(args, cfg), "name that one, and prepare the text with it"
+    tg.TokenLoader(cfg, "train")  # a UserError of the data comes before one of the tokenizer
+    data = tg.TokenLoader(cfg, "val")
     counter = open_tokenizer(artifact, cfg.tokenizer_path, remedy=remedy)
-    # A checkpoint is of one artifact and rank.
+    val = Validation(data, counter, window)
+    # A checkpoint belongs to one artifact and rank.
     suffix = f"finetune_{sha256_of(args.artifact)[:8]}_r{args.rank}"
     cfg = dataclasses.replace(cfg, run_id=f"{cfg.path('', '').name}_{suffix}")
     add_updates(model, args.rank, cfg.seed)
     model.cfg = cfg
     with tg.Run.start(cfg) as run:
-        run.header(source, warnings)
-        of = (val, counter, size)
-        result = train_adapter(args, run, model, of)
+        run.header(source)
+        result = train_adapter(args, run, model, val)
         tuned = load_artifact(args.artifact, run.device).model
-        load_adapter(args.out, tuned, args.artifact)  # what is scored is the file
-        after = scores(tuned, run, of)
+        load_adapter(args.out, tuned, args.artifact)  # the file is scored, not the live model
+        after = score(tuned, run, val)
         event = {name: value for name, value in result.items() if name != "before"}
         run.log.event("after", **after, **event)
         return result | {"after": after} if run.rank == 0 else {}
