@@ -3,11 +3,12 @@
     python scripts/sample.py --prompt 'def area(radius):' --tokens 40
     python scripts/sample.py --prompt 'def area(radius):' --suffix 'return' --tokens 16 --watch
     python scripts/sample.py --prompt 'def area(radius):' --mode block --html pass_by_pass.html
-    python scripts/sample.py --edit --redo 0.002 <draft.py    remask low-probability tokens
+    python scripts/sample.py --edit --remask-threshold 0.002 <draft.py
     python scripts/sample.py --prompt 'import os' --mode auto --latency 0.1
     python scripts/sample.py --demo data/stdlib               infill and continue one function
 
-Without --prompt or --prompt-file, the prompt is read from standard input. The last line is one JSON
+Without --prompt or --prompt-file, the prompt is read from standard input. With --edit, tokens of
+the prompt that the model holds improbable are remasked and filled. The last line is one JSON
 object.
 """
 
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     import torch
     from rich.text import Text
 
-    from train_gpt import GPT, Config, Decoding
+    from scripts.decoding import Decoding
+    from train_gpt import GPT, Config, Sampling
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
@@ -44,25 +46,26 @@ from scripts.common import (
     run_command,
     warn,
 )
-from scripts.sample_page import SPACE_MARK, Cell, Film, join, page, spell
+from scripts.sample_page import SPACE_MARK, Cell, Recording, join, page, spell
 
+ARTIFACTS = ("final_model.int6.ptz", "final_model.int8.ptz")  # of train_gpt.py
 DEFAULT_TOKENS, DEMO_TOKENS = 64, 24
 DEMO_SCAN = 2_000_000  # validation tokens searched for a function
 BLOCK = "\u2591"  # a token that is still masked
-LINE_END = "\u21b5\n"  # a decoded line end, made visible
+LINE_END = "\u21b5\n"  # how a decoded line end is shown
 CONTEXT = 240  # characters of prompt and suffix that --watch shows
 SAMPLING = ("temperature", "top_k", "top_p", "seed")
-DENOISING = ("steps", "window", "threshold", "redo")
+DENOISING = ("steps", "window", "threshold", "remask_threshold")
 
 
 def add_text_options(parser: Parser) -> None:
-    """Add what a model reads, and how it is found."""
+    """Add options of the model and of the text that it reads."""
     add, given = parser.add_argument, parser.add_mutually_exclusive_group()
-    artifact = Path("final_model.int8.ptz")
-    add("--artifact", type=Path, default=artifact, help="default %(default)s")
+    newest = "default: the newest final_model.*.ptz of the current folder"
+    add("--artifact", type=Path, metavar="FILE", help=newest)
     add("--adapter", type=Path, metavar="FILE", help="of scripts/finetune.py, for this artifact")
-    add("--tokenizer", type=Path, metavar="MODEL", help="default: the one the artifact names")
-    given.add_argument("--prompt", metavar="TEXT", help="text to begin with; may be empty")
+    add("--tokenizer", type=Path, metavar="MODEL", help="default: the one that the artifact names")
+    given.add_argument("--prompt", metavar="TEXT", help="text to start from; may be empty")
     given.add_argument("--prompt-file", type=Path, metavar="PATH", help="file with the prompt")
     demo = "take a Python function of this validation data"
     given.add_argument("--demo", type=Path, metavar="DATA_PATH", help=demo)
@@ -71,11 +74,11 @@ def add_text_options(parser: Parser) -> None:
 
 
 def add_decoding_options(parser: Parser) -> None:
-    """Add how tokens are decoded."""
-    from scripts.policy import MODES
+    """Add options of decoding."""
+    from scripts.decoding import MODES
 
-    add, redo = parser.add_argument, MODES["draft_refine"].redo
-    edit = f"revise the prompt: remask tokens less probable than --redo ({redo})"
+    add, remask = parser.add_argument, MODES["draft_refine"].remask_threshold
+    edit = f"revise the prompt: remask tokens less probable than --remask-threshold ({remask})"
     add("--edit", action="store_true", help=edit)
     tokens = f"tokens to decode (default: up to {DEFAULT_TOKENS}; demo {DEMO_TOKENS})"
     parser.whole("--tokens", None, tokens)
@@ -85,15 +88,16 @@ def add_decoding_options(parser: Parser) -> None:
     parser.real("--latency", None, latency, 0, 1e6)
     nats = "the fastest mode whose text has at most this many nats per token"
     parser.real("--nats", None, nats, 0, 1e6)
-    add("--guard", action="store_true", help="decode left to right instead where a result is poor")
-    parser.whole("--steps", None, "denoising passes a window (default: the mode's)")
-    parser.whole("--window", None, "tokens a window (default: the mode's)")
-    parser.real("--threshold", None, "commit tokens at least this probable sooner", 0, 1)
-    parser.real("--redo", None, "remask what is less probable under the clean stream", 0, 1)
+    add("--guard", action="store_true", help="replace poor output by that of mode ar")
+    parser.whole("--steps", None, "denoising passes per window (default: the mode's)")
+    parser.whole("--window", None, "tokens per window (default: the mode's)")
+    parser.real("--threshold", None, "accept tokens at least this probable at once", 0, 1)
+    improbable = "remask tokens that are less probable under the clean stream"
+    parser.real("--remask-threshold", None, improbable, 0, 1)
     parser.real("--temperature", 0.0, "0: greedy", 0, 1e6)
     parser.whole("--top-k", 0, "sample among the k most probable; 0: all", low=0)
     parser.real("--top-p", 1.0, "sample among the most probable with this mass", 1e-9, 1)
-    parser.whole("--seed", 0, "fixes the draw", low=0)
+    parser.whole("--seed", 0, "fixes what is sampled", low=0)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -107,7 +111,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.real("--delay", 0.15, "seconds a pass stays on the terminal", 0, 60)
     add("--html", type=Path, metavar="PATH", help="write a page that plays the passes")
     parser.device()
-    compiled = "compile passes first: takes a minute, pays for long outputs (mode ar)"
+    compiled = "compile passes: takes a minute, faster for long outputs (mode ar)"
     add("--compile", action="store_true", help=compiled)
     args = parser.parse_args(argv)
     for fault, message in [*faults(args), *edit_faults(args)]:
@@ -117,37 +121,37 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def faults(args: argparse.Namespace) -> Iterator[tuple[object, str]]:
-    """Yield what must not hold of options together, and what to say where it does."""
-    goal, mode = args.latency is not None or args.nats is not None, args.mode
-    alone = mode or ("auto" if goal else "refine" if args.suffix else "ar")
-    given = [f"--{name}" for name in DENOISING if getattr(args, name) is not None]
-    idle = ", ".join([] if args.edit or args.demo else given)
-    blind = f"--mode {mode} cannot read the text of --suffix; use --mode refine or leave --mode out"
-    yield args.suffix and mode in ("ar", "speculative"), blind
-    yield args.demo and args.suffix is not None, "--demo brings its own suffix; leave --suffix out"
-    no_window = f"{idle}: mode ar has no windows; add --mode refine or leave it out"
-    yield idle and alone == "ar", no_window
-    chosen = f"{idle}: mode auto chooses that; name another mode or leave it out"
-    yield idle and alone == "auto", chosen
-    no_goal = f"--mode {mode} has no goal; leave it out, or --latency and --nats"
-    yield goal and mode not in (None, "auto"), no_goal
-    one_goal = (args.latency is None) == (args.nats is None)
-    yield alone == "auto" and one_goal, "auto takes one of --latency and --nats"
+    """Yield conditions that options must not meet together, each with its message."""
+    has_target, mode = args.latency is not None or args.nats is not None, args.mode
+    chosen = mode or ("auto" if has_target else "refine" if args.suffix else "ar")
+    given = [f"--{name.replace('_', '-')}" for name in DENOISING if getattr(args, name) is not None]
+    unused = ", ".join([] if args.edit or args.demo else given)
+    rule = f"--mode {mode} cannot read the text of --suffix; use --mode refine or leave --mode out"
+    yield args.suffix and mode in ("ar", "speculative"), rule
+    yield args.demo and args.suffix is not None, "--demo has its own suffix; leave --suffix out"
+    no_window = f"{unused}: mode ar has no windows; add --mode refine or leave it out"
+    yield unused and chosen == "ar", no_window
+    by_auto = f"{unused}: mode auto chooses that; name another mode or leave it out"
+    yield unused and chosen == "auto", by_auto
+    no_target = f"--mode {mode} has no target; leave it out, or --latency and --nats"
+    yield has_target and mode not in (None, "auto"), no_target
+    one_target = (args.latency is None) == (args.nats is None)
+    yield chosen == "auto" and one_target, "auto takes one of --latency and --nats"
     folder = args.html.parent if args.html else Path()
     missing = f"--html={args.html}: there is no folder {folder}; make it, or name another"
     yield not folder.is_dir(), missing
 
 
 def edit_faults(args: argparse.Namespace) -> Iterator[tuple[object, str]]:
-    """Yield what must not hold of --edit and other options, and what to say where it does."""
+    """Yield conditions that --edit and other options must not meet, each with its message."""
     no_prompt = "--edit revises a prompt and --demo has none; leave one of them out"
     yield args.demo and args.edit, no_prompt
     tokens = f"--edit keeps the number of tokens; leave --tokens={args.tokens} out"
     yield args.edit and args.tokens, tokens
     other = args.mode or args.guard or args.latency is not None or args.nats is not None
-    yield args.edit and other, "--edit goes without --mode, --latency, --nats and --guard"
-    nothing = "--edit with --redo=0 would change nothing; give a probability above 0"
-    yield args.edit and args.redo == 0, nothing
+    yield args.edit and other, "--edit takes no --mode, --latency, --nats or --guard"
+    nothing = "--edit with --remask-threshold=0 would change nothing; give a probability above 0"
+    yield args.edit and args.remask_threshold == 0, nothing
 
 
 # ==============================================================================
@@ -156,12 +160,21 @@ def edit_faults(args: argparse.Namespace) -> Iterator[tuple[object, str]]:
 
 
 class Loaded(NamedTuple):
-    """A model with what is needed to talk to it."""
+    """A model with its tokenizer and device."""
 
     model: GPT
     cfg: Config
     tokenizer: spm.SentencePieceProcessor
     device: torch.device
+
+
+def newest_artifact() -> Path:
+    """Find the newest artifact of the current folder; UserError: there is none."""
+    found = [path for path in Path().glob("final_model.*.ptz") if path.is_file()]
+    if not found:
+        neither = f"the current folder holds neither {' nor '.join(ARTIFACTS)}"
+        fail(f"{neither}; name one by --artifact FILE, or train one: python train_gpt.py")
+    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def load(
@@ -170,8 +183,7 @@ def load(
     """Read an artifact, the tokenizer it was trained with, and an adapter, if any.
 
     Raises:
-        UserError: one is missing or damaged, the tokenizer is another one, or the adapter another
-            artifact's.
+        UserError: one is missing or damaged, or does not belong to the artifact.
     """
     artifact = load_artifact(path, device)
     model = artifact.model
@@ -230,8 +242,8 @@ def read_prompt(args: argparse.Namespace) -> str:
 # ==============================================================================
 
 
-def visible(text: str) -> str:
-    """Replace what could steer a terminal, all control characters but line ends; tabs by spaces."""
+def printable(text: str) -> str:
+    """Replace control characters but line ends, which could control a terminal; tabs by spaces."""
     spaced = text.replace("\t", "    ")
     return "".join("\ufffd" if c != "\n" and unicodedata.category(c) == "Cc" else c for c in spaced)
 
@@ -263,15 +275,15 @@ class Screen:
         """Return the text of a pass, coloured by confidence."""
         from rich.text import Text
 
-        num_open = sum(cell.open for cell in cells)
-        frame = Text(f"--- {name}: {num_open} of {len(cells)} tokens masked\n")
-        frame.append(visible(self.before), "dim")
+        num_masked = sum(cell.masked for cell in cells)
+        frame = Text(f"--- {name}: {num_masked} of {len(cells)} tokens masked\n")
+        frame.append(printable(self.before), "dim")
         for unit in join(self.tokenizer, cells):
-            if unit.open:
+            if unit.masked:
                 frame.append(BLOCK, "bright_black")
             else:
-                frame.append(visible(unit.text).replace("\n", LINE_END), colour(unit.p))
-        return frame.append(visible(self.after), "dim")
+                frame.append(printable(unit.text).replace("\n", LINE_END), colour(unit.p))
+        return frame.append(printable(self.after), "dim")
 
     def __call__(self, name: str, cells: Sequence[Cell]) -> None:
         frame = self.frame(name, cells)
@@ -291,30 +303,30 @@ class Screen:
 
 
 # ==============================================================================
-# 3  DECODING -- with what stands around the result
+# 3  DECODING -- a span with the text around it, and its cost
 # ==============================================================================
 
 
 class Job(NamedTuple):
-    """What to decode: `num` tokens between others (BOS left out)."""
+    """Decode `num` tokens between others (without BOS)."""
 
     title: str
     prompt: list[int]
     num: int
     suffix: list[int]
-    draft: list[int] | None = None  # the tokens there, to be revised
+    draft: list[int] | None = None  # the tokens of the span, to be revised
 
     @property
     def start(self) -> int:
-        """Place of the first token to decode, after BOS and the prompt."""
+        """Position of the first token to decode, after BOS and the prompt."""
         return 1 + len(self.prompt)
 
 
 class Completion(NamedTuple):
-    """What was decoded and what it cost, for the last line; and its passes, for the page."""
+    """A decoded span."""
 
-    facts: dict[str, Any]
-    reel: dict[str, Any]
+    facts: dict[str, Any]  # text and cost, for the last line
+    recording: dict[str, Any]  # its passes, for the page
 
 
 def check_length(at: Loaded, job: Job) -> None:
@@ -335,67 +347,76 @@ def check_length(at: Loaded, job: Job) -> None:
 
 
 def mode_of(args: argparse.Namespace, job: Job) -> str:
-    """Return the mode that is asked for, or the default of the job."""
-    goal = args.latency is not None or args.nats is not None
-    default = "auto" if goal else "refine" if job.suffix else "ar"
+    """Return the mode of --mode, or the default of the job."""
+    has_target = args.latency is not None or args.nats is not None
+    default = "auto" if has_target else "refine" if job.suffix else "ar"
     return "draft_refine" if job.draft else args.mode or default
 
 
-def choose_mode(
-    at: Loaded, job: Job, ids: torch.Tensor, args: argparse.Namespace, given: dict[str, Any]
-) -> tuple[str, Decoding, dict[str, Any]]:
-    """Find the mode that meets the goal; return also what it is expected to reach."""
-    import train_gpt as tg
-    from scripts.policy import choose
+class Settings(NamedTuple):
+    """How a job is decoded."""
 
-    goals: dict[str, Any] = dict(seconds=args.latency, nats=args.nats)
+    mode: str
+    decoding: Decoding
+    facts: dict[str, Any]  # what mode auto expects
+
+
+def choose_mode(
+    at: Loaded, job: Job, ids: torch.Tensor, args: argparse.Namespace, sampling: Sampling
+) -> Settings:
+    """Find the mode that meets the target."""
+    import train_gpt as tg
+    from scripts.decoding import Target, choose
+
     span = (at.model, ids, job.start, job.start + job.num)
     try:
-        found = choose(*span, like=tg.AR._replace(**given), **goals)
+        found = choose(*span, Target(args.latency, args.nats), sampling)
     except tg.UserError as error:
-        goal = f"--nats={args.nats}" if args.latency is None else f"--latency={args.latency}"
-        fail(f"{goal}: {error}; raise it")
-    reached = f"{found.seconds:.3g} s, {found.nats:.3f} nats per token"
-    print(f"--- auto: {found.mode}, {reached}, of {len(found.table)} tried")
-    return found.mode, found.how, {"auto": {"seconds": found.seconds, "nats": found.nats}}
+        target = f"--nats={args.nats}" if args.latency is None else f"--latency={args.latency}"
+        fail(f"{target}: {error}; raise it")
+    best = found.best
+    reached = f"{best.seconds:.3g} s, {best.nats:.3f} nats per token"
+    print(f"--- auto: {best.decoding.mode}, {reached}, of {len(found.table)} tried")
+    expected = {"auto": {"seconds": best.seconds, "nats": best.nats}}
+    return Settings(best.decoding.mode, best.decoding, expected)
 
 
-def settle(
-    at: Loaded, job: Job, ids: torch.Tensor, args: argparse.Namespace
-) -> tuple[str, Decoding, dict[str, Any]]:
-    """Choose the mode and its settings; return also what `--mode auto` expects of it."""
-    from scripts.policy import MODES
+def settle(at: Loaded, job: Job, ids: torch.Tensor, args: argparse.Namespace) -> Settings:
+    """Choose the mode and its settings; UserError: they need a denoiser and there is none."""
+    import train_gpt as tg
+    from scripts.decoding import MODES, needs_denoiser
 
     mode = mode_of(args, job)
-    options = SAMPLING if mode in ("ar", "auto") else SAMPLING + DENOISING
-    values = {name: getattr(args, name) for name in options}
-    given = {name: value for name, value in values.items() if value is not None}
+    sampling = tg.Sampling(**{name: getattr(args, name) for name in SAMPLING})
     if not job.suffix and not job.draft:
-        # Text that continues ends where the model begins another document.
-        given["end"] = at.tokenizer.bos_id()
+        # A continuation ends where the model begins another document.
+        sampling = sampling._replace(end=at.tokenizer.bos_id())
     if mode == "auto":
-        mode, decoding, more = choose_mode(at, job, ids, args, given)
-    else:
-        decoding, more = MODES[mode]._replace(**given), {}
-    if decoding.window > 0 and at.model.mask_emb is None:
+        return choose_mode(at, job, ids, args, sampling)
+    values = {name: getattr(args, name) for name in DENOISING if mode != "ar"}
+    given = {name: value for name, value in values.items() if value is not None}
+    decoding = MODES[mode]._replace(sampling=sampling, **given)
+    if needs_denoiser(decoding) and at.model.mask_emb is None:
         option = "--edit" if job.draft else f"--mode={mode}"
         why = "this model was trained without one (DIFFUSION_LOSS_WEIGHT=0)"
         remedy = "continue text with --mode ar, or name another --artifact"
         fail(f"{option} needs a denoiser, and {why}; {remedy}")
-    return mode, decoding, more
+    return Settings(mode, decoding, {})
 
 
-def make_film(at: Loaded, job: Job, ids: torch.Tensor, redo: float, screen: Screen | None) -> Film:
-    """Begin to keep passes; a draft first as it stands, then with its masked tokens."""
+def start_recording(
+    at: Loaded, job: Job, ids: torch.Tensor, threshold: float, screen: Screen | None
+) -> Recording:
+    """Begin to record passes; a draft is shown as it is, then with its remasked tokens."""
     import train_gpt as tg
 
-    film = Film(job.start, [Cell(-1, 0.0, True, 0)] * job.num, screen)
+    recording = Recording(job.start, job.num, screen)
     if job.draft:
-        nats = tg.score(at.model, ids)[0, job.start - 1 :][: job.num]
-        film.put("before", job.draft, nats.tolist())
-        film.cells = [cell._replace(open=cell.p < redo) for cell in film.cells]
-    film.add("masked")
-    return film
+        nats = tg.token_nll_causal(at.model, ids)[0, job.start - 1 :]
+        recording.put("before", job.draft, nats.tolist())
+        recording.cells = [cell._replace(masked=cell.p < threshold) for cell in recording.cells]
+    recording.add("masked")
+    return recording
 
 
 class Output(NamedTuple):
@@ -403,7 +424,7 @@ class Output(NamedTuple):
 
     mode: str
     tokens: list[int]  # up to the end of the document
-    film: Film
+    recording: Recording
     facts: dict[str, Any]
 
 
@@ -412,28 +433,31 @@ def decode_job(at: Loaded, job: Job, args: argparse.Namespace, screen: Screen | 
     import torch
 
     import train_gpt as tg
-    from scripts.policy import edit, guard
+    from scripts.decoding import Task, decode, edit, guard
 
     tokens = [at.tokenizer.bos_id(), *job.prompt, *(job.draft or [0] * job.num), *job.suffix]
     ids = torch.tensor([tokens], device=at.device)
     span = (at.model, ids, job.start, job.start + job.num)
     with autocast(at.device):
-        mode, decoding, facts = settle(at, job, ids, args)
-        film, began = make_film(at, job, ids, decoding.redo, screen), time.perf_counter()
-        decoding = decoding._replace(watch=film if args.watch or args.html else None)
+        settings = settle(at, job, ids, args)
+        decoding, facts = settings.decoding, settings.facts
+        recording = start_recording(at, job, ids, decoding.remask_threshold, screen)
+        watch = recording if args.watch or args.html else None
+        began = time.perf_counter()
         if args.guard:
-            out, fell_back, _ = guard(*span, decoding)
-            facts["fell_back"] = bool(fell_back[0])
+            guarded = guard(Task(*span, decoding, watch))
+            out, facts["fell_back"] = guarded.decoded, bool(guarded.fell_back[0])
         else:
-            out = edit(*span, decoding) if job.draft else tg.decode(*span, decoding)
+            out = (edit if job.draft else decode)(*span, decoding, watch)
         found: list[int] = out.ids[0, job.start :][: job.num].tolist()  # waits for the device
-        seconds = time.perf_counter() - began - film.seconds
+        seconds = time.perf_counter() - began - recording.seconds
         if facts.get("fell_back"):
-            nats = tg.score(at.model, out.ids)[0, job.start - 1 :].tolist()
-            film.put("left to right instead", found, nats)
+            nats = tg.token_nll_causal(at.model, out.ids)[0, job.start - 1 :].tolist()
+            recording.put("left to right instead", found, nats)
     facts = {"forwards": int(out.forwards[0, 0]), "seconds": seconds, **facts}
-    end = found.index(decoding.end) if decoding.end in found else job.num
-    return Output(mode, found[:end], film, facts)
+    end = decoding.sampling.end
+    length = found.index(end) if end in found else job.num
+    return Output(settings.mode, found[:length], recording, facts)
 
 
 def complete(at: Loaded, job: Job, args: argparse.Namespace) -> Completion:
@@ -452,24 +476,26 @@ def complete(at: Loaded, job: Job, args: argparse.Namespace) -> Completion:
         if screen is not None:
             screen.close()
     span = found.tokens
-    before, upto = tokenizer.decode(prefix), tokenizer.decode(prefix + span)
-    completion = upto.removeprefix(before) if upto.startswith(before) else tokenizer.decode(span)
+    before, whole = tokenizer.decode(prefix), tokenizer.decode(prefix + span)
+    completion = whole.removeprefix(before) if whole.startswith(before) else tokenizer.decode(span)
     text = tokenizer.decode(prefix + span + job.suffix)
     facts = {"mode": found.mode, "text": text, "completion": completion, **found.facts}
     if job.draft:
-        facts |= revision(tokenizer, job.draft, span, found.film)
+        facts |= revision(tokenizer, job.draft, span, found.recording)
     note = f"{found.mode}, {facts['forwards']} forward passes, {facts['seconds']:.2f} s"
     about = {"title": job.title, "note": note, "before": around[0], "after": around[1]}
-    return Completion(facts, found.film.reel(tokenizer, len(span) + 1, **about))
+    return Completion(facts, found.recording.for_page(tokenizer, len(span) + 1, **about))
 
 
-def revision(tokenizer: Any, draft: list[int], tokens: list[int], film: Film) -> dict[str, Any]:
-    """Say how many tokens of a draft were masked and changed, and where: [-before-]{+after+}."""
+def revision(
+    tokenizer: Any, draft: list[int], tokens: list[int], recording: Recording
+) -> dict[str, Any]:
+    """Count the masked and the changed tokens of a draft; mark changes: [-before-]{+after+}."""
     pairs, marked = list(zip(draft, tokens, strict=True)), ""
     for same, run in itertools.groupby(pairs, lambda pair: pair[0] == pair[1]):
         old, new = (spell(tokenizer, side) for side in zip(*run, strict=True))
         marked += old if same else f"[-{old}-]{{+{new}+}}"
-    masked = sum(cell.open for cell in film.frames[1][1])
+    masked = sum(cell.masked for cell in recording.frames[1][1])
     return {"masked": masked, "changed": sum(old != new for old, new in pairs), "changes": marked}
 
 
@@ -494,7 +520,7 @@ def show_completion(facts: dict[str, Any], before: str, span: str, after: str) -
 
 
 # ==============================================================================
-# 4  DEMO -- a function nobody trained on, infilled and continued
+# 4  DEMO -- a function of the validation data, infilled and continued
 # ==============================================================================
 
 
@@ -512,12 +538,12 @@ def functions(text: str) -> Iterator[str]:
 
 
 def find_function(at: Loaded, data_path: Path, span: int) -> list[int]:
-    """Return the tokens of the first validation function that a span of `span` tokens fits into.
+    """Return the tokens of the first validation function that has room for a span.
 
-    One that fits the model's length is preferred; else the beginning of a longer one.
+    A function that fits the model's length is preferred to the beginning of a longer one.
 
     Raises:
-        UserError: the data cannot be read, or holds no such function.
+        UserError: the data cannot be read, or has no such function.
     """
     import numpy as np
     import torch
@@ -542,14 +568,14 @@ def find_function(at: Loaded, data_path: Path, span: int) -> list[int]:
 
 
 def middle(at: Loaded, ids: list[int], span: int) -> int:
-    """Choose where a span begins: at the start of the line nearest to the middle, or there."""
+    """Choose where a span begins: at the line start nearest to the middle, else in the middle."""
     newline, centre = at.tokenizer.piece_to_id("\n"), (len(ids) - span) // 2
     places = range(len(ids) // 4, len(ids) - span - 1)
     starts = [i + 1 for i in places if ids[i] == newline]
     return min(starts, key=lambda i: abs(i - centre), default=centre)
 
 
-Shown = tuple[dict[str, Any], list[Completion]]  # for the last line, and for the page
+Shown = tuple[dict[str, Any], list[Completion]]  # for the last line and for the page
 
 
 def demo(at: Loaded, args: argparse.Namespace) -> Shown:
@@ -605,7 +631,7 @@ def sample(at: Loaded, args: argparse.Namespace) -> Shown:
 def write_page(path: Path, done: list[Completion]) -> None:
     """Write the page; UserError: it cannot be written."""
     try:
-        path.write_text(page([each.reel for each in done]), encoding="utf-8")
+        path.write_text(page([each.recording for each in done]), encoding="utf-8")
     except OSError as error:
         fail(f"--html={path} cannot be written ({error.strerror}); name another file")
 
@@ -614,9 +640,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Load the model, decode, and write the page, if any."""
     if args.watch:
         need("rich", "--watch")
-    loaded = load(args.artifact, args.tokenizer, pick_device(args.device), args.adapter)
+    device = pick_device(args.device)
+    loaded = load(args.artifact or newest_artifact(), args.tokenizer, device, args.adapter)
     if args.compile:
-        from scripts.policy import compiled
+        from scripts.decoding import compiled
 
         compiled(loaded.model)
     result, done = (sample if args.demo is None else demo)(loaded, args)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import json
 import math
+import os
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
@@ -18,8 +21,8 @@ import sentencepiece as spm
 import torch
 
 import train_gpt as tg
-from scripts import policy, sample
-from scripts.sample_page import Cell, Film, character, join, page, spell
+from scripts import decoding, sample
+from scripts.sample_page import Cell, Recording, character, join, page, spell
 from tests.conftest import (
     BOS,
     CPU,
@@ -69,37 +72,23 @@ def at(artifact: Path) -> sample.Loaded:
 # ---- decoding ----
 
 
-@pytest.mark.parametrize("mode", policy.MODES)
-def test_the_command_decodes_as_the_program_does(
+@pytest.mark.parametrize("mode", decoding.MODES)
+def test_the_command_decodes_as_decoding_does(
     call: Callable[..., Called], at: sample.Loaded, mode: str
 ) -> None:
-    found = facts(
-        call(
-            "--prompt",
-            PROMPT,
-            "--tokens",
-            "12",
-            "--mode",
-            mode,
-            "--temperature",
-            "1",
-            "--seed",
-            "5",
-        )
-    )
+    argv = ("--prompt", PROMPT, "--tokens", "12", "--mode", mode)
+    found = facts(call(*argv, "--temperature", "1", "--seed", "5"))
     ids = [BOS, *at.tokenizer.encode(PROMPT)]
-    how = policy.MODES[mode]._replace(temperature=1.0, seed=5, end=BOS)
-    expected = tg.generate(at.model, torch.tensor([ids]), 12, how)
-    assert (
-        found["text"]
-        == PROMPT + found["completion"]
-        == at.tokenizer.decode(expected.ids[0].tolist())
-    )
+    sampling = tg.Sampling(temperature=1.0, seed=5, end=BOS)
+    settings = decoding.MODES[mode]._replace(sampling=sampling)
+    expected = decoding.generate(at.model, torch.tensor([ids]), 12, settings)
+    assert found["text"] == PROMPT + found["completion"]
+    assert found["text"] == at.tokenizer.decode(expected.ids[0].tolist())
     assert (found["mode"], found["forwards"]) == (mode, int(expected.forwards))
 
 
 @pytest.mark.slow
-def test_compiled_passes_say_the_same(
+def test_compiled_passes_give_the_same_text(
     call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = facts(call("--prompt", PROMPT, "--tokens", "12", "--mode", "speculative"))
@@ -115,13 +104,10 @@ def test_a_suffix_is_read_and_kept(call: Callable[..., Called]) -> None:
     ]
     assert texts[0]["text"] == PROMPT + texts[0]["completion"] + " return x"
     assert texts[0]["completion"] != texts[1]["completion"]
-    # A hole at the start.
-    assert facts(call("--prompt", "", "--suffix", "x", "--tokens", "4"))["text"].endswith("x")
-    # At the end.
-    assert (
-        facts(call("--prompt", "x", "--suffix", "", "--tokens", "4", "--mode", "ar"))["mode"]
-        == "ar"
-    )
+    at_start = facts(call("--prompt", "", "--suffix", "x", "--tokens", "4"))
+    assert at_start["text"].endswith("x")
+    empty = facts(call("--prompt", "x", "--suffix", "", "--tokens", "4", "--mode", "ar"))
+    assert empty["mode"] == "ar"
 
 
 def test_a_continuation_stops_where_the_document_ends(
@@ -129,32 +115,33 @@ def test_a_continuation_stops_where_the_document_ends(
 ) -> None:
     full = facts(call("--prompt", PROMPT, "--tokens", "12"))
     chosen = [0]
-    real = tg.pick
+    real = tg.sample_tokens
 
-    def pick(logits: torch.Tensor, *rest: Any) -> Any:
+    def sample_tokens(logits: torch.Tensor, *rest: Any) -> Any:
         chosen[0] += logits.shape[1]
         tokens, log_p = real(logits, *rest)
         return (tokens if chosen[0] <= 3 else torch.full_like(tokens, BOS)), log_p
 
-    monkeypatch.setattr(tg, "pick", pick)
+    monkeypatch.setattr(tg, "sample_tokens", sample_tokens)
     found = facts(call("--prompt", PROMPT, "--tokens", "12", "--html", str(tmp_path / "a.html")))
     assert found["forwards"] == 4
     assert full["completion"].startswith(found["completion"])
-    (reel,) = reels(tmp_path / "a.html")
-    assert len(reel["frames"][-1][1]) == 4  # three tokens and the end; not what would have followed
-    assert reel["units"][reel["frames"][-1][1][-1]][1] == "<s>"
+    (recording,) = recordings(tmp_path / "a.html")
+    assert (
+        len(recording["frames"][-1][1]) == 4
+    )  # three tokens and the end; not what would have followed
+    assert recording["units"][recording["frames"][-1][1][-1]][1] == "<s>"
 
 
-def test_a_revision_fills_in_what_is_improbable(
+def test_a_revision_fills_improbable_tokens_again(
     call: Callable[..., Called], at: sample.Loaded
 ) -> None:
-    text, redo = "def f(x):\n    return  x\n", 0.0005
-    found = facts(call("--prompt", text, "--edit", "--redo", str(redo)))
+    text, threshold = "def f(x):\n    return  x\n", 0.0005
+    found = facts(call("--prompt", text, "--edit", "--remask-threshold", str(threshold)))
     ids = torch.tensor([[BOS, *at.tokenizer.encode(text)]])
-    low = tg.score(at.model, ids)[0] > -math.log(redo)
-    edited = policy.edit(
-        at.model, ids, 1, ids.shape[1], policy.MODES["draft_refine"]._replace(redo=redo)
-    ).ids
+    low = tg.token_nll_causal(at.model, ids)[0] > -math.log(threshold)
+    settings = decoding.MODES["draft_refine"]._replace(remask_threshold=threshold)
+    edited = decoding.edit(at.model, ids, 1, ids.shape[1], settings).ids
     assert 0 < found["masked"] == int(low.sum()) < len(low)
     assert found["changed"] == int((edited != ids).sum()) > 0
     assert not ((edited != ids)[0, 1:] & ~low).any()  # what was probable stays
@@ -165,10 +152,9 @@ def test_a_revision_fills_in_what_is_improbable(
 
 
 def test_auto_and_guard(call: Callable[..., Called], tmp_path: Path) -> None:
-    pytest.importorskip("policy")
     argv = ("--prompt", PROMPT, "--tokens", "12")
     found = facts(call(*argv, "--mode", "auto", "--latency", "60"))
-    assert found["mode"] in policy.MODES
+    assert found["mode"] in decoding.MODES
     assert 0 < found["auto"]["seconds"] < 60
     status, _, err = call(*argv, "--nats", "1e-9")
     assert status == 2
@@ -178,38 +164,34 @@ def test_auto_and_guard(call: Callable[..., Called], tmp_path: Path) -> None:
     # Random windows are poor.
     found = facts(call(*argv, "--mode", "refine", "--steps", "1", "--guard", "--html", str(path)))
     assert (found["fell_back"], found["completion"]) == (True, ar)
-    (reel,) = reels(path)
-    assert reel["frames"][-1][0] == "left to right instead"
-    assert "".join(reel["units"][index][0] for index in reel["frames"][-1][1]) == ar
+    (recording,) = recordings(path)
+    assert recording["frames"][-1][0] == "left to right instead"
+    assert "".join(recording["units"][index][0] for index in recording["frames"][-1][1]) == ar
     assert facts(call(*argv, "--guard"))["fell_back"] is False
 
 
 # ---- passes ----
 
 
-@pytest.mark.parametrize("mode", policy.MODES)
-def test_a_film_ends_with_what_was_decoded(at: sample.Loaded, mode: str) -> None:
-    film = Film(4, [Cell(-1, 0.0, True, 0)] * 12, None)
-    film.add("masked")
-    ids = torch.tensor(
-        [[BOS, 100, 101, 102, *[0] * 12, *([] if mode in ("ar", "speculative") else [100, 101])]]
-    )
-    out = tg.decode(at.model, ids, 4, 16, policy.MODES[mode]._replace(watch=film))
-    assert [cell.token for cell in film.cells] == out.ids[0, 4:16].tolist()
-    assert not any(cell.open for cell in film.cells)
-    assert {cell.at for cell in film.cells} <= set(range(1, film.passes + 1))
-    assert len(film.frames) == 1 + film.passes <= 1 + int(out.forwards)
-    for (_, before), (_, after) in zip(film.frames, film.frames[1:], strict=False):
-        same = [
-            (a, b)
-            for a, b in zip(before, after, strict=True)
-            if not a.open and a.token == b.token and not b.open
-        ]
-        assert all(a == b for a, b in same)  # a token keeps the probability it was chosen with
+@pytest.mark.parametrize("mode", decoding.MODES)
+def test_a_recording_ends_with_what_was_decoded(at: sample.Loaded, mode: str) -> None:
+    recording = Recording(4, 12)
+    recording.add("masked")
+    suffix = [] if mode in decoding.LOSSLESS else [100, 101]
+    ids = torch.tensor([[BOS, 100, 101, 102, *[0] * 12, *suffix]])
+    out = decoding.decode(at.model, ids, 4, 16, decoding.MODES[mode], recording)
+    assert [cell.token for cell in recording.cells] == out.ids[0, 4:16].tolist()
+    assert not any(cell.masked for cell in recording.cells)
+    assert {cell.chosen for cell in recording.cells} <= set(range(1, recording.passes + 1))
+    assert len(recording.frames) == 1 + recording.passes <= 1 + int(out.forwards)
+    for before, after in itertools.pairwise(cells for _, cells in recording.frames):
+        for old, new in zip(before, after, strict=True):
+            if not old.masked and not new.masked and old.token == new.token:
+                assert old == new  # a token keeps the probability it was chosen with
     if mode == "ar":
-        nats = tg.score(at.model, out.ids)[0, 3:]
-        assert [cell.p for cell in film.cells] == pytest.approx(nats.neg().exp().tolist(), rel=1e-3)
-        assert [cell.at for cell in film.cells] == list(range(1, 13))
+        p = tg.token_nll_causal(at.model, out.ids)[0, 3:].neg().exp()
+        assert [cell.p for cell in recording.cells] == pytest.approx(p.tolist(), rel=1e-3)
+        assert [cell.chosen for cell in recording.cells] == list(range(1, 13))
 
 
 @pytest.mark.parametrize("text", [text for text in HARD_TEXTS if "<s>" not in text])
@@ -218,19 +200,17 @@ def test_tokens_are_spelled_as_they_were(at: sample.Loaded, text: str) -> None:
 
 
 def test_bytes_of_a_character_are_shown_as_one(at: sample.Loaded) -> None:
-    chosen = (0.5, 0.2, 0.9, 0.4, 0.3, 0.8, 0.7)
-    cells = [
-        Cell(at.tokenizer.piece_to_id(f"<0x{byte:02X}>"), p, False, i)
-        for i, (byte, p) in enumerate(
-            zip("日".encode() + b"\xf0\x9f" + b"A\xff", chosen, strict=True)
-        )
-    ]
+    confidence = (0.5, 0.2, 0.9, 0.4, 0.3, 0.8, 0.7)
+    data = "日".encode() + b"\xf0\x9f" + b"A\xff"
+    tokens = [at.tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in data]
+    pairs = zip(tokens, confidence, strict=True)
+    cells = [Cell(*pair, False, i) for i, pair in enumerate(pairs)]
     units = join(at.tokenizer, cells)
-    assert [(unit.text, unit.p, unit.at) for unit in units] == [
+    assert [(unit.text, unit.p, unit.chosen) for unit in units] == [
         ("日", 0.2, 2), ("\ufffd", 0.3, 4), ("A", 0.8, 5), ("\ufffd", 0.7, 6)]  # fmt: skip
     assert units[0].label == "<0xE6> <0x97> <0xA5>"
     gap = join(at.tokenizer, [cells[0], Cell(-1, 0.0, True, 0), *cells[1:3]])
-    assert [(unit.text, unit.open) for unit in gap] == [
+    assert [(unit.text, unit.masked) for unit in gap] == [
         ("\ufffd", False),
         ("", True),
         *[("\ufffd", False)] * 2,
@@ -250,7 +230,7 @@ def test_a_terminal_is_redrawn_in_place(at: sample.Loaded, monkeypatch: pytest.M
     monkeypatch.setenv("LINES", "50")
     text = "a = (1,\n\t日本) # " + "x" * 60
     done = [Cell(token, 0.9, False, 1) for token in at.tokenizer.encode(text)]
-    frames = [("masked", [cell._replace(open=True) for cell in done]), ("pass 1", done)]
+    frames = [("masked", [cell._replace(masked=True) for cell in done]), ("pass 1", done)]
     stream = Terminal()
     slept = list[float]()
     monkeypatch.setattr("time.sleep", slept.append)
@@ -337,7 +317,7 @@ class Parsed(HTMLParser):
             self.scripts.append(data)
 
 
-def reels(path: Path) -> list[dict[str, Any]]:
+def recordings(path: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads(Parsed(path.read_text(encoding="utf-8")).scripts[0])
     return found
 
@@ -358,12 +338,16 @@ def test_the_page_holds_every_pass(call: Callable[..., Called], tmp_path: Path) 
             str(path),
         )
     )
-    (reel,) = reels(path)
-    assert (reel["before"], reel["after"], reel["title"]) == (prompt, " <!--\n", "Infill")
-    assert [name for name, _ in reel["frames"]] == ["masked", "pass 1", "pass 2", "pass 3"]
-    last = [reel["units"][index] for index in reel["frames"][-1][1]]
+    (recording,) = recordings(path)
+    assert (recording["before"], recording["after"], recording["title"]) == (
+        prompt,
+        " <!--\n",
+        "Infill",
+    )
+    assert [name for name, _ in recording["frames"]] == ["masked", "pass 1", "pass 2", "pass 3"]
+    last = [recording["units"][index] for index in recording["frames"][-1][1]]
     assert "".join(text for text, *_ in last) == found["completion"]
-    assert all(0 <= p <= 1 and not still_open and 1 <= at <= 3 for _, _, p, still_open, at in last)
+    assert all(0 <= unit[2] <= 1 and not unit[3] and 1 <= unit[4] <= 3 for unit in last)
 
 
 def test_the_page_needs_nothing_else_and_names_its_controls() -> None:
@@ -386,13 +370,16 @@ def test_the_page_needs_nothing_else_and_names_its_controls() -> None:
     assert "prefers-color-scheme: dark" in text
 
 
-def test_the_demo_shows_two_films(
+def test_the_demo_shows_two_recordings(
     call: Callable[..., Called], data: dict[str, Any], tmp_path: Path
 ) -> None:
     found = facts(
         call("--demo", data["data_path"], "--tokens", "4", "--html", str(tmp_path / "a.html"))
     )
-    assert [reel["title"] for reel in reels(tmp_path / "a.html")] == ["Infill", "Continuation"]
+    assert [recording["title"] for recording in recordings(tmp_path / "a.html")] == [
+        "Infill",
+        "Continuation",
+    ]
     assert found["infill"]["original"]
     assert found["continuation"]["mode"] == "ar"
 
@@ -414,10 +401,10 @@ def test_the_demo_shows_two_films(
         ("--latency 1 --window 4", "--window: mode auto chooses that"),
         ("--mode auto", "--latency and --nats"),
         ("--latency 1 --nats 1", "--latency and --nats"),
-        ("--mode block --nats 1", "--mode block has no goal"),
+        ("--mode block --nats 1", "--mode block has no target"),
         ("--mode ar --suffix x", "--mode ar cannot read the text of --suffix"),
         ("--edit --tokens 3", "leave --tokens=3 out"),
-        ("--edit --redo 0", "--edit with --redo=0"),
+        ("--edit --remask-threshold 0", "--edit with --remask-threshold=0"),
         ("--edit --guard", "--guard"),
         ("--html /nowhere/a.html", "--html=/nowhere/a.html: there is no folder"),
         ("--html .", "--html=. cannot be written"),
@@ -474,6 +461,40 @@ def test_what_the_tokenizer_cannot_read_is_said(
     for tokenizer, text in ((folding, "a b c\n"), (folding, " return x"), (exact, "a ☃  b\n\tc")):
         sample.encode(tokenizer, text, continues=True)
     assert capsys.readouterr().err == ""
+
+
+def test_the_newest_artifact_of_the_folder_is_the_default(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = ["--device", "cpu", "--prompt", "x", "--tokens", "2"]
+    status, _, err = outcome(sample.main, argv, capsys)
+    assert status == 2
+    assert err == (
+        "error: the current folder holds neither final_model.int6.ptz nor final_model.int8.ptz; "
+        "name one by --artifact FILE, or train one: python train_gpt.py\n"
+    )
+    (tmp_path / "final_model.int9.ptz").mkdir()  # no file
+    for name, age in (("final_model.int8.ptz", 20), ("final_model.int6.ptz", 30)):
+        (tmp_path / name).write_bytes(artifact.read_bytes())
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    assert sample.newest_artifact() == Path("final_model.int8.ptz")
+    os.utime(tmp_path / "final_model.int6.ptz", (1e9, 1e9))
+    assert sample.newest_artifact() == Path("final_model.int6.ptz")
+    assert facts(outcome(sample.main, argv, capsys))["mode"] == "ar"
+
+
+def test_an_artifact_without_its_library_is_named(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Any
+) -> None:
+    cfg = tiny(**data, train_seq_len=64, train_batch_tokens=256, export_scheme="int6+zstd")
+    path, sha256 = tmp_path / "final_model.int6.ptz", tg.ByteCounter(cfg).sha256
+    tg.save_artifact(path, randomise(tg.GPT(cfg)).state_dict(), cfg, sha256, Recorder())
+    assert facts(call("--prompt", "x", "--tokens", "2", artifact=path))["mode"] == "ar"
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    status, _, err = call("--prompt", "x", artifact=path)
+    assert status == 2
+    assert err.startswith(f"error: artifact {path} needs zstandard")
 
 
 def test_another_tokenizer_is_refused(call: Callable[..., Called], tokenizers: Tokenizers) -> None:
