@@ -127,10 +127,9 @@ def test_a_continuation_stops_where_the_document_ends(
     assert found["forwards"] == 4
     assert full["completion"].startswith(found["completion"])
     (recording,) = recordings(tmp_path / "a.html")
-    assert (
-        len(recording["frames"][-1][1]) == 4
-    )  # three tokens and the end; not what would have followed
-    assert recording["units"][recording["frames"][-1][1][-1]][1] == "<s>"
+    last = recording["frames"][-1][1]
+    assert len(last) == 4  # three tokens and the end; nothing after it
+    assert recording["units"][last[-1]][1] == "<s>"
 
 
 def test_a_revision_fills_improbable_tokens_again(
@@ -324,26 +323,12 @@ def recordings(path: Path) -> list[dict[str, Any]]:
 
 def test_the_page_holds_every_pass(call: Callable[..., Called], tmp_path: Path) -> None:
     path, prompt = tmp_path / "a.html", 'x = "</script><b>&amp;\n\t日本"'
-    found = facts(
-        call(
-            "--prompt",
-            prompt,
-            "--suffix",
-            " <!--\n",
-            "--tokens",
-            "6",
-            "--steps",
-            "3",
-            "--html",
-            str(path),
-        )
-    )
+    suffix = " <!--\n"
+    argv = ("--prompt", prompt, "--suffix", suffix, "--tokens", "6", "--steps", "3")
+    found = facts(call(*argv, "--html", str(path)))
     (recording,) = recordings(path)
-    assert (recording["before"], recording["after"], recording["title"]) == (
-        prompt,
-        " <!--\n",
-        "Infill",
-    )
+    around = [recording[key] for key in ("before", "after", "title")]
+    assert around == [prompt, suffix, "Infill"]
     assert [name for name, _ in recording["frames"]] == ["masked", "pass 1", "pass 2", "pass 3"]
     last = [recording["units"][index] for index in recording["frames"][-1][1]]
     assert "".join(text for text, *_ in last) == found["completion"]
@@ -373,13 +358,10 @@ def test_the_page_needs_nothing_else_and_names_its_controls() -> None:
 def test_the_demo_shows_two_recordings(
     call: Callable[..., Called], data: dict[str, Any], tmp_path: Path
 ) -> None:
-    found = facts(
-        call("--demo", data["data_path"], "--tokens", "4", "--html", str(tmp_path / "a.html"))
-    )
-    assert [recording["title"] for recording in recordings(tmp_path / "a.html")] == [
-        "Infill",
-        "Continuation",
-    ]
+    path = tmp_path / "a.html"
+    found = facts(call("--demo", data["data_path"], "--tokens", "4", "--html", str(path)))
+    titles = [recording["title"] for recording in recordings(path)]
+    assert titles == ["Infill", "Continuation"]
     assert found["infill"]["original"]
     assert found["continuation"]["mode"] == "ar"
 
