@@ -170,7 +170,7 @@ def configure(
     Raises:
         UserError: a setting is wrong, or a given one is the row's.
     """
-    taken = sorted(given.keys() & {setting.upper() for setting in tg.all_recipes()[name]})
+    taken = sorted(given.keys() & {setting.upper() for setting in tg.resolve_row(name, rows())})
     rule = "is the row's to set; leave it out of --set and the environment"
     check_faults(f"{key}={given[key]!r} {rule}" for key in taken)
     env = {**given, "RECIPE": name, "SEED": seed}
