@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import importlib.util
 import json
 import os
@@ -55,8 +54,9 @@ def need(module: str, why: str) -> None:
 
 def closest(name: str, known: Iterable[str]) -> str:
     """Name what is most like an unknown name, for error messages."""
-    near = difflib.get_close_matches(name, list(known), 3, cutoff=0.4)
-    return "closest: " + (", ".join(near) or "none")
+    import train_gpt as tg
+
+    return tg.closest(name, known)
 
 
 # ==============================================================================

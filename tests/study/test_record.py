@@ -26,7 +26,7 @@ def test_the_record_is_data_three_seeds_the_split_of_bytes_and_a_report() -> Non
     data, sweep, export, table = planned(["8xh100"], {})
     assert data[0].endswith("prepare_data.py --source fineweb --train-shards 80 --out data/fineweb")
     assert sweep[0].endswith(
-        "sweep.py direct --seeds 1337,42,2026 --seconds 600.0 --nproc 8 --out out/record_8xh100"
+        "sweep.py record --seeds 1337,42,2026 --seconds 600.0 --nproc 8 --out out/record_8xh100"
     )
     assert (
         "bench/export.py CHECKPOINT --levels 31,27,23,19 --out out/record_8xh100/export.json"
@@ -39,7 +39,7 @@ def test_the_record_is_data_three_seeds_the_split_of_bytes_and_a_report() -> Non
         "TOKENIZER_PATH": "data/fineweb/tokenizer.model",
     }
     assert data[1] == settings
-    assert sweep[1] == settings | record.RECORD["8xh100"]
+    assert sweep[1] == settings
 
 
 def test_source_and_variant_are_handed_to_the_data_and_set_the_vocabulary() -> None:
@@ -85,7 +85,7 @@ def test_a_package_is_made_of_the_record_runs(
 ) -> None:
     asked = list[package.Request]()
     monkeypatch.setattr(record, "steps_of", lambda *_: [])
-    monkeypatch.setattr(record, "check", lambda _: None)
+    monkeypatch.setattr(record, "check", lambda *_: None)
     monkeypatch.setattr(
         package, "write_package", lambda request: asked.append(request) or {"made": 1}
     )
@@ -112,33 +112,37 @@ def test_a_package_that_is_refused_ends_with_2(
     assert "with seed 3, 4 (it has seeds none)" in err
 
 
-def test_baselines_go_first_and_without_record_settings() -> None:
+def test_baselines_go_first() -> None:
     steps = planned(
         ["1xgpu", "--seconds", "600", "--seeds", "1", "--out", "x"], {"DATA_PATH": "mine"}
     )
     assert len(steps) == 4  # nothing is downloaded
-    (naive, plain), (strong, more), *_ = steps
+    (naive, plain), (strong, same), *_ = steps
     assert "sweep.py ar retrograde direct --seeds 1 --seconds 600.0 --nproc 1 --out x" in naive
-    assert plain == {"PRESET": "1xgpu"}
-    assert "sweep.py direct --seeds 1 --seconds 600.0 --nproc 1 --out x" in strong
-    assert more == plain | record.RECORD["1xgpu"]
+    assert "sweep.py record --seeds 1 --seconds 600.0 --nproc 1 --out x" in strong
+    assert plain == same == {"PRESET": "1xgpu"}
     assert len(planned(["1xgpu", "--baselines", ""], {"DATA_PATH": "mine"})) == 3
 
 
-@pytest.mark.parametrize("protocol", record.PROTOCOLS)
-def test_record_settings_are_settings_and_change_something(protocol: str) -> None:
-    preset = {"PRESET": record.PROTOCOLS[protocol].preset}
-    plain, _, _ = tg.Config.from_env(preset)
-    strong, source, warnings = tg.Config.from_env(preset | record.RECORD[protocol])
-    assert not warnings
-    for name in record.RECORD[protocol]:
-        assert source[name.lower()] == "env"
-        assert getattr(strong, name.lower()) != getattr(plain, name.lower()), name
+def test_a_rehearsal_needs_no_compiler_and_can_be_shared_by_two_processes() -> None:
+    data, sweep, export, _ = planned(["8xh100", "--rehearse"], {})
+    assert "--source stdlib" in data[0]
+    assert "sweep.py record --seeds 1337,42,2026 --steps 4 --nproc 2" in sweep[0]
+    assert "--levels 31,27,23,19" in export[0]
+    cpu = {"PRESET": "cpu", "DEVICE": "cpu"}
+    assert cpu.items() | {("COMPILE", "0"), ("MICRO_BATCHES", "2")} <= sweep[1].items()
+    mine = {"DATA_PATH": "mine", "COMPILE": "1", "MICRO_BATCHES": "4"}
+    assert planned(["8xh100", "--rehearse"], mine)[0][1] == cpu  # the environment's stand
+
+
+def test_the_levels_of_the_export_are_those_of_the_scheme_of_the_environment() -> None:
+    export = planned(["cpu"], {"DATA_PATH": "mine", "EXPORT_SCHEME": "int8+zlib"})[2]
+    assert "--levels 127,111,95,79 " in export[0]
 
 
 def test_the_checkpoint_is_that_of_a_finished_run_of_this_protocol(tmp_path: Path) -> None:
     args = record.parse_args(["cpu", "--out", str(tmp_path), "--seconds", "7", "--seeds", "42,1"])
-    env = {"PRESET": "cpu"} | record.RECORD["cpu"]
+    env = {"PRESET": "cpu"}
     budget = {"MAX_WALLCLOCK_SECONDS": "7"}
     made = {}
     for name, changes in (
@@ -146,10 +150,10 @@ def test_the_checkpoint_is_that_of_a_finished_run_of_this_protocol(tmp_path: Pat
         ("longer", {"MAX_WALLCLOCK_SECONDS": "8"}),
         ("mine", {}),
     ):
-        cfg, source, _ = tg.Config.from_env(
-            env | budget | {"SEED": "42", "RECIPE": "direct"} | changes
+        cfg, source = tg.Config.from_env(
+            env | budget | {"SEED": "42", "RECIPE": "record"} | changes
         )
-        run_id = f"direct_42_{cfg.path('', '').name[-8:]}"
+        run_id = f"record_42_{cfg.path('', '').name[-8:]}"
         cfg = dataclasses.replace(cfg, run_id=run_id, out_dir=str(tmp_path))
         log = tg.Log(cfg, 0, continued=False)
         log.event("config", table="", values=dataclasses.asdict(cfg), source=source)
@@ -174,7 +178,7 @@ def test_a_machine_without_a_compiler_is_named(
     monkeypatch.setenv("PATH", "")
     status, out, err = outcome(record.main, ["cpu"], capsys)
     assert (status, out) == (2, "")
-    assert "PROTOCOL=cpu: COMPILE=1 needs a C++ compiler (no-such-compiler or clang++)" in err
+    assert "COMPILE=1 needs a C++ compiler (no-such-compiler or clang++); install one" in err
     assert not list(tmp_path.iterdir())
 
 

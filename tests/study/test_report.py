@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from scripts.study import report, runlog
+from tests.conftest import ROOT
 
 CPU = "Some Processor, 2 cores"
 FIELDS = [  # of the challenge
@@ -284,13 +285,16 @@ def test_submission_without_a_ranked_run_claims_nothing(project: Project) -> Non
 
 def test_submission_takes_ranked_runs_from_fineweb_on_eight_ranks_only(project: Project) -> None:
     ranked: dict[str, Any] = {"data": "/x/fineweb10B_sp1024", "ranks": 8, "preset": "8xh100"}
+    ranked["recipe"] = "record"
     project.log("a", events(seed=1, bpb=1.2, **ranked))
     project.log("b", events(seed=2, bpb=1.3, **ranked))
     for seed in (3, 4, 5):  # more seeds, better scores, and each not what is ranked
         project.log(f"ranks{seed}", events(seed=seed, bpb=0.1, **{**ranked, "ranks": 4}))
         project.log(f"data{seed}", events(seed=seed, bpb=0.1, **{**ranked, "data": "/x/books"}))
         project.log(f"preset{seed}", events(seed=seed, bpb=0.1, **{**ranked, "preset": "cpu"}))
-        project.log(f"recipe{seed}", events(seed=seed, bpb=0.1, recipe="ar", **ranked))
+        for other in ("ar", "direct"):
+            run = events(seed=seed, bpb=0.1, **{**ranked, "recipe": other})
+            project.log(f"{other}{seed}", run)
         project.log(f"unfinished{seed}", events(seed=seed, bpb=0.1, **ranked)[:-1])
         project.log(
             f"longer{seed}",
@@ -446,6 +450,16 @@ def test_logs_of_another_format_or_version_are_named(project: Project) -> None:
         assert said in project.run(code=2)
 
 
+def test_the_committed_logs_agree_with_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    """They lack settings that came later, and their record runs are of recipe direct."""
+    record = ROOT / "logs" / "record_cpu"
+    paths = {"logs": record / "logs", "readme": record / "README.md"}
+    paths["submission"] = record / "submission.json"
+    for argv in ([], [f"--{name}={path}" for name, path in paths.items()]):
+        assert report.main(["--check", *argv]) == 0, capsys.readouterr().err
+    assert "`direct`" in capsys.readouterr().out
+
+
 def test_seeds_that_a_recipe_lacks_are_said(project: Project) -> None:
     for seed in (1, 2, 3):
         project.log(f"d{seed}", events(seed=seed))
@@ -569,6 +583,7 @@ def test_runs_of_a_row_with_a_setting_changed_are_apart(project: Project) -> Non
 
 def test_results_hold_what_was_measured_and_the_submission_its_fields(project: Project) -> None:
     ranked: dict[str, Any] = {"data": "/x/fineweb10B_sp1024", "ranks": 8, "preset": "8xh100"}
+    ranked["recipe"] = "record"
     first = events(seed=1, bpb=1.2, **ranked)
     first[0]["torch"] = "2.13.0"
     first[-1]["train_seconds"] = 600.01
@@ -591,7 +606,7 @@ def test_results_hold_what_was_measured_and_the_submission_its_fields(project: P
         "exact_seq": 0.0,
         "tok_per_sec": 200.0,
     }
-    assert (here["recipe"], here["bytes_model"]) == ("direct", 910_000)
+    assert (here["recipe"], here["bytes_model"]) == ("record", 910_000)
 
 
 @pytest.mark.parametrize("recipe", ["record", "direct"])
