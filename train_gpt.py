@@ -1218,9 +1218,7 @@ class Attention(nn.Module):
         q = (q * self.q_gain[:, None, None]).to(v.dtype)
         own = k, v
         k, v = layout.extend(layer, k, v)
-        if (
-            q.is_cuda and layout.mask is not None
-        ):  # there the fused kernel with a mask takes no groups
+        if q.is_cuda and layout.mask is not None:  # that fused kernel takes no groups
             k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
             v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
         how = {"is_causal": layout.mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
