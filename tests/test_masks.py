@@ -1,6 +1,4 @@
-"""Who reads whom: masks against a rule spelt out in loops, and a model that no forbidden token can
-move.
-"""
+"""Which tokens a token reads: masks against a rule in loops, and logits that a token changes."""
 
 from __future__ import annotations
 
@@ -18,23 +16,53 @@ T, V = 8, 16
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("seq_len", "size"), [(8, 1), (8, 2), (8, 8), (12, 3), (16, 4)])
-def test_mask_cell_by_cell(seq_len: int, size: int, causal: bool) -> None:
+def test_window_mask_equals_the_rule_in_loops(seq_len: int, size: int, causal: bool) -> None:
     mask = tg.window_mask(seq_len, size, causal, CPU)
     # Window, position in the row.
     places = [(w, w * size + o) for w in range(seq_len // size) for o in range(size + 1)]
     assert mask.dtype == torch.bool
     assert mask.shape == (len(places), seq_len + len(places))
     for query, (window, position) in enumerate(places):
-        for key in range(seq_len):  # the clean token before a window travels with it
+        for key in range(seq_len):  # the clean token before a window is a token of the window, too
             assert mask[query, key] == (key < window * size), (query, key)
         for key, (other, other_position) in enumerate(places):
             reads = other == window and (other_position <= position or not causal)
             assert mask[query, seq_len + key] == reads, (query, key)
     row = torch.arange(seq_len + 1)[None]
-    x0, before, positions = tg.tile(row, size)
-    assert positions.tolist() == [position for _, position in places]
+    windows = tg.split_into_windows(row, size)
+    assert windows.positions.tolist() == [position for _, position in places]
     # Of a row whose tokens are their positions.
-    assert torch.cat((before, x0), dim=-1).flatten().equal(positions)
+    tokens = torch.cat((windows.before, windows.x0), dim=-1)
+    assert tokens.flatten().equal(windows.positions)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size", [1, 3])
+def test_attention_rule_holds_for_windows_at_any_place(size: int, causal: bool) -> None:
+    first = torch.tensor([4, 1, 4])  # places of the clean tokens before the windows
+    rule = tg.attention_rule(lambda w: first[w], size, 6, causal)
+    num = 3 * (size + 1)
+    mask = rule(torch.arange(num)[:, None], torch.arange(6 + num))
+    for query in range(num):
+        window = query // (size + 1)
+        for key in range(6 + num):
+            noisy = key - 6
+            own = noisy >= 0 and noisy // (size + 1) == window and (noisy <= query or not causal)
+            assert mask[query, key] == (key < first[window] or own), (query, key)
+
+
+def test_annealed_mask_keeps_later_keys_with_a_chance() -> None:
+    causal, both = (tg.window_mask(64, 16, causal, CPU) for causal in (True, False))
+    later = both & ~causal
+    assert tg.anneal_mask(both, 0.0, "a").equal(causal)
+    assert tg.anneal_mask(both, 1.0, "a").equal(both)
+    found = tg.anneal_mask(both, 0.3, "a")
+    assert (found & ~later).equal(causal)  # all other pairs are as they were
+    drawn = found[later].double()
+    assert abs(drawn.mean().item() - 0.3) < 5 * (0.3 * 0.7 / len(drawn)) ** 0.5
+    assert found.equal(tg.anneal_mask(both, 0.3, "a"))
+    other = tg.anneal_mask(both, 0.3, "b")[later].double()
+    assert abs(torch.corrcoef(torch.stack((drawn, other)))[0, 1]) < 5 / len(drawn) ** 0.5
 
 
 def model_of(**overrides: Any) -> tg.GPT:
@@ -42,52 +70,51 @@ def model_of(**overrides: Any) -> tg.GPT:
     return randomise(tg.GPT(tiny(**shape, parallel_eval_examples=0, **overrides)))
 
 
-def test_a_future_token_never_moves_a_clean_logit() -> None:
+def with_another_token(ids: Tensor, place: int) -> Tensor:
+    """The same rows, with another token at a place."""
+    other = ids.clone()
+    other[:, place] = (ids[:, place] + 1) % V
+    return other
+
+
+def test_a_token_changes_no_causal_logits_before_it() -> None:
     model, rows = model_of(), random_rows(2, T, V)
-    before = model.clean(rows)[0]
+    before = model.forward_causal(rows)[0]
     for i in range(T):
-        rows_i = rows.clone()
-        rows_i[:, i] = (rows[:, i] + 1) % V
-        after = model.clean(rows_i)[0]
+        after = model.forward_causal(with_another_token(rows, i))[0]
         assert after[:, :i].equal(before[:, :i])
         assert (after[:, i:] != before[:, i:]).any(-1).all()
 
 
-def inputs_of(size: int, cfg: tg.Config) -> tuple[Tensor, Tensor, Tensor, tg.Corruption]:
-    """A clean row and, as inputs of their own, the tokens of its windows."""
-    row = random_rows(1, T + 1, V, seed=2)
-    x0, before, _ = tg.tile(row, size)
-    corrupted = torch.rand(x0.shape, generator=torch.Generator().manual_seed(3)) < 0.6
-    noisy = tg.apply_noise(
-        x0, corrupted, torch.full(x0.shape[:2], 0.6), torch.arange(x0.shape[1])[None], cfg, 0.7
-    )
-    return row, before.clone(), x0, noisy
-
-
+@torch.no_grad()
 @pytest.mark.parametrize("mode", ["mask", "hybrid"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_only_what_a_window_may_read_moves_it(
+def test_a_window_reads_exactly_the_tokens_of_its_mask(
     size: int, shift: bool, causal: bool, mode: str
 ) -> None:
     model = model_of(diffusion_causal=causal, diffusion_shift=shift, diffusion_corruption_mode=mode)
-    row, before, _, noisy = inputs_of(size, model.cfg)
-    positions, mask = tg.tile(row, size)[2], tg.window_mask(T, size, causal, CPU)
+    row = random_rows(1, T + 1, V, seed=2)
+    windows, mask = tg.split_into_windows(row, size), tg.window_mask(T, size, causal, CPU)
+    x0 = windows.x0
+    corrupted = torch.rand(x0.shape, generator=torch.Generator().manual_seed(3)) < 0.6
+    t, keys = torch.full(x0.shape[:2], 0.6), torch.arange(x0.shape[1])[None]
+    noisy = tg.apply_noise(x0, corrupted, t, keys, model.cfg, 0.7)
 
     def logits(row: Tensor, before: Tensor, xt: Tensor) -> Tensor:
-        past = model.clean(row[:, :-1])[1]
-        with torch.no_grad():
-            return model.window(tg.Window(before, noisy._replace(xt=xt), positions, mask), past)[0]
+        cache = model.forward_causal(row[:, :-1])[1]
+        corruption = noisy._replace(xt=xt)
+        window = tg.WindowInput(before, corruption, windows.positions, mask)
+        return model.forward_denoise(window, cache)[0]
 
+    before = windows.before.clone()
     base = logits(row, before, noisy.xt)
     window, token = torch.meshgrid(torch.arange(T // size), torch.arange(size), indexing="ij")
     # Of the input that predicts a token; 0 is the clean token before.
     offset = token if shift else token + 1
     for p in range(T):  # a token of the clean stream
-        other = row.clone()
-        other[0, p] = (row[0, p] + 1) % V
-        moved = (logits(other, before, noisy.xt) != base).any(-1)
+        moved = (logits(with_another_token(row, p), before, noisy.xt) != base).any(-1)
         assert moved.equal(p < window * size), p
     for w in range(T // size):
         for o in range(size + 1):  # a token of a window
@@ -98,96 +125,86 @@ def test_only_what_a_window_may_read_moves_it(
             assert moved.equal((window == w) & ((offset >= o) | (not causal))), (w, o)
 
 
-def decode_window(model: tg.GPT, ids: Tensor, at: int, size: int, end: int) -> Tensor:
-    """Logits of `size` masked tokens from `at` on, in a window that shows the text up to `end`; as
-    decoding does it.
-    """
-    past = model.clean(ids[:, : at - 1])[1]
-    places = torch.arange(end - at)
-    hole = (places < size).expand(1, 1, -1)
-    noisy = tg.apply_noise(
-        ids[:, None, at:end], hole, torch.ones(1, 1), torch.zeros(1, 1).long(), model.cfg, 1.0
-    )
-    positions = torch.arange(at - 1, end)
+@torch.no_grad()
+def decode_window(model: tg.GPT, ids: Tensor, start: int, size: int, end: int) -> Tensor:
+    """Logits of `size` masked tokens at `start` in a window that ends at `end`, as in decoding."""
+    cache = model.forward_causal(ids[:, : start - 1])[1]
+    masked = (torch.arange(end - start) < size).expand(1, 1, -1)
+    t, keys = torch.ones(1, 1), torch.zeros(1, 1).long()
+    noisy = tg.apply_noise(ids[:, None, start:end], masked, t, keys, model.cfg, 1.0)
+    positions = torch.arange(start - 1, end)
     mask = (torch.arange(end) <= positions[:, None]) | (not model.cfg.diffusion_causal)
-    with torch.no_grad():
-        return model.window(tg.Window(ids[:, None, at - 1 : at], noisy, positions, mask), past)[
-            0, 0, :size
-        ]
+    window = tg.WindowInput(ids[:, None, start - 1 : start], noisy, positions, mask)
+    return model.forward_denoise(window, cache)[0, 0, :size]
 
 
 @pytest.mark.parametrize("shift", [True, False])
-def test_an_infill_reads_the_suffix_and_a_continuation_does_not(shift: bool) -> None:
-    ids = random_rows(1, 10, V)
-    bidirectional, causal = (
-        model_of(diffusion_causal=causal, diffusion_shift=shift) for causal in (False, True)
-    )
-    infill, blind = (decode_window(model, ids, 3, 4, 10) for model in (bidirectional, causal))
-    continuation = decode_window(bidirectional, ids, 3, 4, 7)
-    for p in range(7, 10):
-        other = ids.clone()
-        other[0, p] = (ids[0, p] + 1) % V
-        assert (decode_window(bidirectional, other, 3, 4, 10) != infill).any(-1).all()
-        assert decode_window(bidirectional, other, 3, 4, 7).equal(continuation)
-        # The predecessor's defect, kept as a setting.
-        assert decode_window(causal, other, 3, 4, 10).equal(blind)
-    for p in range(3, 7):  # what is to be found out is never shown
-        other = ids.clone()
-        other[0, p] = (ids[0, p] + 1) % V
-        assert decode_window(bidirectional, other, 3, 4, 10).equal(infill)
-    for p in range(3):
-        other = ids.clone()
-        other[0, p] = (ids[0, p] + 1) % V
-        assert (decode_window(bidirectional, other, 3, 4, 10) != infill).any(-1).all()
-
-
-def test_only_the_last_of_several_windows_reads_the_suffix() -> None:
-    model, ids = model_of(), random_rows(64, 20, V)
-    how = tg.Decoding(window=4, steps=2, temperature=1.0)
-    found = tg.decode(model, ids, 5, 13, how).ids
-    other = ids.clone()
-    other[:, 13:] = (ids[:, 13:] + 1) % V
-    again = tg.decode(model, other, 5, 13, how).ids
-    assert again[:, :9].equal(found[:, :9])
-    assert not again[:, 9:13].equal(found[:, 9:13])
+def test_infill_reads_the_suffix_and_continuation_does_not(shift: bool) -> None:
+    ids, models = random_rows(1, 10, V), {}
+    for causal in (False, True):
+        models[causal] = model_of(diffusion_causal=causal, diffusion_shift=shift)
+    infill, continuation = (decode_window(models[False], ids, 3, 4, end) for end in (10, 7))
+    blind = decode_window(models[True], ids, 3, 4, 10)
+    for p in range(10):
+        other = with_another_token(ids, p)
+        moved = (decode_window(models[False], other, 3, 4, 10) != infill).any(-1)
+        if 3 <= p < 7:  # the masked tokens are not read
+            assert not moved.any(), p
+        else:
+            assert moved.all(), p
+        if p >= 7:
+            assert decode_window(models[False], other, 3, 4, 7).equal(continuation)
+            # The predecessor's defect, kept as a setting.
+            assert decode_window(models[True], other, 3, 4, 10).equal(blind)
 
 
 @pytest.mark.parametrize("reach", [1, 3, 20])
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_the_next_sure_token_is_found_in_the_same_window_within_reach(
+def test_next_visible_is_the_next_one_of_the_same_window_within_reach(
     size: int, reach: int
 ) -> None:
-    positions = tg.tile(random_rows(1, T + 1, V), size)[2]
+    positions = tg.split_into_windows(random_rows(1, T + 1, V), size).positions
     starts = torch.arange(len(positions)) % (size + 1) == 0
-    sure = (
-        torch.rand(6, len(positions), generator=torch.Generator().manual_seed(size)) < 0.3
-    ) | starts
-    at, far = tg.next_sure(sure, positions, reach)
-    for row in range(len(sure)):
+    draws = torch.rand(6, len(positions), generator=torch.Generator().manual_seed(size))
+    visible = (draws < 0.3) | starts
+    index, distance = tg.next_visible(visible, positions, reach)
+    for row in range(len(visible)):
         for i in range(len(positions)):
             last = i - i % (size + 1) + size
-            after = [j for j in range(i + 1, min(last, i + reach) + 1) if sure[row, j]][:1]
-            if sure[row, i] and after == [i + 1]:  # the token that it predicts is known
+            after = [j for j in range(i + 1, min(last, i + reach) + 1) if visible[row, j]][:1]
+            if visible[row, i] and after == [i + 1]:  # attention reads it already
                 after = []
-            assert far[row, i] == (after[0] - i if after else 0), (row, i)
-            assert not after or at[row, i] == after[0], (row, i)
+            assert distance[row, i] == (after[0] - i if after else 0), (row, i)
+            assert not after or index[row, i] == after[0], (row, i)
 
 
-def test_windows_at_any_places_of_one_row_are_not_told_of_each_other() -> None:
-    """Drafts for several ends share a pass: their positions overlap, and clean tokens stand before
-    them.
-    """
-    model, ids = model_of(), random_rows(2, 24, V)
-    past = [(torch.nn.functional.pad(k, (0, 0, 0, 40)), torch.nn.functional.pad(v, (0, 0, 0, 40)))
-            for k, v in model.clean(ids[:, :9])[1]]  # fmt: skip
-    run = tg.Decoder(model, tg.Decoding(), past, torch.arange(2)[:, None])
-    at, ends = torch.arange(9, 12).expand(2, -1), torch.arange(9, 12).expand(2, -1)
-    windows = torch.nn.functional.pad(ids.gather(1, ends)[..., None], (0, 5))
-    hole = torch.ones(2, 3, 5, dtype=torch.bool)
-    with torch.no_grad():
-        together = run.denoise(ids.gather(1, at), at, windows, hole, ends)[1]
-        for w in range(3):
-            alone = run.denoise(
-                ids.gather(1, at), at, windows[:, w : w + 1], hole[:, w : w + 1], ends[:, w : w + 1]
-            )[1]
-            torch.testing.assert_close(alone[:, 0], together[:, w])
+def test_next_visible_follows_the_positions_of_each_row() -> None:
+    visible = torch.tensor([[1, 0, 0, 1, 0, 1], [1, 0, 0, 1, 0, 1]]).bool()
+    positions = torch.tensor([[4, 5, 6, 7, 8, 9], [4, 5, 6, 4, 5, 6]])  # one window, or two
+    index, distance = tg.next_visible(visible, positions, 8)
+    assert distance.tolist() == [[3, 2, 1, 2, 1, 0], [0, 0, 0, 2, 1, 0]]
+    assert index[distance > 0].tolist() == [3, 3, 3, 5, 5, 5, 5]
+
+
+@torch.no_grad()
+def test_windows_of_one_pass_do_not_read_each_other() -> None:
+    """Windows of one pass may overlap, each with its own number of clean tokens before it."""
+    model, ids = model_of().double(), random_rows(2, 12, V)
+    cache, starts = model.forward_causal(ids)[1], torch.tensor([6, 7, 8])
+    before = ids[:, starts, None]
+    xt = torch.full((2, 3, 3), V)
+    corrupted = torch.ones(2, 3, 3, dtype=torch.bool)
+    places = starts[:, None] + torch.arange(4)
+    rule = tg.attention_rule(lambda w: starts[w], 3, 12, causal=False)
+    mask = rule(torch.arange(12)[:, None], torch.arange(24))
+    noisy = tg.Corruption(xt, corrupted, corrupted, torch.ones(2, 3))
+    together = model.forward_denoise(tg.WindowInput(before, noisy, places.flatten(), mask), cache)
+    for w in range(3):
+        one = slice(w, w + 1)
+        some = tg.Corruption(xt[:, one], corrupted[:, one], corrupted[:, one], torch.ones(2, 1))
+        read = mask[4 * w : 4 * w + 4, : 12 + 4 * w + 4]
+        read = torch.cat((read[:, :12], read[:, -4:]), dim=1)
+        alone = model.forward_denoise(tg.WindowInput(before[:, one], some, places[w], read), cache)
+        # The last operations, up to the softcap, are float32.
+        bound = 8 * torch.finfo(torch.float32).eps * model.cfg.logit_softcap
+        torch.testing.assert_close(alone[:, 0], together[:, w], rtol=0, atol=bound)
