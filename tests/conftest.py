@@ -305,6 +305,7 @@ def launch(data: dict[str, Any], tmp_path: Path) -> Iterator[Callable[..., subpr
         merged = (
             settings(values.pop("recipe", "direct")) | {"out_dir": tmp_path / "out"} | data | values
         )
+        threads = {"OMP_NUM_THREADS": str(THREADS)}
         argv = (
             [*command, str(ROOT / "train_gpt.py")]
             if command
@@ -313,7 +314,7 @@ def launch(data: dict[str, Any], tmp_path: Path) -> Iterator[Callable[..., subpr
         started.append(
             subprocess.Popen(
                 argv,
-                env=inherited | {"OMP_NUM_THREADS": str(THREADS)} | env_of(merged) | dict(env or {}),
+                env=inherited | threads | env_of(merged) | dict(env or {}),
                 cwd=tmp_path,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -65,6 +65,22 @@ def test_a_statement_binds_at_most_two_names() -> None:
     assert [len(n) for _, n in names_bound("a, b, c = x\nfor i, _ in y: pass") if n] == [3, 1]
 
 
+def test_no_function_is_complex() -> None:
+    limit = ["--select", "C901", "--config", "lint.mccabe.max-complexity=10"]
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--isolated",
+        *limit,
+        "train_gpt.py",
+        "scripts",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "All checks passed!"), done.stderr
+
+
 def test_the_program_runs_no_other_file() -> None:
     for word in ("runpy", "importlib.import_module", "exec(", "eval(", "spec_from_file"):
         assert word not in SOURCE.replace(".eval()", "")
