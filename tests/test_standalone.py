@@ -17,6 +17,7 @@ import pytest
 
 import train_gpt as tg
 from tests.conftest import ROOT, THREADS, env_of, settings
+from tests.test_config import LEGACY
 
 STEPS = 4
 ALL = dict(diffusion_row_frac=1.0, diffusion_start_frac=0.0, nelbo_windows="1,4", eval_stride=0)
@@ -179,24 +180,6 @@ def test_compiled_kernels_train(alone: Path, tmp_path: Path, data: dict[str, Any
         check_run(tmp_path, name)
 
 
-PREDECESSOR = {  # its published variables
-    "DIFFUSION_TRAIN_MODE": "mercury",
-    "DIFFUSION_CORRUPTION_MODE": "hybrid",
-    "DIFFUSION_HYBRID_MASK_PROB": "0.5",
-    "DIFFUSION_LOSS_WEIGHT": "1.0",
-    "DIFFUSION_PROGRESSIVE": "1",
-    "DIFFUSION_MIN_MASK_RATIO": "0.25",
-    "DIFFUSION_MAX_MASK_RATIO": "0.35",
-    "DIFFUSION_SPAN_LEN": "64",
-    "DIFFUSION_SPANS_PER_SEQ": "8",
-    "MERCURY_TASK_MODE": "mixed",
-    "MERCURY_CONTINUATION_PROB": "0.75",
-    "MERCURY_CLEAN_LOSS_WEIGHT": "0.10",
-    "MERCURY_SELF_CONDITION_PROB": "1.0",
-    "MERCURY_SELF_CONDITION_FRACTION": "0.75",
-}
-
-
 def test_the_predecessors_variables_select_its_recipe(
     alone: Path, tmp_path: Path, data: dict[str, Any]
 ) -> None:
@@ -212,7 +195,7 @@ def test_the_predecessors_variables_select_its_recipe(
         "run_id": "run",
     } | data
     del sizes["time_embed_dim"]
-    run_jobs(alone, tmp_path, {"run": env_of(sizes) | PREDECESSOR})
+    run_jobs(alone, tmp_path, {"run": env_of(sizes) | LEGACY})
     events = events_of(tmp_path, "run")
     values = next(e["values"] for e in events if e["event"] == "config")
     built_in = tg.RECIPES["retrograde"]
