@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 DATA := data/stdlib
 OUT := out/demo
 RECORD := logs/record_cpu
+# Kernels are compiled on a CPU only where there is a C++ compiler.
+COMPILE ?= $(if $(shell command -v $(CXX) || command -v clang++),1,0)
 
 .PHONY: venv demo lint check test
 .DELETE_ON_ERROR:
@@ -27,11 +29,11 @@ $(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements
 
 demo: $(VENV)/.requirements
 	$(BIN)/python scripts/prepare_data.py --out $(DATA)
-	DATA_PATH=$(DATA) TOKENIZER_PATH=$(DATA)/tokenizer.model RUN_ID=demo OUT_DIR=$(OUT) MICRO_BATCHES=2 \
+	DATA_PATH=$(DATA) TOKENIZER_PATH=$(DATA)/tokenizer.model RUN_ID=demo OUT_DIR=$(OUT) COMPILE=$(COMPILE) \
 	    NELBO_SEQUENCES=64 PARALLEL_EVAL_EXAMPLES=64 $(BIN)/python train_gpt.py
-	$(BIN)/python scripts/sample.py --artifact $(OUT)/final_model.int8.ptz --demo $(DATA)
+	$(BIN)/python scripts/sample.py --artifact $(OUT)/final_model.int6.ptz --demo $(DATA)
 	@echo "log       $(OUT)/logs/demo.txt and $(OUT)/logs/demo.jsonl"
-	@echo "artifact  $(OUT)/final_model.int8.ptz"
+	@echo "artifact  $(OUT)/final_model.int6.ptz"
 
 lint: $(VENV)/.requirements-dev
 	$(BIN)/ruff check .
