@@ -1,4 +1,4 @@
-"""Score an artifact by every likelihood it has: exact, left to right in the noisy mode, and bounds.
+"""Score an artifact by every likelihood it has: causal, denoised left to right, and bounds.
 
     python scripts/bench/likelihood.py                          windows of 1, 4, 8, 16, 32 and T
     python scripts/bench/likelihood.py --rows 256 --samples 16  more text, smaller Monte Carlo error
@@ -160,7 +160,7 @@ def causal(at: Loaded, tick: Tick) -> float:
     nats = 0.0
     for _, rows in at.batches():
         with autocast(at.device):
-            nats += tg.score(at.model, rows).double().sum().item()
+            nats += tg.token_nll_causal(at.model, rows).double().sum().item()
         tick()
     return tg.bits_per_byte(nats, at.bytes)
 
@@ -180,7 +180,7 @@ def bound_nats(at: Loaded, size: int, samples: int, offset: int, tick: Tick) -> 
     mask = tg.window_mask(at.cfg.train_seq_len, size, at.cfg.diffusion_causal, at.device)
     windows, place = [], torch.arange(at.cfg.train_seq_len // size)
     for numbers, rows in at.batches():
-        keys = tg.derive(numbers[:, None], at.cfg.eval_seed + offset, place)
+        keys = tg.split_key(numbers[:, None], at.cfg.eval_seed + offset, place)
         with autocast(at.device):
             nats = tg.window_bounds(at.model, rows, keys.to(at.device), size, samples, mask)
         windows.append(nats.sum(-1).cpu())
@@ -223,9 +223,9 @@ def wrong_scores(at: Loaded, size: int, samples: int, tick: Tick) -> dict[str, d
     parts: dict[str, list[Any]] = {name: [] for name in functions}
     place = torch.arange(at.cfg.train_seq_len // size)
     for numbers, rows in at.batches():
-        keys = tg.derive(numbers[:, None], at.cfg.eval_seed, place)
+        keys = tg.split_key(numbers[:, None], at.cfg.eval_seed, place)
         with autocast(at.device), torch.no_grad():
-            text = estimators.cut(at.model, at.counter, rows, keys.to(at.device), samples)
+            text = estimators.prepare(at.model, at.counter, rows, keys.to(at.device), samples)
             for name, function in functions.items():
                 parts[name].append(function(text))
                 tick()
@@ -286,7 +286,7 @@ def show_wrong(result: dict[str, Any]) -> None:
 
 def measure(at: Loaded, args: argparse.Namespace) -> dict[str, Any]:
     """Compute everything that is printed."""
-    fitting = ",".join(size for size in WINDOWS.split(",") if at.cfg.tiles(size))
+    fitting = ",".join(size for size in WINDOWS.split(",") if tg.are_sizes(at.cfg, size))
     sizes = window_sizes(fitting if args.windows is None else args.windows, at.cfg, "--windows")
     size = window_sizes(args.window, at.cfg, "--window")[0]
     num_wrong = len(estimators.ESTIMATORS) + 1 if args.wrong else 0

@@ -42,9 +42,9 @@ def test_the_right_one_is_what_training_reports(size: int, data: dict[str, Any])
     index, parts = torch.tensor(starts_of(loader, 8)), []
     for some in torch.split(index, 3):  # batches are joined
         rows = torch.cat([loader.rows(i * 16, 1, 16, CPU) for i in some.tolist()])
-        keys = tg.derive(some[:, None], run.cfg.eval_seed, torch.arange(16 // size))
-        parts.append(we.right(we.cut(model, counter, rows, keys, 4 if size > 1 else 1)))
-    found = tg.evaluate_bpb(model, run, loader, counter, size)
+        keys = tg.split_key(some[:, None], run.cfg.eval_seed, torch.arange(16 // size))
+        parts.append(we.right(we.prepare(model, counter, rows, keys, 4 if size > 1 else 1)))
+    found = tg.evaluate_bound(model, run, loader, counter, size)
     assert we.summarise(parts) == pytest.approx((found["bpb"], found["standard_error"]), rel=1e-6)
 
 
@@ -113,7 +113,7 @@ def mean_by_enumeration(name: str, model: tg.GPT, row: Tensor) -> float:
     if name == "circular_two_pass":
         single = tg.window_mask(T3, 1, False, CPU)
         left = tg.window_bounds(
-            model, row, tg.derive(torch.zeros(1, 1).long(), torch.arange(T3)), 1, 1, single
+            model, row, tg.split_key(torch.zeros(1, 1).long(), torch.arange(T3)), 1, 1, single
         )[0, 0]
         total += left.view(-1, S3)[:, ::2].sum().item()
     return total
@@ -126,8 +126,8 @@ def test_the_mean_of_an_estimator_is_the_sum_over_what_it_may_hide(name: str) ->
     # the error.
     model, copies = randomise(small_model(look_ahead=0, bigram_vocab_size=0), seed=3, std=2.0), 6000
     row = torch.tensor([[2, 0, 1, 2, 0, 0, 1]])
-    keys = tg.derive(torch.arange(copies)[:, None], 3, torch.arange(T3 // S3))
-    text = we.cut(model, CountOne(), row.expand(copies, -1), keys, 3)  # type: ignore[arg-type]
+    keys = tg.split_key(torch.arange(copies)[:, None], 3, torch.arange(T3 // S3))
+    text = we.prepare(model, CountOne(), row.expand(copies, -1), keys, 3)  # type: ignore[arg-type]
     nats = estimate(name, text).nats.mean(0)  # (copies,)
     expected, error = mean_by_enumeration(name, model, row), nats.std().item() / math.sqrt(copies)
     assert error < 0.02 * expected
@@ -180,8 +180,8 @@ def test_what_a_uniform_predictor_scores(name: str, data: dict[str, Any]) -> Non
         for p in model.parameters():
             p.zero_()
     rows = torch.cat([loader.rows(i * 16, 1, 16, CPU) for i in range((loader.total - 1) // 16)])
-    text = we.cut(
-        model, counter, rows, tg.derive(torch.arange(len(rows))[:, None], torch.arange(2)), 64
+    text = we.prepare(
+        model, counter, rows, tg.split_key(torch.arange(len(rows))[:, None], torch.arange(2)), 64
     )
     sizes, (found, error) = sizes_of(text), bpb(name, text)
     assert min(sizes[:5]) > 0  # the text has all that is counted wrongly
@@ -234,12 +234,13 @@ def fit(model: tg.GPT, letters: Tensor, steps: int) -> None:
     cfg, adam = model.cfg, torch.optim.Adam(model.parameters(), lr=5e-3)
     mask, places = tg.window_mask(16, 8, False, CPU), torch.arange(48).view(24, 2)
     for step in range(steps):
-        rows, keys = sticky(letters, 24, 100 + step), tg.derive(places, step)
-        logits, past = model.clean(rows[:, :-1])
-        x0, before, positions = tg.tile(rows, 8)
+        rows, keys = sticky(letters, 24, 100 + step), tg.split_key(places, step)
+        logits, past = model.forward_causal(rows[:, :-1])
+        x0, before, positions = tg.split_into_windows(rows, 8)
         noisy = tg.corrupt(x0, tg.noise_level(cfg, keys, places + 48 * step, 0.0), keys, cfg)
-        seen = model.window(tg.Window(before, noisy, positions, mask), past)
-        loss = tg.token_nll(logits, rows[:, 1:]).mean() + tg.losses(seen, seen, x0, noisy, cfg)
+        seen = model.forward_denoise(tg.WindowInput(before, noisy, positions, mask), past)
+        loss = tg.token_nll(logits, rows[:, 1:]).mean()
+        loss = loss + tg.denoising_loss(seen, seen, x0, noisy, cfg)
         adam.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         adam.step()
@@ -266,8 +267,8 @@ def trained(data: dict[str, Any]) -> Trained:
     assert len(letters) == LETTERS
     fit(model, letters, 260)
     rows = sticky(letters, 64, 1)
-    text = we.cut(
-        model.eval(), counter, rows, tg.derive(torch.arange(64)[:, None], torch.arange(2)), 32
+    text = we.prepare(
+        model.eval(), counter, rows, tg.split_key(torch.arange(64)[:, None], torch.arange(2)), 32
     )
     return Trained(text, tg.bits_per_byte(sticky_nats(rows), text.bytes.sum().item()))
 
@@ -297,7 +298,7 @@ def test_reading_what_is_scored_beats_the_entropy_which_no_code_can(
 ) -> None:
     text = trained.text
     exact = tg.bits_per_byte(
-        tg.score(text.model, text.rows).double().sum().item(), text.bytes.sum().item()
+        tg.token_nll_causal(text.model, text.rows).double().sum().item(), text.bytes.sum().item()
     )
     bound, bound_error = bpb("right", text)
     assert trained.entropy < exact < bound - 2 * bound_error
@@ -306,7 +307,7 @@ def test_reading_what_is_scored_beats_the_entropy_which_no_code_can(
 
 
 def test_late_keys_are_those_of_the_window_itself() -> None:
-    text = we.cut(
+    text = we.prepare(
         small_model(), CountOne(), random_rows(1, T3 + 1, V3), torch.zeros(1, 2).long(), 1
     )  # type: ignore[arg-type]
     allowed, late = text.mask.tolist(), we.late_mask(text).tolist()
@@ -367,14 +368,14 @@ def test_the_command_prints_what_training_would(
     loader = tg.TokenLoader(cfg, "val")
     counter = tg.ByteCounter(cfg)
     for row, size in zip(result["bounds"], (1, 4, 16), strict=True):
-        found = tg.evaluate_bpb(model, run, loader, counter, size)
+        found = tg.evaluate_bound(model, run, loader, counter, size)
         assert row == pytest.approx(
             {"window": size, **{k: found[k] for k in ("bpb", "standard_error", "samples")}}
         )
     assert (result["tokens"], result["bytes"]) == (found["tokens"], found["bytes"])
     assert result["left_to_right_bpb"] == result["bounds"][0]["bpb"]
     rows = torch.cat([loader.rows(i * 16, 1, 16, CPU) for i in starts_of(loader, 8)])
-    exact = tg.bits_per_byte(tg.score(model, rows).double().sum().item(), found["bytes"])
+    exact = tg.bits_per_byte(tg.token_nll_causal(model, rows).double().sum().item(), found["bytes"])
     assert result["causal_bpb"] == pytest.approx(exact)
     assert list(result["wrong"]) == ["right", *NAMES]
     bound = result["wrong"]["right"]["bpb"]
