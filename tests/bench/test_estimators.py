@@ -1,5 +1,6 @@
-"""Wrong likelihood estimators: each does what it says, errs in the direction claimed, and shows or
-hides from a uniform predictor as claimed; likelihood.py prints them beside the right one.
+"""Wrong likelihood estimators: their means, and whether they are below the bound, as claimed.
+
+Also the scores of a uniform predictor, and likelihood.py, which prints them next to the bound.
 """
 
 from __future__ import annotations
@@ -18,7 +19,19 @@ from torch import Tensor
 import train_gpt as tg
 from scripts.bench import estimators as we
 from scripts.bench import likelihood
-from tests.conftest import BOS, CPU, VOCAB, Recorder, make_run, random_rows, randomise, tiny
+from tests.conftest import (
+    BOS,
+    CPU,
+    THREADS,
+    VOCAB,
+    Recorder,
+    make_run,
+    pass_rounding,
+    random_rows,
+    randomise,
+    rounding,
+    tiny,
+)
 from tests.test_evaluate import S3, T3, V3, evaluation, masked_set_nll, small_model, starts_of
 
 NAMES = list(we.ESTIMATORS)
@@ -33,11 +46,11 @@ def bpb(name: str, text: we.Text) -> tuple[float, float]:
     return we.summarise([estimate(name, text)])
 
 
-# ---- the right one is train_gpt's, and exactly the bound that it claims to be ----
+# ---- the right one is the bound of train_gpt, and all have the means that they claim ----
 
 
 @pytest.mark.parametrize("size", [1, 4, 16])
-def test_the_right_one_is_what_training_reports(size: int, data: dict[str, Any]) -> None:
+def test_the_right_estimator_equals_evaluate_bound(size: int, data: dict[str, Any]) -> None:
     model, run, loader, counter = evaluation(**data)
     index, parts = torch.tensor(starts_of(loader, 8)), []
     for some in torch.split(index, 3):  # batches are joined
@@ -45,13 +58,12 @@ def test_the_right_one_is_what_training_reports(size: int, data: dict[str, Any])
         keys = tg.split_key(some[:, None], run.cfg.eval_seed, torch.arange(16 // size))
         parts.append(we.right(we.prepare(model, counter, rows, keys, 4 if size > 1 else 1)))
     found = tg.evaluate_bound(model, run, loader, counter, size)
-    assert we.summarise(parts) == pytest.approx((found["bpb"], found["standard_error"]), rel=1e-6)
+    expected = found["bpb"], found["standard_error"]
+    assert we.summarise(parts) == pytest.approx(expected, rel=pass_rounding(run.cfg))
 
 
 def level_weight(m: int, low: float, high: float, power: int = 1) -> float:
-    """Mean over t in (low, high] of the chance that exactly these m of S tokens are hidden, over
-    t^power.
-    """
+    """Mean over t in (low, high] of P(exactly these m of S tokens are masked) / t^power."""
     t = low + (high - low) * (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     return (t ** (m - power) * (1 - t) ** (S3 - m)).mean().item()
 
@@ -65,7 +77,7 @@ def by_count(m: int) -> float:
     return 1 / (m * math.comb(S3, m))
 
 
-# Weight of a set of m hidden tokens in the mean of each estimator.
+# Weight of a set of m masked tokens in the mean of each estimator.
 SET_WEIGHT: dict[str, Callable[[int], float]] = {
     "right": by_count,
     "range_truncated": lambda m: 0.9 * level_weight(m, 0.05, 0.95),
@@ -93,37 +105,33 @@ class CountOne:
 
 
 def mean_by_enumeration(name: str, model: tg.GPT, row: Tensor) -> float:
-    """Nats of a row in the mean over all that the estimator may draw: every set of hidden tokens,
-    with its weight.
-    """
+    """Mean nats of a row over all that the estimator may draw: all sets of masked tokens."""
     total = 0.0
     for window in range(T3 // S3):
         nats = masked_set_nll(model, row, window)[0]  # (2^S, S)
         text = row[0, window * S3 + 1 : window * S3 + 1 + S3].tolist()
         for drawn in range(1, 2**S3):
             chosen = [i for i in range(S3) if drawn >> i & 1]
-            scored, hidden = chosen, drawn
+            scored, masked = chosen, drawn
             if name == "boundaries_free":
                 scored = [i for i in chosen if text[i]]
-                hidden = sum(1 << i for i in scored)
+                masked = sum(1 << i for i in scored)
             if name == "circular_misaligned":
                 scored = [(i + 1) % S3 for i in chosen]
-            total += SET_WEIGHT[name](len(chosen)) * sum(nats[hidden, i].item() for i in scored)
+            total += SET_WEIGHT[name](len(chosen)) * sum(nats[masked, i].item() for i in scored)
         total += nats[0b010, 1].item() if name == "circular_two_pass" else 0.0
     if name == "circular_two_pass":
         single = tg.window_mask(T3, 1, False, CPU)
-        left = tg.window_bounds(
-            model, row, tg.split_key(torch.zeros(1, 1).long(), torch.arange(T3)), 1, 1, single
-        )[0, 0]
+        keys = tg.split_key(torch.zeros(1, 1).long(), torch.arange(T3))
+        left = tg.window_bounds(model, row, keys, 1, 1, single)[0, 0]
         total += left.view(-1, S3)[:, ::2].sum().item()
     return total
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SET_WEIGHT)
-def test_the_mean_of_an_estimator_is_the_sum_over_what_it_may_hide(name: str) -> None:
-    # Weights for which the estimators are far enough apart; with others some differences drown in
-    # the error.
+def test_the_mean_of_an_estimator_is_that_by_enumeration(name: str) -> None:
+    # Weights for which the estimators differ by more than their errors.
     model, copies = randomise(small_model(look_ahead=0, bigram_vocab_size=0), seed=3, std=2.0), 6000
     row = torch.tensor([[2, 0, 1, 2, 0, 0, 1]])
     keys = tg.split_key(torch.arange(copies)[:, None], 3, torch.arange(T3 // S3))
@@ -131,8 +139,9 @@ def test_the_mean_of_an_estimator_is_the_sum_over_what_it_may_hide(name: str) ->
     nats = estimate(name, text).nats.mean(0)  # (copies,)
     expected, error = mean_by_enumeration(name, model, row), nats.std().item() / math.sqrt(copies)
     assert error < 0.02 * expected
-    assert abs(nats.mean().item() - expected) < 3 * error + 1e-5 * expected
-    if name != "right":  # it could not pass as the right one
+    close = pass_rounding(model.cfg) * expected
+    assert abs(nats.mean().item() - expected) < 3 * error + close
+    if name != "right":
         assert abs(expected - mean_by_enumeration("right", model, row)) > 4 * error
 
 
@@ -155,9 +164,8 @@ UNIFORM: dict[str, Callable[[Sizes], float]] = {
     "right": lambda s: 1.0,
     "bytes_constant": lambda s: s.bytes / s.tokens / 4.3,
     "bytes_space_twice": lambda s: s.bytes / (s.bytes + s.spaces),
-    "bytes_of_names": lambda s: (
-        s.bytes / (s.bytes + 5 * s.byte_pieces + 3 * s.controls)
-    ),  # <0x0A> for 1, <s> for 0
+    # <0x0A> for 1, <s> for 0.
+    "bytes_of_names": lambda s: s.bytes / (s.bytes + 5 * s.byte_pieces + 3 * s.controls),
     "range_truncated": lambda s: 0.9,
     "weight_none": lambda s: (s.window + 1) / (2 * s.window),
     "weight_twice": lambda s: 3.575,
@@ -180,39 +188,36 @@ def test_what_a_uniform_predictor_scores(name: str, data: dict[str, Any]) -> Non
         for p in model.parameters():
             p.zero_()
     rows = torch.cat([loader.rows(i * 16, 1, 16, CPU) for i in range((loader.total - 1) // 16)])
-    text = we.prepare(
-        model, counter, rows, tg.split_key(torch.arange(len(rows))[:, None], torch.arange(2)), 64
-    )
-    sizes, (found, error) = sizes_of(text), bpb(name, text)
+    keys = tg.split_key(torch.arange(len(rows))[:, None], torch.arange(2))
+    text = we.prepare(model, counter, rows, keys, 64)
+    sizes = sizes_of(text)
+    found, error = bpb(name, text)
     assert min(sizes[:5]) > 0  # the text has all that is counted wrongly
     honest = math.log2(VOCAB) * sizes.tokens / sizes.bytes
     expected = UNIFORM.get(name, UNIFORM["right"])(sizes)
-    # A ratio's noise cancels.
-    assert error < (1e-6 if name in ("right", "weight_pooled") else 0.03) * honest * expected
-    assert found / honest == pytest.approx(expected, rel=1e-6, abs=4 * error / honest)
+    # Nothing is random but which tokens are drawn, and a ratio of sums over the same cancels that.
+    close = rounding(VOCAB)
+    assert error < (close if name in ("right", "weight_pooled") else 0.03) * honest * expected
+    assert found / honest == pytest.approx(expected, rel=close, abs=4 * error / honest)
     assert (name in UNIFORM) == (name == "right" or we.ESTIMATORS[name].exposed)
     if name != "right" and we.ESTIMATORS[name].exposed:
         assert abs(found / honest - 1) > 4 * error / honest, "nothing is exposed"
 
 
-# ---- which way each one errs, on a model that has learned a text whose entropy is known ----
+# ---- direction of the errors, on a model that has learned a text of known entropy ----
 
 STAY, LETTERS = 0.75, 16
 
 
 class Trained(NamedTuple):
-    """A model of the sticky text, a piece of that text, and what that piece costs at the least, in
-    bits per byte.
-    """
+    """A model of the sticky text, and some of that text."""
 
     text: we.Text
-    entropy: float
+    entropy: float  # bits per byte of the text under its source
 
 
 def sticky(letters: Tensor, batch: int, seed: int) -> Tensor:
-    """Rows of 17 tokens: each repeats the one before with probability STAY, or is any of the
-    letters.
-    """
+    """Rows of 17 tokens: each repeats the one before (probability STAY) or is a random letter."""
     generator = torch.Generator().manual_seed(seed)
     fresh = letters[torch.randint(len(letters), (batch, 17), generator=generator)]
     new = torch.rand(batch, 17, generator=generator) > STAY
@@ -221,26 +226,24 @@ def sticky(letters: Tensor, batch: int, seed: int) -> Tensor:
 
 
 def sticky_nats(rows: Tensor) -> float:
-    """Negative log-probability of all tokens but the first of each row, given what is before, under
-    their source.
-    """
+    """Nats of all tokens but the first of each row, given those before, under their source."""
     same = STAY + (1 - STAY) / LETTERS
     num_same, num = (rows[:, 1:] == rows[:, :-1]).sum().item(), rows[:, 1:].numel()
     return -num_same * math.log(same) - (num - num_same) * math.log((1 - STAY) / LETTERS)
 
 
 def fit(model: tg.GPT, letters: Tensor, steps: int) -> None:
-    """Train both ways through the model, with the bound's own loss."""
+    """Train both passes, the denoising one with the loss that estimates the bound."""
     cfg, adam = model.cfg, torch.optim.Adam(model.parameters(), lr=5e-3)
     mask, places = tg.window_mask(16, 8, False, CPU), torch.arange(48).view(24, 2)
     for step in range(steps):
         rows, keys = sticky(letters, 24, 100 + step), tg.split_key(places, step)
-        logits, past = model.forward_causal(rows[:, :-1])
-        x0, before, positions = tg.split_into_windows(rows, 8)
-        noisy = tg.corrupt(x0, tg.noise_level(cfg, keys, places + 48 * step, 0.0), keys, cfg)
-        seen = model.forward_denoise(tg.WindowInput(before, noisy, positions, mask), past)
-        loss = tg.token_nll(logits, rows[:, 1:]).mean()
-        loss = loss + tg.denoising_loss(seen, seen, x0, noisy, cfg)
+        clean, windows = model.next_token_loss(rows), tg.split_into_windows(rows, 8)
+        x0, t = windows.x0, tg.noise_level(cfg, keys, places + 48 * step, 0.0)
+        noisy = tg.corrupt(x0, t, keys, cfg)
+        window = tg.WindowInput(windows.before, noisy, windows.positions, mask)
+        logits = model.forward_denoise(window, clean.cache)
+        loss = clean.loss + tg.denoising_loss(logits, logits, x0, noisy, cfg)
         adam.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         adam.step()
@@ -248,28 +251,22 @@ def fit(model: tg.GPT, letters: Tensor, steps: int) -> None:
 
 @pytest.fixture(scope="module")
 def trained(data: dict[str, Any]) -> Trained:
-    torch.set_num_threads(1)
-    noise: dict[str, Any] = dict(
-        diffusion_regions="iid",
-        diffusion_full_prob=0.1,
-        diffusion_loss_clip=20.0,
-        diffusion_windows="8",
-    )
+    torch.set_num_threads(THREADS)
+    noise: dict[str, Any] = dict(diffusion_regions="iid", diffusion_full_prob=0.1)
+    noise |= dict(diffusion_loss_clip=20.0, diffusion_windows="8")
     cfg = tiny(**data, **noise, model_dim=32, tied_embed_init_std=0.3)
     counter, model = tg.ByteCounter(cfg), tg.GPT(cfg)
     sp = counter.tokenizer
     words = [i for i in range(VOCAB) if not (sp.is_control(i) or sp.is_byte(i) or sp.is_unknown(i))]
     spaced = [i for i in words if sp.id_to_piece(i).startswith("▁") and len(sp.id_to_piece(i)) > 1]
     plain = [i for i in words if not sp.id_to_piece(i).startswith("▁")]
-    letters = torch.tensor(
-        [BOS, *[i for i in range(VOCAB) if sp.is_byte(i)][:3], *spaced[:6], *plain[:6]]
-    )
+    byte_pieces = [i for i in range(VOCAB) if sp.is_byte(i)]
+    letters = torch.tensor([BOS, *byte_pieces[:3], *spaced[:6], *plain[:6]])
     assert len(letters) == LETTERS
     fit(model, letters, 260)
     rows = sticky(letters, 64, 1)
-    text = we.prepare(
-        model.eval(), counter, rows, tg.split_key(torch.arange(64)[:, None], torch.arange(2)), 32
-    )
+    keys = tg.split_key(torch.arange(64)[:, None], torch.arange(2))
+    text = we.prepare(model.eval(), counter, rows, keys, 32)
     return Trained(text, tg.bits_per_byte(sticky_nats(rows), text.bytes.sum().item()))
 
 
@@ -278,7 +275,8 @@ def trained(data: dict[str, Any]) -> Trained:
     "name", [name for name in NAMES if we.ESTIMATORS[name].flatters is not None]
 )
 def test_an_estimator_errs_in_the_direction_claimed(name: str, trained: Trained) -> None:
-    (bound, bound_error), (found, error) = bpb("right", trained.text), bpb(name, trained.text)
+    bound, bound_error = bpb("right", trained.text)
+    found, error = bpb(name, trained.text)
     margin = 4 * math.hypot(bound_error, error)
     # The same tokens are drawn as for the bound: compare draw by draw.
     if name == "boundaries_free":
@@ -290,26 +288,23 @@ def test_an_estimator_errs_in_the_direction_claimed(name: str, trained: Trained)
         assert found > bound + margin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["circular_two_pass", "circular_late_keys", "pseudo_bert", "pseudo_one"]
 )
-def test_reading_what_is_scored_beats_the_entropy_which_no_code_can(
-    name: str, trained: Trained
-) -> None:
+def test_reading_scored_tokens_gives_a_score_below_the_entropy(name: str, trained: Trained) -> None:
     text = trained.text
-    exact = tg.bits_per_byte(
-        tg.token_nll_causal(text.model, text.rows).double().sum().item(), text.bytes.sum().item()
-    )
+    nats = tg.token_nll_causal(text.model, text.rows).double().sum().item()
+    exact = tg.bits_per_byte(nats, text.bytes.sum().item())
     bound, bound_error = bpb("right", text)
     assert trained.entropy < exact < bound - 2 * bound_error
     found, error = bpb(name, text)
     assert found < trained.entropy - 2 * error
 
 
-def test_late_keys_are_those_of_the_window_itself() -> None:
-    text = we.prepare(
-        small_model(), CountOne(), random_rows(1, T3 + 1, V3), torch.zeros(1, 2).long(), 1
-    )  # type: ignore[arg-type]
+def test_the_late_mask_adds_the_clean_keys_of_the_window_itself() -> None:
+    rows, keys = random_rows(1, T3 + 1, V3), torch.zeros(1, 2).long()
+    text = we.prepare(small_model(), CountOne(), rows, keys, 1)  # type: ignore[arg-type]
     allowed, late = text.mask.tolist(), we.late_mask(text).tolist()
     for query in range(2 * (S3 + 1)):
         window = query // (S3 + 1)
@@ -324,9 +319,7 @@ def test_late_keys_are_those_of_the_window_itself() -> None:
 
 @pytest.fixture
 def artifact(data: dict[str, Any], tmp_path: Path) -> tuple[Path, tg.GPT]:
-    """An artifact that names data which is not there, as one from another machine does, and its
-    reloaded model.
-    """
+    """An artifact from another machine, whose data is not here, and its reloaded model."""
     model, _, _, counter = evaluation(**data)
     elsewhere = dataclasses.replace(
         model.cfg, data_path="/nowhere", tokenizer_path="/nowhere.model"
@@ -343,64 +336,41 @@ def environment(data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("environment")
-def test_the_command_prints_what_training_would(
+def test_the_command_prints_the_scores_of_train_gpt(
     artifact: tuple[Path, tg.GPT], data: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, model = artifact
-    argv = [
-        "--artifact",
-        str(path),
-        "--rows",
-        "8",
-        "--samples",
-        "4",
-        "--windows",
-        "1,4,T",
-        "--window",
-        "4",
-        "--wrong",
-    ]
+    argv = ["--rows", "8", "--samples", "4", "--windows", "1,4,T", "--window", "4", "--wrong"]
+    argv = ["--artifact", str(path), *argv]
     assert likelihood.main(argv) == 0
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     cfg = dataclasses.replace(model.cfg, **data)
-    run = make_run(cfg)
-    loader = tg.TokenLoader(cfg, "val")
-    counter = tg.ByteCounter(cfg)
+    run, close = make_run(cfg), pass_rounding(cfg)
+    loader, counter = tg.TokenLoader(cfg, "val"), tg.ByteCounter(cfg)
     for row, size in zip(result["bounds"], (1, 4, 16), strict=True):
         found = tg.evaluate_bound(model, run, loader, counter, size)
-        assert row == pytest.approx(
-            {"window": size, **{k: found[k] for k in ("bpb", "standard_error", "samples")}}
-        )
+        same = {name: found[name] for name in ("bpb", "standard_error", "samples")}
+        assert row == pytest.approx({"window": size, **same}, rel=close)
     assert (result["tokens"], result["bytes"]) == (found["tokens"], found["bytes"])
     assert result["left_to_right_bpb"] == result["bounds"][0]["bpb"]
     rows = torch.cat([loader.rows(i * 16, 1, 16, CPU) for i in starts_of(loader, 8)])
     exact = tg.bits_per_byte(tg.token_nll_causal(model, rows).double().sum().item(), found["bytes"])
-    assert result["causal_bpb"] == pytest.approx(exact)
+    assert result["causal_bpb"] == pytest.approx(exact, rel=close)
     assert list(result["wrong"]) == ["right", *NAMES]
     bound = result["wrong"]["right"]["bpb"]
-    assert bound == pytest.approx(result["bounds"][1]["bpb"])
+    assert bound == pytest.approx(result["bounds"][1]["bpb"], rel=close)
     for name, row in result["wrong"].items():
         assert row["percent_under"] == pytest.approx(100 * (bound - row["bpb"]) / bound, abs=1e-9)
         assert name in out.split("{")[0]
 
 
 @pytest.mark.usefixtures("environment")
-def test_more_samples_narrow_the_error_and_leave_the_mean(
+def test_more_samples_reduce_the_error_and_keep_the_mean(
     artifact: tuple[Path, tg.GPT], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = [
-        "--artifact",
-        str(artifact[0]),
-        "--rows",
-        "999",
-        "--windows",
-        "T",
-        "--window",
-        "T",
-        "--samples",
-        "64",
-    ]
+    argv = ["--rows", "999", "--windows", "T", "--window", "T", "--samples", "64"]
+    argv = ["--artifact", str(artifact[0]), *argv]
     assert likelihood.main(argv) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows, fewer = result["convergence"], result["rows"] / result["convergence_rows"]
