@@ -189,9 +189,7 @@ def bound_nats(at: Loaded, size: int, samples: int, offset: int, tick: Tick) -> 
 
 
 def bound(at: Loaded, size: int, samples: int, tick: Tick) -> Score:
-    """Bound over windows of `size` tokens; its error is taken from the spread over samples, as
-    train_gpt.py does.
-    """
+    """Bound over windows of `size` tokens; its error is that of the spread over samples."""
     samples = samples if size > 1 else 1  # exact
     nats = bound_nats(at, size, samples, 0, tick)
     spread = nats.var(dim=0).sum().item() / samples if samples > 1 else 0.0
@@ -200,11 +198,10 @@ def bound(at: Loaded, size: int, samples: int, tick: Tick) -> Score:
 
 
 def convergence(at: Loaded, size: int, tick: Tick) -> list[Score]:
-    """The bound with each number of samples, each drawn twice afresh: the first, and the error the
-    two show.
+    """Bound with each number of samples, and its error by the difference of two draws.
 
-    A single sample states no error of its own; two independent draws measure it alike for every K.
-    The mean does not depend on K: more samples narrow the error, they do not tighten the bound.
+    A single sample states no error of its own; two independent draws measure it for every K. The
+    mean does not depend on K: more samples reduce the error, they do not tighten the bound.
     """
     scores = []
     for place, samples in enumerate(SAMPLE_COUNTS):
@@ -229,9 +226,9 @@ def wrong_scores(at: Loaded, size: int, samples: int, tick: Tick) -> dict[str, d
             for name, function in functions.items():
                 parts[name].append(function(text))
                 tick()
-    scores = {name: estimators.summarise(estimates) for name, estimates in parts.items()}
-    bounded, result = scores["right"][0], {}
-    for name, (bpb, error) in scores.items():
+    bounded, result = estimators.summarise(parts["right"])[0], {}
+    for name, estimates in parts.items():
+        bpb, error = estimators.summarise(estimates)
         row = estimators.ESTIMATORS.get(name)
         about: dict[str, Any] = {"source": row.source if row else "train_gpt.py"}
         about["exposed"] = row.exposed if row else False
@@ -262,7 +259,7 @@ def show_scores(at: Loaded, result: dict[str, Any]) -> None:
     per_token = f"{result['bytes_per_token']:.4f} bytes per token"
     print(f"{len(at.rows)} rows of {at.cfg.train_seq_len} tokens, {per_token}")
     print(f"exact, causal                           {result['causal_bpb']:.4f} bpb")
-    print(f"exact, left to right in the noisy mode  {result['left_to_right_bpb']:.4f} bpb")
+    print(f"exact, denoised left to right           {result['left_to_right_bpb']:.4f} bpb")
     rows = [[str(r["window"]), *numbers(r), str(r["samples"])] for r in result["bounds"]]
     show(f"upper bound by window size, {result['rows']} rows", ("window", "bpb", "s.e.", "K"), rows)
     rows = [[str(r["samples"]), *numbers(r)] for r in result["convergence"]]
