@@ -8,6 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DATA := data/stdlib
 OUT := out/demo
+ARTIFACT = $$(ls -t $(OUT)/final_model.*.ptz | head -n 1)
 RECORD := logs/record_cpu
 # Kernels are compiled on a CPU only where there is a C++ compiler.
 COMPILE ?= $(if $(shell command -v $(CXX) || command -v clang++),1,0)
@@ -31,9 +32,9 @@ demo: $(VENV)/.requirements
 	$(BIN)/python scripts/prepare_data.py --out $(DATA)
 	DATA_PATH=$(DATA) TOKENIZER_PATH=$(DATA)/tokenizer.model RUN_ID=demo OUT_DIR=$(OUT) COMPILE=$(COMPILE) \
 	    NELBO_SEQUENCES=64 PARALLEL_EVAL_EXAMPLES=64 $(BIN)/python train_gpt.py
-	$(BIN)/python scripts/sample.py --artifact $(OUT)/final_model.int6.ptz --demo $(DATA)
+	$(BIN)/python scripts/sample.py --artifact $(ARTIFACT) --demo $(DATA)
 	@echo "log       $(OUT)/logs/demo.txt and $(OUT)/logs/demo.jsonl"
-	@echo "artifact  $(OUT)/final_model.int6.ptz"
+	@echo "artifact  $(ARTIFACT)"
 
 lint: $(VENV)/.requirements-dev
 	$(BIN)/ruff check .
