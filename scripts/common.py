@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 NONE = "-"  # a table cell nothing was measured for
 MAX_INT = 2**31 - 1
+ARTIFACTS = ("final_model.int6.ptz", "final_model.int8.ptz")  # of train_gpt.py
 
 
 def fail(*faults: str) -> NoReturn:
@@ -164,6 +165,15 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         fail("--device=cuda finds no CUDA device; use --device=cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def newest_artifact() -> Path:
+    """Find the newest artifact of the current folder; UserError: there is none."""
+    found = [path for path in Path().glob("final_model.*.ptz") if path.is_file()]
+    if not found:
+        neither = f"the current folder holds neither {' nor '.join(ARTIFACTS)}"
+        fail(f"{neither}; name one by --artifact FILE, or train one: python train_gpt.py")
+    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def load_artifact(path: Path, device: torch.device) -> Artifact:

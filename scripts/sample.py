@@ -41,6 +41,7 @@ from scripts.common import (
     fail,
     load_artifact,
     need,
+    newest_artifact,
     open_tokenizer,
     pick_device,
     run_command,
@@ -48,7 +49,6 @@ from scripts.common import (
 )
 from scripts.sample_page import SPACE_MARK, Cell, Recording, join, page, spell
 
-ARTIFACTS = ("final_model.int6.ptz", "final_model.int8.ptz")  # of train_gpt.py
 DEFAULT_TOKENS, DEMO_TOKENS = 64, 24
 DEMO_SCAN = 2_000_000  # validation tokens searched for a function
 BLOCK = "\u2591"  # a token that is still masked
@@ -166,15 +166,6 @@ class Loaded(NamedTuple):
     cfg: Config
     tokenizer: spm.SentencePieceProcessor
     device: torch.device
-
-
-def newest_artifact() -> Path:
-    """Find the newest artifact of the current folder; UserError: there is none."""
-    found = [path for path in Path().glob("final_model.*.ptz") if path.is_file()]
-    if not found:
-        neither = f"the current folder holds neither {' nor '.join(ARTIFACTS)}"
-        fail(f"{neither}; name one by --artifact FILE, or train one: python train_gpt.py")
-    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def load(

@@ -21,7 +21,7 @@ import sentencepiece as spm
 import torch
 
 import train_gpt as tg
-from scripts import decoding, sample
+from scripts import common, decoding, sample
 from scripts.sample_page import Cell, Recording, character, join, page, spell
 from tests.conftest import (
     BOS,
@@ -460,9 +460,9 @@ def test_the_newest_artifact_of_the_folder_is_the_default(
     for name, age in (("final_model.int8.ptz", 20), ("final_model.int6.ptz", 30)):
         (tmp_path / name).write_bytes(artifact.read_bytes())
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
-    assert sample.newest_artifact() == Path("final_model.int8.ptz")
+    assert common.newest_artifact() == Path("final_model.int8.ptz")
     os.utime(tmp_path / "final_model.int6.ptz", (1e9, 1e9))
-    assert sample.newest_artifact() == Path("final_model.int6.ptz")
+    assert common.newest_artifact() == Path("final_model.int6.ptz")
     assert facts(outcome(sample.main, argv, capsys))["mode"] == "ar"
 
 

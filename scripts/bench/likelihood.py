@@ -32,6 +32,7 @@ from scripts.common import (
     fail,
     load_artifact,
     markdown,
+    newest_artifact,
     open_tokenizer,
     pick_device,
     run_command,
@@ -51,10 +52,10 @@ REPLICA = 1 << 20  # offset of the convergence table's random streams, apart fro
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
     parser = Parser(__doc__)
-    add, artifact = parser.add_argument, Path("final_model.int8.ptz")
+    add = parser.add_argument
     windows = f"window sizes, T for a row (default {WINDOWS}, as far as they fit)"
     window = "window size of the convergence and wrong tables (default %(default)s)"
-    add("--artifact", type=Path, default=artifact, help="default %(default)s")
+    add("--artifact", type=Path, help="default: the newest final_model.*.ptz here")
     add("--adapter", type=Path, metavar="FILE", help="of scripts/finetune.py, trained beside it")
     parser.whole("--rows", 64, "validation rows of T tokens")
     parser.whole("--samples", 8, "Monte Carlo samples K of a bound", low=2)
@@ -103,6 +104,7 @@ def load(args: argparse.Namespace) -> Loaded:
         UserError: one is missing, damaged or does not fit; no denoiser; no CUDA device.
     """
     device = pick_device(args.device)
+    args.artifact = args.artifact or newest_artifact()
     artifact = load_artifact(args.artifact, device)
     if args.adapter is not None:
         load_adapter(args.adapter, artifact.model, args.artifact)
