@@ -220,7 +220,7 @@ class Config:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
         """Return settings and the source of each. UserError: names all faults at once."""
-        kinds = type_hints(cls)
+        kinds = type_hints(Config)
         known = {name: env[name.upper()] for name in kinds if name.upper() in env}
         given, faults = parse_settings(known)
         rows, more = choose_rows(env, given)
