@@ -53,13 +53,6 @@ def need(module: str, why: str) -> None:
         fail(f"{why} needs {module}: pip install {module} (version: see requirements-dev.txt)")
 
 
-def closest(name: str, known: Iterable[str]) -> str:
-    """Name what is most like an unknown name, for error messages."""
-    import train_gpt as tg
-
-    return tg.closest(name, known)
-
-
 # ==============================================================================
 # 1  OPTIONS
 # ==============================================================================

@@ -55,7 +55,6 @@ from scripts.common import (
     autocast,
     cell,
     check_outputs,
-    closest,
     counts,
     fail,
     load_artifact,
@@ -105,7 +104,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--examples={args.examples} {rule}")
     for name in args.modes:
         if name not in decoding.MODES:
-            near = f"{closest(name, decoding.MODES)}; all: {', '.join(decoding.MODES)}"
+            near = f"{tg.closest(name, decoding.MODES)}; all: {', '.join(decoding.MODES)}"
             parser.error(f"--modes: no mode is called {name!r}; {near}")
     args.modes = names(",".join(["ar", *args.modes]))
     return args
