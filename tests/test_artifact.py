@@ -325,6 +325,7 @@ def test_levels_are_coarsened_only_as_far_as_it_takes(
         assert (size["scheme"], size["levels"], size["total_bytes"]) == (scheme, levels, total)
 
 
+@pytest.mark.slow
 def test_six_bits_are_fewer_bytes_and_spare_the_embedding(tmp_path: Path) -> None:
     found = {}
     for scheme in tg.SCHEMES:
@@ -420,6 +421,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         tg.Log(tg.Config(**settings(out_dir=str(tmp_path / "file"))), 0, False)
 
 
+@pytest.mark.slow
 def test_the_smaller_int6_scheme_is_taken_and_logged(tmp_path: Path) -> None:
     model = big(export_scheme="int6")
     log = save(tmp_path / "a.ptz", model)

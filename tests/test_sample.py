@@ -150,6 +150,7 @@ def test_a_revision_fills_improbable_tokens_again(
     assert re.sub(r"\[-(.*?)-\]\{\+(.*?)\+\}", r"\2", marked, flags=re.DOTALL) == found["text"]
 
 
+@pytest.mark.slow
 def test_auto_and_guard(call: Callable[..., Called], tmp_path: Path) -> None:
     argv = ("--prompt", PROMPT, "--tokens", "12")
     found = facts(call(*argv, "--mode", "auto", "--latency", "60"))
@@ -278,6 +279,7 @@ def test_watching_needs_rich(call: Callable[..., Called], monkeypatch: pytest.Mo
     assert "error: --watch needs rich: pip install rich" in err
 
 
+@pytest.mark.slow
 def test_watching_changes_nothing_and_leaves_the_last_line(
     call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -181,6 +181,7 @@ def test_compiled_kernels_train(alone: Path, tmp_path: Path, data: dict[str, Any
         check_run(tmp_path, name)
 
 
+@pytest.mark.slow
 def test_the_predecessors_variables_select_its_recipe(
     alone: Path, tmp_path: Path, data: dict[str, Any]
 ) -> None:
@@ -205,6 +206,7 @@ def test_the_predecessors_variables_select_its_recipe(
     assert any(e["event"] == "final" for e in events)
 
 
+@pytest.mark.slow
 def test_an_unknown_recipe_says_where_it_looked(
     alone: Path, tmp_path: Path, data: dict[str, Any]
 ) -> None:
@@ -222,6 +224,7 @@ def test_an_unknown_recipe_says_where_it_looked(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_importing_the_program_does_nothing(alone: Path, tmp_path: Path) -> None:
     code = "import os, sys; sys.path.insert(0, sys.argv[1]); import train_gpt; print(os.listdir())"
     done = subprocess.run(

@@ -237,6 +237,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: object) -> Called:
     return outcome(bench.main, [str(arg) for arg in argv], capsys)
 
 
+@pytest.mark.slow
 def test_all_modes_from_end_to_end(
     data: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -230,6 +230,7 @@ def test_ladders_name_rows_and_leave_none_out() -> None:
     assert ladders["defects"][:7] == ["direct", *DEFECTS]
 
 
+@pytest.mark.slow
 def test_every_row_trains(data: dict[str, Any]) -> None:
     sizes = {name for values in tg.PRESETS.values() for name in values} | {"device", "compile"}
     small = {k: v for k, v in TINY.items() if k in sizes} | {

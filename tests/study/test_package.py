@@ -210,6 +210,7 @@ def test_four_steps_see_the_folder_alone(record: Record, monkeypatch: pytest.Mon
     assert not Path(seen["OUT_DIR"]).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "said"),
     [
