@@ -28,7 +28,6 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import importlib.util
 import io
 import json
 import lzma
@@ -1766,9 +1765,8 @@ def decode_refine(
     cache = model.forward_causal(x[:, :start])[1]
     passes, previous = min(num_steps, stop - start), None
     for step in range(passes):
-        window, t = x[:, None, start:], masked.sum(1, keepdim=True) / size
-        noise_keys = split_key(keys, start - 1, step)
-        noisy = corrupt_for_decoding(window, masked[:, None], t, noise_keys, cfg)
+        t, noise_keys = masked.sum(1, keepdim=True) / size, split_key(keys, start - 1, step)
+        noisy = corrupt_for_decoding(x[:, None, start:], masked[:, None], t, noise_keys, cfg)
         before = x[:, None, start - 1 : start]
         logits = model.forward_denoise(WindowInput(before, noisy, positions, mask, previous), cache)
         if cfg.self_condition == "soft":
@@ -1872,9 +1870,12 @@ def schemes_of(name: str) -> list[str]:
 
 def check_libraries(cfg: Config) -> None:
     """Raise UserError if EXPORT_SCHEME needs a library that is not installed."""
-    if "int6+zstd" in schemes_of(cfg.export_scheme) and not importlib.util.find_spec("zstandard"):
-        rule = "needs zstandard: pip install zstandard, or set EXPORT_SCHEME=int6+lzma"
-        raise UserError(f"EXPORT_SCHEME={cfg.export_scheme!r} {rule}")
+    try:
+        for name in schemes_of(cfg.export_scheme):
+            SCHEMES[name].compress(b"")
+    except ImportError as error:
+        rule = f"needs {error.name}: pip install {error.name}, or set EXPORT_SCHEME=int6+lzma"
+        raise UserError(f"EXPORT_SCHEME={cfg.export_scheme!r} {rule}") from error
 
 
 def quantize_rows(w: Tensor, levels: int) -> tuple[Tensor, Tensor]:
@@ -2051,8 +2052,8 @@ class TrainState:
         path = self.cfg.path("checkpoints", ".pt")
         sums = torch.stack([p.detach().sum() for p in self.model.parameters()])
         if not math.isfinite(sums.sum().item()):
-            remedy = f"lower MATRIX_LR; the last good checkpoint is {path}"
-            raise UserError(f"weights are not finite at step {self.step}; {remedy}")
+            rule = f"not finite at step {self.step}; lower MATRIX_LR; last checkpoint: {path}"
+            raise UserError(f"weights are {rule}")
         if self.run.rank > 0:
             return
         state = {name: getattr(self, name) for name in CHECKPOINT_FIELDS}
