@@ -16,7 +16,8 @@ from torch import Tensor
 import train_gpt as tg
 from scripts import decoding as dec
 from scripts.decoding import LIMITS, MODES, Decoding, Limits, Measured, Quality, Target
-from tests.conftest import random_rows, randomise, tiny
+from tests.conftest import random_rows, tiny
+from tests.test_decode import model_of
 
 V = 64
 CORRUPTION = ["mask", "uniform", "hybrid", "gaussian"]
@@ -29,36 +30,6 @@ SAMPLINGS = [
     HOT._replace(top_p=0.6),
     HOT._replace(top_k=9, top_p=0.9),
 ]
-
-
-class Spy(tg.GPT):
-    """A model that keeps the input (None: a causal pass) and the logits (B, N, V) of each pass."""
-
-    passes: list[tuple[tg.WindowInput | None, Tensor]]
-    window: tg.WindowInput | None = None
-
-    def embed_windows(
-        self, window: tg.WindowInput, cache: tg.Cache | None
-    ) -> tuple[Tensor, Tensor]:
-        self.window = window
-        return super().embed_windows(window, cache)
-
-    def trunk(self, *args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        found = super().trunk(*args)
-        self.passes.append((self.window, found[0]))
-        self.window = None
-        return found
-
-    def denoised(self) -> list[tuple[tg.WindowInput, Tensor]]:
-        """Inputs and logits of denoising passes."""
-        return [(window, logits) for window, logits in self.passes if window is not None]
-
-
-def model_of(recipe: str = "direct", **overrides: Any) -> Spy:
-    model = Spy(tiny(recipe, **{"bigram_vocab_size": 50} | overrides))
-    model.passes = []
-    randomise(model, std=0.4)
-    return model.double()
 
 
 def mode_of(mode: str, sampling: tg.Sampling = tg.GREEDY, **settings: Any) -> Decoding:
