@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 from scripts.common import NONE, ROOT, Parser, fail, in_range, markdown, need, run_command
 from scripts.study import report, sweep
 from scripts.study.report import Rows
-from scripts.study.runlog import Group, Key, mean_cell, read_logs
+from scripts.study.runlog import Group, Key, identity_notes, mean_cell, read_logs
 
 REFERENCES = ("ar", "direct")
 BEYOND = 2  # standard errors
@@ -207,7 +207,7 @@ class Ranked(NamedTuple):
 
 
 def published(name: str, phases: Sequence[str]) -> float | None:
-    of_row = sweep.rows()[name].get("published", {})
+    of_row = sweep.known_ladder().rows[name].get("published", {})
     return next((of_row[phase] for phase in phases if phase in of_row), None)
 
 
@@ -272,7 +272,9 @@ def correlation(kind: str, found: Sequence[Ranked]) -> float | None:
 
 def order(rows: Rows, name: str, phases: Sequence[str], noise: Noise) -> dict[str, Any]:
     """Compare one ladder's order with the published one."""
-    found, lacking = ranked_rows(rows, sweep.ladders()[name], phases)
+    known = sweep.known_ladder()
+    members = list(known.rows) if name == "all" else known.ladders.get(name, [])
+    found, lacking = ranked_rows(rows, members, phases)
     pairs = sum(a.published != b.published for a, b in itertools.combinations(found, 2))
     return {
         "ladder": name,
@@ -405,6 +407,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     has no run.
     """
     need("scipy", "compare.py")
+    report.warn_of_ladder()
     held = {
         folder: report.by_context(read_logs(folder)) for folder in args.logs or report.log_folders()
     }
@@ -422,6 +425,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         parts = [f"## {shown(folder)}", *([] if contexts else ["No finished run."])]
         data = list[dict[str, Any]]()
         for key, rows in contexts.items():
+            notes = [*notes, *(f"{report.context_name(key)}: {n}" for n in differing(rows))]
             texts, compared = compare(rows, args.against or REFERENCES, args.noise)
             parts += [f"### {report.context_name(key)}", *texts]
             data.append({**context_data(key), **compared})
@@ -433,6 +437,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print("\n\n".join(parts) + "\n")
         found[shown(folder)] = {"contexts": data, "notes": notes}
     return found
+
+
+def differing(rows: Rows) -> list[str]:
+    """Say which of the runs compared are of another program, data or tokenizer."""
+    return identity_notes([run for g in rows.values() for run in g.runs])
 
 
 def shown(folder: Path) -> str:

@@ -97,7 +97,6 @@ class SeedRun(NamedTuple):
     path: Path  # of its events
     log: RunLog
     source: str  # of the program that the log for people embeds
-    hashes: tuple[str, ...]  # what its headers say of that program, one a start
 
     @property
     def values(self) -> dict[str, Any]:
@@ -172,36 +171,25 @@ def embedded_source(path: Path) -> str:
     return source + "\n"
 
 
-def header_hashes(path: Path) -> tuple[str, ...]:
-    """Return what each header of a log says of its program: one a start."""
-    found = []
-    for line in runlog.read_lines(path):
-        with contextlib.suppress(ValueError):  # a last line that was cut off
-            if line and (event := json.loads(line)).get("event") == "header":
-                found.append(str(event.get("sha256")))
-    return tuple(found)
-
-
 def read_run(path: Path) -> SeedRun:
     """Read both files of one run."""
-    log, source = runlog.read_log(path), embedded_source(path.with_suffix(".txt"))
-    return SeedRun(log.setting("seed"), path, log, source, header_hashes(path))
+    log, source = runlog.read_whole_log(path), embedded_source(path.with_suffix(".txt"))
+    return SeedRun(log.setting("seed"), path, log, source)
+
+
+def find_logs(request: Request) -> dict[int, list[Path]]:
+    """Return the logs of a recipe by seed; those that are damaged are named and left out."""
+    found: dict[int, list[Path]] = {}
+    for log in runlog.read_logs(request.logs):
+        values = log.events.get("config", {}).get("values", {})
+        if values.get("recipe") == request.recipe:
+            found.setdefault(values["seed"], []).append(log.path)
+    return found
 
 
 def read_runs(request: Request) -> list[SeedRun]:
     """Read the logs of the asked seeds, in their order; UserError: one is missing or double."""
-    if not request.logs.is_dir():
-        raise UserError(f"--logs={request.logs} is not a folder; name the one of the runs' logs")
-    found: dict[int, list[Path]] = {}
-    for path in sorted(request.logs.glob("*.jsonl")):
-        config = (
-            {}
-            if path.name == runlog.SWEEP_RESULTS
-            else runlog.read_log(path).events.get("config", {})
-        )
-        values = config.get("values", {})
-        if values.get("recipe") == request.recipe:
-            found.setdefault(values["seed"], []).append(path)
+    found = find_logs(request)
     asked = ",".join(map(str, request.seeds))
     held = ",".join(map(str, sorted(found))) or "none"
     faults = []
@@ -250,7 +238,7 @@ def check_program(runs: Sequence[SeedRun], request: Request) -> Iterator[str]:
         return
     for run in runs:
         embedded = sha256(run.source)
-        for said in dict.fromkeys(run.hashes):
+        for said in dict.fromkeys(run.log.hashes):  # of every start
             if said != embedded:
                 yield (
                     f"stale log {run.path.with_suffix('.txt')}: it embeds a program of sha256 "
@@ -274,6 +262,7 @@ def check_settings(runs: Sequence[SeedRun], request: Request) -> Iterator[str]:
     for run in runs:
         header = run.log.events["header"] | {"world_size": runlog.num_ranks(run.log)}
         about = {f"header {name}": header.get(name) for name in ("machine", "world_size", "torch")}
+        about |= {f"SHA-256 of {what}": run.log.identity(what) for what in ("data", "tokenizer")}
         rows.append({k.upper(): v for k, v in run.values.items() if k not in OWN} | about)
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]
@@ -390,14 +379,16 @@ def check_data(runs: Sequence[SeedRun], request: Request) -> Iterator[str]:
 
 def check_manifest(folder: Path) -> Iterator[str]:
     """Require that the manifest, where there is one, lists no content in both splits."""
-    files: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+    path = folder / "manifest.json"
+    if not path.exists():
+        return
     splits: dict[str, set[str]] = {}
-    for name, row in files.items():
-        splits.setdefault(str(row.get("sha256", name)), set()).add(
-            "val" if "_val_" in name else "train"
-        )
+    try:
+        for name, row in runlog.parse_object(path.read_bytes()).get("files", {}).items():
+            split = "val" if "_val_" in name else "train"
+            splits.setdefault(str(row.get("sha256", name)), set()).add(split)
+    except (OSError, ValueError, AttributeError) as error:
+        yield f"{path} is damaged ({error}); prepare the data again, or move it away"
     for digest, where in splits.items():
         if len(where) > 1:
             yield (

@@ -40,7 +40,7 @@ from scripts.study.runlog import (
     read_logs,
     spread,
 )
-from scripts.study.sweep import ladders
+from scripts.study.sweep import known_ladder
 
 NEAR_T = 16  # the window beside T at which bounds are drawn
 FEW = 10  # recipes that can be named within a panel
@@ -248,8 +248,14 @@ def curves_by_context(runs: Sequence[RunLog]) -> dict[Key, dict[str, list[RunLog
     return found
 
 
+def members(name: str) -> Sequence[str]:
+    """Return the rows of a ladder, or the name of a single recipe."""
+    known = known_ladder()
+    return list(known.rows) if name == "all" else known.ladders.get(name, [name])
+
+
 def kept(found: Mapping[str, Any], only: Sequence[str] | None) -> dict[str, Any]:
-    names = None if only is None else {row for name in only for row in ladders().get(name, (name,))}
+    names = None if only is None else {row for name in only for row in members(name)}
     return {name: value for name, value in found.items() if names is None or name in names}
 
 
@@ -297,13 +303,13 @@ def save(figure: Figure, path: Path) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Draw every folder; UserError: it cannot be drawn, or a row of --rows has no run."""
     need("matplotlib", "plot.py")
+    report.warn_of_ladder()
     files, seen = list[Path](), set[str]()
     for folder in args.logs or report.log_folders():
         drawn, recipes = draw_folder(folder, args)
         files += drawn
         seen |= recipes
-    known = ladders()
-    lacking = [name for name in args.rows or () if seen.isdisjoint(known.get(name, (name,)))]
+    lacking = [name for name in args.rows or () if seen.isdisjoint(members(name))]
     if lacking:
         fail(f"--rows={','.join(lacking)}: no run of it in the logs; leave it out")
     return {"plots": [str(path) for path in files]}

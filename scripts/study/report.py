@@ -14,7 +14,7 @@ See compare.py for tests of differences, plot.py for curves.
 from __future__ import annotations
 
 import argparse
-import functools
+import contextlib
 import json
 import os
 import statistics
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import train_gpt as tg
-from scripts.common import NONE, ROOT, Parser, fail, markdown, run_command
+from scripts.common import NONE, ROOT, Parser, fail, markdown, run_command, warn
 from scripts.study import sweep
 from scripts.study.runlog import (
     ABOUT,
@@ -35,20 +35,27 @@ from scripts.study.runlog import (
     Group,
     Key,
     RunLog,
+    as_cell,
     group_runs,
+    identity_notes,
     is_number,
+    is_text,
     mean_cell,
     missing_seeds,
+    mixed_identity,
     numbers,
-    read_lines,
+    parse_object,
     read_logs,
     rounded,
     seed_result,
+    shown,
+    split_lines,
     spread,
     submission_entry,
 )
 
 INFILL_SPAN, INFILL_PASSES = 8, (1, 8)
+TEXTS = (("data", "fingerprints of data"), ("tokenizer", "tokenizers"))  # that runs are of
 
 Rows = dict[str, Group]  # of one data set, machine and settings, in the order of the ladder, by row
 
@@ -141,8 +148,8 @@ def score_table(groups: Sequence[Group]) -> str:
                 mean_cell(g.values("final", "val_bpb")),
                 *bounds,
                 f"{max(g.values('size', 'total_bytes')):,.0f}",
-                f"{statistics.mean(speed):,.0f}" if speed else NONE,
-                f"{max(g.values('done', 'peak_memory_mib')):,.0f}",
+                whole(speed),
+                whole(of_runs(g, "done", "peak_memory_mib"), max),
             ]
         )
     return markdown([*head, "bytes", "train tok/s", "peak MiB"], rows, 3)
@@ -206,12 +213,14 @@ def bound_note(groups: Sequence[Group]) -> str:
 
 
 def version_notes(groups: Sequence[Group]) -> list[str]:
+    """Say which rows average runs of more than one program, or perhaps of more than one text."""
     notes = []
     for g in groups:
         name = ", ".join(name_cells(g.key, shared_changes(groups)))
-        versions = {run.get("header", "sha256") for run in g.runs}
-        if len(versions) > 1:
-            notes.append(f"{name}: averages {len(versions)} versions of train_gpt.py")
+        for what, shown_as in (("program", "versions of train_gpt.py"), *TEXTS):
+            if held := mixed_identity(g.runs, what):
+                digests = "" if what == "program" else f" ({', '.join(held)})"
+                notes.append(f"{name}: averages {len(held)} {shown_as}{digests}")
     return notes
 
 
@@ -255,7 +264,7 @@ def by_context(runs: Iterable[RunLog]) -> tuple[dict[Key, Rows], list[str]]:
     what is left out.
     """
     groups, notes = group_runs(runs)
-    order = {name: place for place, name in enumerate(sweep.rows())}
+    order = {name: place for place, name in enumerate(sweep.known_ladder().rows)}
     contexts: dict[Key, Rows] = {}
     for g in sorted(groups, key=lambda g: (order.get(g.key.recipe, len(order)), g.key.recipe)):
         contexts.setdefault(g.key._replace(recipe=""), {})[g.key.recipe] = g
@@ -267,19 +276,30 @@ def by_context(runs: Iterable[RunLog]) -> tuple[dict[Key, Rows], list[str]]:
 
 
 def version_note(groups: Sequence[Group]) -> list[str]:
-    versions = {run.get("header", "sha256") for g in groups for run in g.runs}
-    return (
-        [f"the runs were made by {len(versions)} versions of train_gpt.py"]
-        if len(versions) > 1
-        else []
-    )
+    """Say that not all runs of a folder are of one program, or perhaps not of one text."""
+    notes, runs = [], [run for g in groups for run in g.runs]
+    if held := mixed_identity(runs, "program"):
+        notes.append(f"the runs were made by {len(held)} versions of train_gpt.py")
+    for data in dict.fromkeys(g.key.data for g in groups):
+        of_data = [run for g in groups for run in g.runs if g.key.data == data]
+        for what, shown_as in TEXTS:
+            if held := mixed_identity(of_data, what):
+                notes.append(f"{data}: runs on {len(held)} {shown_as} ({', '.join(held)})")
+    return notes
 
 
-@functools.cache
+def warn_of_ladder() -> list[str]:
+    """Name a damaged ladder file on standard error; its rows are not known then."""
+    fault = sweep.known_ladder().fault
+    if fault:
+        warn(f"{fault}; until then, rows of it have no order and no published score here")
+    return [fault] if fault else []
+
+
 def equal_rows(name: str) -> list[str]:
     """List the rows with the settings of this one, itself included; a sweep runs them once."""
-    recipes = tg.all_recipes()
-    return [row for row in sweep.rows() if name in recipes and recipes[row] == recipes[name]]
+    recipes = sweep.known_ladder().recipes
+    return [row for row in recipes if name in recipes and recipes[row] == recipes[name]]
 
 
 def find_row(rows: Rows, name: str) -> Group | None:
@@ -352,7 +372,7 @@ def cost_table(rows: Rows) -> str:
                 *(mean_cell(bounds(g, w)) for w in windows),
                 *(mean_cell(infill(g, n, "token_acc"), 3) for n in INFILL_PASSES),
                 whole(of_runs(g, "size", "total_bytes"), max),
-                sweep.published_cell(name) if name in sweep.rows() else NONE,
+                sweep.published_cell(name),
             ]
         )
     return markdown([*head, "bytes", "published (phase)"], body, 1)
@@ -429,64 +449,80 @@ def decode_means(g: Group) -> list[dict[str, Any]] | None:
     return found or None
 
 
-def read_benchmarks(folder: Path) -> list[dict[str, Any]]:
-    """Read what bench/decode.py printed or wrote into *decode*.txt and *decode*.json: its JSON
-    lines.
-
-    Raises:
-        UserError: a line that begins as JSON is none, or lacks what bench/decode.py writes.
+def read_benchmarks(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read the results of bench/decode.py, *decode*.txt and *decode*.json; return them, and what is
+    wrong with the files that are left out.
     """
-    found = []
+    found, damaged = list[dict[str, Any]](), list[str]()
     for path in sorted([*folder.glob("*decode*.txt"), *folder.glob("*decode*.json")]):
-        for number, line in enumerate(read_lines(path), start=1):
-            if not line.startswith("{"):
-                continue
-            try:
-                found.append(benchmark(json.loads(line), path.name))
-            except (ValueError, TypeError, KeyError) as error:
-                fail(
-                    f"log {path}, line {number}: not a result of bench/decode.py "
-                    f"({type(error).__name__}: {error}); "
-                    "copy it again or move it away"
-                )
+        try:
+            found += read_benchmark(path)
+        except OSError as error:
+            damaged.append(f"log {path}: it cannot be read ({error.strerror})")
+        except ValueError as error:
+            damaged.append(f"log {path}, {error}")
+    return found, damaged
+
+
+def read_benchmark(path: Path) -> list[dict[str, Any]]:
+    """Read the JSON lines of one file; ValueError: which line is no result, and why."""
+    found = []
+    for number, line in split_lines(path):
+        try:
+            if line.startswith(b"{"):
+                found.append(benchmark(parse_object(line), path.name))
+        except (ValueError, TypeError, KeyError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(f"line {number}: not a result of bench/decode.py ({why})") from error
     return found
 
 
+BENCHMARK_SETTINGS = (
+    *("recipe", "artifact", "judge", "device", "threads", "python"),
+    *("examples", "prefix", "target", "temperature", "repeats"),
+)
+BENCHMARK_VALUES = (
+    *("tokens_per_forward", "tokens_per_second", "times_cached_ar", "identical", "judge_nats"),
+)
+
+
+def benchmark_value(name: str, value: Any) -> float | None:
+    """Return a measured value, of several the mean; ValueError: it cannot be."""
+    number = value["mean"] if isinstance(value, dict) else value
+    if number is None:
+        return None
+    if not is_number(number) or number < 0 or (name == "identical" and number > 1):
+        raise ValueError(f"{name} is {shown(number)}")
+    return rounded(number)
+
+
 def benchmark(line: dict[str, Any], log: str) -> dict[str, Any]:
-    """Keep of a result of bench/decode.py what a reader compares."""
-    about = {
-        name: line[name] for name in ("recipe", "artifact", "judge", "device", "threads", "python")
-    }
-    about |= {
-        name: line[name] for name in ("examples", "prefix", "target", "temperature", "repeats")
-    }
+    """Keep of a result of bench/decode.py what a reader compares; ValueError: it cannot be one."""
+    about = {name: line[name] for name in BENCHMARK_SETTINGS}
     rows = []
     for row in line["rows"]:
         kept = {name: row[name] for name in ("mode", "passes", "batch")}
-        for name in (
-            "tokens_per_forward",
-            "tokens_per_second",
-            "times_cached_ar",
-            "identical",
-            "judge_nats",
-        ):
-            value = row[name]["mean"] if isinstance(row[name], dict) else row[name]
-            kept[name] = rounded(value) if is_number(value) else None
+        kept |= {name: benchmark_value(name, row[name]) for name in BENCHMARK_VALUES}
         rows.append(kept)
-    return {"log": log, "data": Path(line["data_path"]).name, **about, "rows": rows}
+    if not is_text(data := Path(line["data_path"]).name):
+        raise ValueError(f"data_path is {shown(data)}")
+    return {"log": log, "data": data, **about, "rows": rows}
 
 
 def is_ranked(key: Key) -> bool:
     """Are these runs what the challenge ranks? Any settings will do but those of the time."""
     same = key.recipe == RANKED_RECIPE and (key.ranks, key.preset) == (RANKED_RANKS, RANKED_PRESET)
     given = dict(change.partition("=")[::2] for change in key.changes)
-    in_time = 0 < float(given.get("MAX_WALLCLOCK_SECONDS", RANKED_SECONDS)) <= RANKED_SECONDS
+    seconds = str(given.get("MAX_WALLCLOCK_SECONDS", RANKED_SECONDS))
+    in_time = 0 < float(seconds) <= RANKED_SECONDS
     return same and in_time and key.data.startswith(RANKED_DATA)
 
 
 def ranked_group(groups: Sequence[Group]) -> Group | None:
-    """Choose the runs that the challenge ranks: with the most seeds, then the best score."""
-    candidates = [g for g in groups if is_ranked(g.key)]
+    """Choose the runs that the challenge ranks, all of one program, data and tokenizer: with the
+    most seeds, then the best score.
+    """
+    candidates = [g for g in groups if is_ranked(g.key) and not identity_notes(g.runs)]
     best = [(-len(g.runs), statistics.mean(g.values("final", "val_bpb"))) for g in candidates]
     return candidates[best.index(min(best))] if best else None
 
@@ -527,6 +563,8 @@ def read_readme(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         fail(f"{path} cannot be read ({error.strerror}); name it with --readme")
+    except ValueError as error:
+        fail(f"{path} is no UTF-8 text ({error}); save it as such, or name another by --readme")
 
 
 def split(text: str, block: Block, path: Path) -> tuple[str, str, str]:
@@ -560,15 +598,14 @@ def block_differences(args: argparse.Namespace, block: Block, text: str) -> list
 def file_differences(path: Path, expected: dict[str, Any]) -> list[str]:
     """List how a JSON file disagrees with the logs."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = parse_object(path.read_bytes())
     except (OSError, ValueError) as error:
         return [f"{path} cannot be read ({error})"]
-    if not isinstance(stored, dict):
-        return [f"{path} is not a JSON object"]
     found = []
     for key in dict.fromkeys([*expected, *stored]):
         if key not in expected or key not in stored or expected[key] != stored[key]:
-            found.append(f"{path}: {key} is {stored.get(key)!r}, logs give {expected.get(key)!r}")
+            theirs, ours = stored.get(key), expected.get(key)
+            found.append(f"{path}: {as_cell(key)} is {theirs!r}, logs give {ours!r}")
     return found
 
 
@@ -591,7 +628,8 @@ def replace_file(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         fail(f"{path} was not written ({error.strerror}); the old one is intact: free space")
 
 
@@ -610,41 +648,60 @@ def write(
 def recipes(args: argparse.Namespace) -> tuple[list[RunLog], dict[Block, str]]:
     """Read the logs of the ladder; without one, README.md needs no place for their table."""
     runs = read_logs(args.ladder) if args.ladder.exists() else []
-    readme = read_readme(args.readme) if args.readme.exists() else ""
+    readme = ""
+    if args.readme.exists():
+        readme = args.readme.read_bytes().decode(errors="replace")  # only lines are looked for
     if not runs and not any(line in readme for line in RECIPES):
         return [], {}
     return runs, {RECIPES: recipes_block(runs)}
 
 
+def tell(kind: str, lines: Iterable[str]) -> None:
+    for line in lines:
+        print(f"{kind}: {line}", file=sys.stderr)
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Print the tables, and write or check the files; UserError: logs or files are damaged."""
+    """Print the tables, and write or check the files; UserError: a file cannot be written."""
     runs = read_logs(args.logs)
     groups, notes = group_runs(runs)
     ladder, more = recipes(args)
+    benchmarks, damaged = read_benchmarks(args.logs)
+    for line in damaged:
+        warn(f"{line}; it is left out: repair it, or move it away")
+    damaged += warn_of_ladder()
+    damaged += [log.complaint for log in (*runs, *ladder) if log.damage]
     blocks = {RESULTS: results_block(groups, notes), **more}
-    measurements = results(groups, read_benchmarks(args.logs))
-    files = {args.submission: submission(groups), args.results: measurements}
+    files = {args.submission: submission(groups), args.results: results(groups, benchmarks)}
     print("\n\n".join(blocks.values()))
     if args.write:
         write(args, blocks, files)
     found = differences(args, blocks, files) if args.check else []
     missing = missing_seeds(groups)
-    for line in missing:
-        print(f"note: {line}", file=sys.stderr)
-    for line in found:
-        print(f"differs: {line}", file=sys.stderr)
+    tell("note", missing)
+    for g in groups:
+        tell("note", (f"{g.key.recipe}, {g.key.data}: {note}" for note in identity_notes(g.runs)))
+    tell("differs", found)
     if found:
         advice = "run python scripts/study/report.py --write, and read what changed"
         print(advice, file=sys.stderr)
+    if args.check:
+        tell("error", damaged)
     counts = {"logs": len(runs), "averaged": sum(len(g.runs) for g in groups)}
     counts |= {"groups": len(groups), "ladder_logs": len(ladder)}
-    return {**counts, "left_out": list(notes), "missing_seeds": missing, "differences": found}
+    lists = {"left_out": notes, "missing_seeds": missing, "differences": found, "damaged": damaged}
+    return {**counts, **lists, "checked": args.check}
+
+
+def status_of(result: Mapping[str, Any]) -> int:
+    """Return 1 if --check found a file that disagrees with the logs, or damage."""
+    return int(result["checked"] and bool(result["differences"] or result["damaged"]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status, 1 if --check found a disagreement."""
+    """Run the command; return its exit status, 1 if --check found a disagreement or damage."""
     args = parse_args(argv)
-    return run_command(lambda: run(args), lambda result: int(bool(result["differences"])))
+    return run_command(lambda: run(args), status_of)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -45,7 +46,17 @@ from scripts.common import (
     markdown,
     run_command,
 )
-from scripts.study.runlog import SWEEP_RESULTS, RunLog, mean_cell, numbers, read_log, spread
+from scripts.study.runlog import (
+    SCORE,
+    SWEEP_RESULTS,
+    RunLog,
+    is_text,
+    mean_cell,
+    numbers,
+    read_log,
+    shown,
+    spread,
+)
 from train_gpt import Config, UserError, closest
 
 PROGRAM = Path(tg.__file__)
@@ -65,23 +76,93 @@ SCORING = ("nelbo_", "parallel_eval_", "eval_", "export_")
 ABOUT = ("base", "note", "published")  # what a row says of itself; the rest are its settings
 
 
-def ladder_table(name: str) -> dict[str, Any]:
-    """Return a table of the ladder file, empty if it has none; UserError: the file is damaged."""
-    found = tg.read_ladder().get(name, {})
-    if not isinstance(found, dict):
-        rule = f"{name} must be a table, not {found!r}"
-        fail(f"{tg.LADDER_FILE} is damaged ({rule}); repair it, or move it away")
+class Ladder(NamedTuple):
+    """What the ladder file holds, and with its rows the built-in recipes."""
+
+    rows: dict[str, dict[str, Any]]
+    ladders: dict[str, list[str]]
+    left_out: dict[str, str]  # why, by name
+    recipes: dict[str, dict[str, Any]]
+    fault: str = ""  # why the file is not used
+
+
+def known_ladder() -> Ladder:
+    """Read the ladder file; one that is damaged gives built-in recipes and the fault."""
+    path = tg.LADDER_FILE
+    try:
+        return checked_ladder(path, path.read_bytes() if path.exists() else b"")
+    except OSError as error:
+        return no_ladder(f"{path} cannot be read ({error.strerror}); make it readable")
+
+
+def no_ladder(fault: str) -> Ladder:
+    return Ladder({}, {}, {}, dict(tg.RECIPES), fault)
+
+
+@functools.lru_cache
+def checked_ladder(path: Path, _content: bytes) -> Ladder:
+    """Read and check the ladder file, once as long as it does not change."""
+    try:
+        tables = tg.read_ladder()
+        if faults := list(ladder_faults(tables)):
+            remedy = "repair it, or move it away"
+            return no_ladder("\n".join(f"{path} is damaged ({text}); {remedy}" for text in faults))
+        rows, recipes = tables["rows"], tg.all_recipes()
+    except UserError as error:
+        return no_ladder(str(error))
+    except RecursionError:
+        return no_ladder(f"{path} is damaged (nested too deeply); repair it, or move it away")
+    return Ladder(rows, tables.get("ladders", {}), tables.get("left_out", {}), recipes)
+
+
+def ladder_faults(tables: Mapping[str, Any]) -> Iterator[str]:
+    """Say what of the ladder file is not as the scripts need it, besides the settings of rows."""
+    for name in ("ladders", "left_out"):
+        if not isinstance(found := tables.get(name, {}), dict):
+            yield f"{name} must be a table, not {shown(found)}"
+            return
+    for name, row in tables["rows"].items():
+        yield from row_faults(name, row)
+    for name, members in tables.get("ladders", {}).items():
+        if not isinstance(members, list) or not all(isinstance(row, str) for row in members):
+            yield f"ladder {name} must be a list of rows, not {shown(members)}"
+        elif unknown := [row for row in members if row not in tables["rows"]]:
+            yield f"ladder {name} names {unknown[0]!r}, which is no row"
+    for name, why in tables.get("left_out", {}).items():
+        if not isinstance(why, str):
+            yield f"left_out.{name} must say why, not {shown(why)}"
+
+
+def row_faults(name: str, row: Mapping[str, Any]) -> Iterator[str]:
+    """Say what is wrong with what a row says of itself."""
+    for text in (name, row.get("base", ""), row.get("note", "")):
+        if not is_text(text):
+            yield f"row {name!r}: {shown(text)} must be a line of text without |"
+    published = row.get("published", {})
+    if not isinstance(published, dict):
+        yield f"row {name}: published must be a table of scores, not {shown(published)}"
+        return
+    for phase, score in published.items():
+        if not is_text(phase) or not SCORE.holds(score):
+            yield f"row {name}: published {phase!r} is {shown(score)}, not {SCORE.text}"
+
+
+def read_ladder() -> Ladder:
+    """Read the ladder file; UserError: it is damaged."""
+    found = known_ladder()
+    if found.fault:
+        fail(found.fault)
     return found
 
 
 def rows() -> dict[str, dict[str, Any]]:
-    """Return every row of the ladder file by name."""
-    return ladder_table("rows")
+    """Return every row of the ladder file by name; UserError: the file is damaged."""
+    return read_ladder().rows
 
 
 def ladders() -> dict[str, list[str]]:
-    """Return the names of every ladder's rows."""
-    return ladder_table("ladders") | {"all": list(rows())}
+    """Return the names of every ladder's rows; UserError: the file is damaged."""
+    return read_ladder().ladders | {"all": list(rows())}
 
 
 class Run(NamedTuple):
@@ -129,7 +210,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def chosen_rows(names: Sequence[str]) -> list[str]:
     """Expand ladders into rows, each once, in order; UserError: one is unknown."""
-    left_out = ladder_table("left_out")
+    left_out = read_ladder().left_out
     known = {name: [name] for name in rows()} | ladders()
     faults = []
     for name in [name for name in names if name not in known]:
@@ -435,7 +516,7 @@ def sweep(runs: Sequence[Run], args: argparse.Namespace) -> Iterator[tuple[str, 
 
 
 def published_cell(name: str) -> str:
-    scores = rows()[name].get("published", {})
+    scores = known_ladder().rows.get(name, {}).get("published", {})
     return ", ".join(f"{value:.4f} ({phase})" for phase, value in scores.items()) or NONE
 
 
