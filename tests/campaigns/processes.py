@@ -1,0 +1,180 @@
+"""Run one command in a process of its own, within limits, and measure what it took."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import train_gpt as tg
+
+PAGE_MIB = resource.getpagesize() / 2**20
+POLL_SECONDS = 0.002
+GRACE_SECONDS = 15.0  # for a process that was asked to end
+MARK = "CAMPAIGN_TRY"  # in the environment of every process of a try; no setting of the program
+OURS = {name.upper() for name in tg.Config.__dataclass_fields__}
+LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+Watch = Callable[[int], object]  # called again and again with the id of the running process
+
+
+class Limits(NamedTuple):
+    """What a process may take before it is ended."""
+
+    seconds: float = 60.0
+    mib: float = 4000.0  # resident
+    address_mib: int = 0  # above what this process has; 0: no limit. Then allocations fail
+    slow: bool = False  # may take longer than `seconds`: it is asked to end, and must
+
+
+class Outcome(NamedTuple):
+    """How a process ended."""
+
+    status: int  # negative: by this signal
+    seconds: float
+    mib: float  # peak resident
+    out: str
+    err: str
+    ended: str = ""  # why it was ended from here: "", "time", "memory", "slow"
+
+
+def base_environment(folder: Path) -> dict[str, str]:
+    """This environment without settings of the program, on one thread."""
+    kept = {k: v for k, v in os.environ.items() if k.upper() not in OURS | LAUNCHER}
+    return kept | {"OMP_NUM_THREADS": "1", MARK: str(folder)}
+
+
+def fork(
+    body: Callable[[], int | None],
+    folder: Path,
+    env: Mapping[str, str],
+    limits: Limits = Limits(),  # noqa: B008
+    watch: Watch | None = None,
+    stdin: bytes = b"",
+) -> Outcome:
+    """Run a command's `main` in a fork of this process, which has imported all it needs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "stdin").write_bytes(stdin)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        run_child(body, folder, base_environment(folder) | dict(env), limits)
+    return follow(pid, folder, limits, watch)
+
+
+def run_child(
+    body: Callable[[], int | None], folder: Path, env: Mapping[str, str], limits: Limits
+) -> NoReturn:
+    """Become that command; ends this process as the interpreter would."""
+    status = 1
+    try:
+        os.setsid()
+        os.chdir(folder)
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            os.dup2(os.open(name, flags, 0o644), number)
+        os.environ.clear()
+        os.environ.update(env)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if limits.address_mib:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            most = pages * resource.getpagesize() + limits.address_mib * 2**20
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        status = body() or 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status & 255)
+
+
+def spawn(
+    argv: Sequence[str],
+    folder: Path,
+    env: Mapping[str, str],
+    limits: Limits = Limits(),  # noqa: B008
+    watch: Watch | None = None,
+) -> Outcome:
+    """Run a command line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "stdout", "ab") as out, open(folder / "stderr", "ab") as err:
+        process = subprocess.Popen(
+            argv,
+            cwd=folder,
+            env=base_environment(folder) | dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+    outcome = follow(process.pid, folder, limits, watch)
+    process.returncode = outcome.status  # it is no longer there to be waited for
+    return outcome
+
+
+def follow(pid: int, folder: Path, limits: Limits, watch: Watch | None) -> Outcome:
+    """Wait for a process; end it when it breaks a limit."""
+    before = [len(text(folder / name)) for name in ("stdout", "stderr")]
+    began, ended, asked = time.monotonic(), "", 0.0
+    while True:
+        found, status, usage = os.wait4(pid, os.WNOHANG)
+        passed = time.monotonic() - began
+        if found:
+            break
+        if watch is not None:
+            watch(pid)
+        if resident_mib(pid) > limits.mib:
+            ended = "memory"
+            send(pid, signal.SIGKILL)
+        elif asked and passed - asked > GRACE_SECONDS:
+            ended = "time"
+            send(pid, signal.SIGKILL)
+        elif passed > limits.seconds and not asked:
+            asked, ended = passed, "slow" if limits.slow else "time"
+            send(pid, signal.SIGTERM if limits.slow else signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
+    code = os.waitstatus_to_exitcode(status)
+    out, err = text(folder / "stdout")[before[0] :], text(folder / "stderr")[before[1] :]
+    return Outcome(code, passed, usage.ru_maxrss / 1024, out, err, ended)
+
+
+def text(path: Path) -> str:
+    """What a process printed; empty if it printed nothing."""
+    return path.read_text("utf-8", "backslashreplace") if path.exists() else ""
+
+
+def resident_mib(pid: int) -> float:
+    """Memory that a process holds now; 0 if it is gone."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_MIB
+    return 0.0
+
+
+def send(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def processes_of(folder: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Processes of a try that are still there, each with its environment."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parts = path.joinpath("environ").read_bytes().split(b"\0")
+            pairs = [os.fsdecode(part).partition("=") for part in parts]
+            env = {key: value for key, _, value in pairs}
+            if env.get(MARK) == str(folder) and int(path.name) != os.getpid():
+                yield int(path.name), env
