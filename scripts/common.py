@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from scripts.process import Interruptible, end, report_errors, visible
+
 if TYPE_CHECKING:
     import torch
 
@@ -44,7 +46,7 @@ def check_faults(faults: Iterable[str]) -> None:
 
 def warn(message: str) -> None:
     """Print a warning on standard error."""
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {visible(message)}", file=sys.stderr)
 
 
 def need(module: str, why: str) -> None:
@@ -81,7 +83,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2, as every other error of the user."""
-        self.exit(2, f"error: {message} (--help lists all options)\n")
+        self.exit(2, f"error: {visible(message)} (--help lists all options)\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Exit as `run_command` does, also where the output of --help cannot be written."""
+        sys.stderr.write(message or "")
+        sys.exit(end(status))
 
     def whole(
         self, flag: str, default: int | None, text: str, low: int = 1, high: int = MAX_INT
@@ -148,7 +155,22 @@ class Artifact(NamedTuple):
 
     path: Path
     model: GPT
-    tokenizer_sha256: str
+    identity: Mapping[str, str]  # SHA-256 digests of what made it; empty: not known
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Of the tokenizer that it was trained with."""
+        return self.identity["tokenizer_sha256"]
+
+    @property
+    def data_sha256(self) -> str:
+        """Of the shards that it was trained on; empty: not known."""
+        return self.identity.get("data_sha256", "")
+
+    @property
+    def program_sha256(self) -> str:
+        """Of the train_gpt.py that trained it; empty: not known."""
+        return self.identity.get("program_sha256", "")
 
 
 def pick_device(name: str) -> torch.device:
@@ -270,11 +292,6 @@ def error_line(printed: str) -> str:
     return (named[:1] or lines[-1:] or ["nothing printed"])[0]
 
 
-def report_errors(text: object) -> None:
-    """Print an error on standard error, each of its lines marked as one."""
-    print("\n".join(f"error: {line}" for line in str(text).splitlines()), file=sys.stderr)
-
-
 def run_command(
     body: Callable[[], Mapping[str, Any] | None],
     status: Callable[[Mapping[str, Any]], int] = lambda _: 0,
@@ -287,18 +304,25 @@ def run_command(
         status: exit status that a result means.
         resume: what an interrupted user needs to know.
     Returns:
-        0 or the status of the result, 2 after an error the user can repair, 130 after Ctrl-C.
+        0 or the status of the result, 2 after an error the user can repair, 130 after Ctrl-C, 143
+        after SIGTERM, 141 if nobody reads the output any more.
     """
     from train_gpt import UserError
 
-    try:
-        result = body()
-        if result is not None:
-            print(to_json(result), flush=True)
-    except (UserError, OSError) as error:
-        report_errors(error)
-        return 2
-    except KeyboardInterrupt:
-        report_errors(f"interrupted; {resume}")
-        return 130
-    return 0 if result is None else status(result)
+    with Interruptible(resume) as interrupts:
+        try:
+            result = body()
+            if result is not None:
+                print(to_json(result), flush=True)
+            return end(0 if result is None else status(result))
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) or interrupts.received:
+                report_errors(f"interrupted; {resume}")
+                return interrupts.status
+            if isinstance(error, MemoryError):
+                report_errors("out of memory; close other programs or give less text at a time")
+            elif isinstance(error, UserError | OSError):
+                report_errors(error)
+            else:
+                raise
+            return end(getattr(error, "status", 2))
