@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ import torch
 
 from scripts.common import Parser, run_command
 from tests.campaigns.damaged_data import shards, tokenizers
+from tests.campaigns.damaged_text import logs, prompts
 from tests.campaigns.inputs import Inputs
 from tests.campaigns.interruptions import kills, ranks
 from tests.campaigns.settings import settings, subsets
@@ -44,6 +46,8 @@ CAMPAIGNS: dict[str, Callable[[Try], None]] = {
     "subsets": subsets,
     "shards": shards,
     "tokenizers": tokenizers,
+    "logs": logs,
+    "prompts": prompts,
 }
 MOST_TRIES = 10**9
 
@@ -53,9 +57,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add, names = parser.add_argument, ["all", *CAMPAIGNS]
     add("names", nargs="*", choices=[*names, []], metavar="NAME", help=", ".join(names))
-    parser.real(
-        "--seconds", 60.0, "time, shared by the campaigns; each has a try", 0, 1e9
-    )
+    parser.real("--seconds", 60.0, "time, shared by the campaigns; each has a try", 0, 1e9)
     parser.whole("--seed", 1, "what tries are drawn from", low=0)
     parser.whole("--tries", MOST_TRIES, "most tries of each campaign")
     parser.whole("--only", None, "the number of the one try to repeat", low=0)
@@ -70,9 +72,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def run_campaign(name: str, seconds: float, args: argparse.Namespace, inputs: Inputs) -> Any:
+def run_campaign(
+    name: str, seconds: float, args: argparse.Namespace, inputs: Inputs
+) -> dict[str, Any]:
     """Run tries of one campaign for some seconds and return its figures."""
-    found = {"tried": 0, "faults": 0, "worst_seconds": 0.0, "worst_mib": 0.0, "seed": args.seed}
+    found: dict[str, Any] = {"tried": 0, "faults": 0, "worst_seconds": 0.0, "worst_mib": 0.0}
+    found |= {"seed": args.seed, "statuses": Counter()}
     until = time.monotonic() + seconds
     for number in numbers(args, until):
         t = Try(name, args.seed, number, inputs.folder.parent / f"{name}-{number}", inputs)
@@ -85,6 +90,7 @@ def run_campaign(name: str, seconds: float, args: argparse.Namespace, inputs: In
         found["faults"] += bool(t.faults)
         found["worst_seconds"] = max(found["worst_seconds"], round(t.seconds, 3))
         found["worst_mib"] = max(found["worst_mib"], round(t.mib, 1))
+        found["statuses"] += t.statuses
         report(t, args.keep)
         shutil.rmtree(t.folder, ignore_errors=True)
     print(f"{name}: {json.dumps(found)}", file=sys.stderr, flush=True)

@@ -44,7 +44,9 @@ FIXED = ("vocab_size", "init_from", "data_path", "tokenizer_path", "compile", "d
 def settings(t: Try) -> None:
     """Give one setting a special value: it is refused by name, or the run ends with scores."""
     name = t.draw.choice([*FIELDS, *(key.lower() for key in LAUNCHER)]).upper()
-    value = t.draw.choice([*SPECIAL, *near_limits(name.lower())])
+    value = t.draw.choice(SPECIAL)
+    if t.draw.random() < 0.6:  # a number where one is meant, so that fewer are refused at once
+        value = t.draw.choice([*numbers_for(name.lower()), value])
     t.note(f"{name}={shown(value)}")
     outcome = t.train(t.inputs.env() | {name: value}, LIMITS)
     t.judge_run(outcome, [name, "memory"])
@@ -56,11 +58,11 @@ def shown(value: object) -> str:
     return found if len(found) < 100 else f"{found[:60]}... ({len(str(value))} characters)"
 
 
-def near_limits(name: str) -> list[str]:
-    """Values at a setting's limits and just beyond them."""
+def numbers_for(name: str) -> list[str]:
+    """Values of a setting's type, among them its limits and what is just beyond them."""
     field = FIELDS.get(name)
     if field is None or field.metadata["low"] is None:
-        return []
+        return [*map(str, VALID.get(name, ())), *(field.metadata["choices"] if field else ())]
     limits = [field.metadata["low"], field.metadata["high"]]
     finite = [limit for limit in limits if math.isfinite(limit)]
     whole = isinstance(field.default, int)
@@ -68,6 +70,7 @@ def near_limits(name: str) -> list[str]:
     for limit in finite:
         below = limit - 1 if whole else math.nextafter(limit, -math.inf)
         near += [below, limit, limit + 1 if whole else math.nextafter(limit, math.inf)]
+    near += (2, 3, 5, 16, 100, 10**4, 10**6, 10**9) if whole else (1e-30, 1e-3, 0.3, 1.0, 30.0, 1e6)
     return [str(value) for value in near]
 
 

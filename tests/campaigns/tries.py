@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,18 +33,20 @@ class Try:
         self.faults = list[str]()
         self.notes = list[str]()
         self.seconds, self.mib = 0.0, 0.0
+        self.statuses = Counter[str]()  # of all commands
 
     def note(self, what: str) -> None:
         """Say what this try changes, for the line of a fault."""
         self.notes.append(what)
 
     def fault(self, what: str) -> None:
-        self.faults.append(what)
+        self.faults.append(" | ".join(what.splitlines()))
 
     def count(self, outcome: Outcome) -> Outcome:
         """Take a process into the worst figures."""
         self.seconds = max(self.seconds, outcome.seconds)
         self.mib = max(self.mib, outcome.mib)
+        self.statuses[outcome.ended or str(outcome.status)] += 1
         return outcome
 
     def train(
@@ -76,7 +79,8 @@ class Try:
             names: of settings and files; an error must hold one of them.
             allowed: statuses that are right here.
         """
-        for what in (*wrong_output(outcome), *wrong_end(outcome, list(names), allowed)):
+        shown = list(wrong_output(outcome))
+        for what in shown or wrong_end(outcome, list(names), allowed):
             self.fault(what)
 
     def judge_run(
