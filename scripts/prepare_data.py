@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import glob
-import gzip
 import hashlib
 import heapq
 import io
+import itertools
 import json
-import lzma
+import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -39,16 +39,21 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
-from scripts.common import Parser, fail, in_range, run_command
+from scripts.common import Parser, fail, in_range, run_command, warn
+from scripts.documents import (
+    Document,
+    drop_marks,
+    find_files,
+    num_other_json,
+    read_files,
+    reason,
+)
 
 Item = TypeVar("Item")
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 # Folders inside --out that a finished command leaves no trace of.
-STAGING, DOWNLOADS = (
-    ".staging",
-    ".download",
-)
+STAGING, DOWNLOADS = ".staging", ".download"
 MAX_VOCAB = 65_535  # tokens are uint16
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 SAMPLE_BYTES = 8_000_000  # of training text that a tokenizer is fitted to; trains in seconds
@@ -60,18 +65,11 @@ STDLIB_MAX_BYTES = 24_000_000
 SPACE_MARK = (
     "\u2581"  # stands for a space inside SentencePiece, which therefore cannot tell it from one
 )
+COUNT_TOLERANCE = 0.001  # of the bytes of a split: training may count so many others unsaid
 SETTINGS = "settings.json"  # in DOWNLOADS: what is being downloaded
 HUB_REPO = "willdepueoai/parameter-golf"
 HUB_ROOT = "datasets"
 VARIANTS = {"sp1024": 1024, "sp4096": 4096, "sp8192": 8192}  # pieces of the tokenizer
-
-
-def reason(error: Exception) -> str:
-    return (
-        getattr(error, "strerror", None)
-        or " ".join(str(error).split())[:300]
-        or type(error).__name__
-    )
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -125,13 +123,6 @@ def check_source(parser: Parser, args: argparse.Namespace) -> None:
 # ==============================================================================
 
 
-class Document(NamedTuple):
-    """One text and the words that name it in an error."""
-
-    text: str
-    place: str
-
-
 @dataclass
 class Corpus:
     """Documents that can be read more than once, and the rule that holds some of them out.
@@ -141,9 +132,15 @@ class Corpus:
 
     name: str
     documents: Callable[[], Iterator[Document]]
-    is_val: Callable[[bytes], bool]  # of the SHA-256 of a text
+    rank: Callable[[bytes], int]  # of the SHA-256 of a text
+    num_ranks: int
+    limit: int  # lower ranks are held out
     inputs: dict[str, Any]
     skipped: dict[str, int] = field(default_factory=dict)
+
+    def is_val(self, key: bytes) -> bool:
+        """Is the text with this SHA-256 held out?"""
+        return self.rank(key) < self.limit
 
     def usable(self) -> Iterator[tuple[Document, bytes]]:
         """Yield every document that has tokens, with the SHA-256 of its text; count the others in
@@ -170,6 +167,92 @@ class Corpus:
                     fail(f"{document.place}: {size}; {remedy}")
                 yield document, hashlib.sha256(data).digest()
         self.skipped |= {"empty": empty, "with_space_mark": marked}
+
+
+class Splits:
+    """Counts the documents of each split."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+        self.counts = {"train": 0, "val": 0}
+        self.lowest, self.highest = corpus.num_ranks, -1  # ranks of documents
+
+    def add(self, key: bytes) -> str:
+        """Count a document; return its split."""
+        rank = self.corpus.rank(key)
+        self.lowest, self.highest = min(rank, self.lowest), max(rank, self.highest)
+        split = "val" if self.corpus.is_val(key) else "train"
+        self.counts[split] += 1
+        return split
+
+    def check(self) -> None:
+        """Raise UserError if a split is empty."""
+        if not any(self.counts.values()):
+            fail("no document with text was found; name other files")
+        for split, other in (("train", "val"), ("val", "train")):
+            if not self.counts[split]:
+                why = f"all {self.counts[other]} documents fell into {other}"
+                fail(f"the {split} split is empty: {why}; {self.remedy(split)}")
+
+    def remedy(self, empty: str) -> str:
+        """Advise a share that fills both splits, if there is one."""
+        more = "add documents (a plain text file counts as one)"
+        if self.lowest == self.highest:
+            return f"no --val-percent tells them apart: {more}"
+        limit = self.highest if empty == "train" else self.lowest + 1
+        percent = limit * 100 / self.corpus.num_ranks
+        verb = {"train": "lower", "val": "raise"}[empty]
+        return f"{verb} it with --val-percent {percent:.7g}, or {more}"
+
+
+# Where a text may be cut in two, best first.
+CUTS = {
+    "paragraph": re.compile(r"\n[^\S\n]*\n"),
+    "line": re.compile(r"\n"),
+    "sentence": re.compile(r"[.!?]\s|[\u3002\uff01\uff1f]"),
+    "word": re.compile(r"\s"),
+}
+
+
+def cut_place(text: str, percent: float) -> tuple[int, str] | None:
+    """Find where to cut a text so that about this share of it comes after, and behind what."""
+    target, least = len(text) * (1 - percent / 100), len(text) - len(text.lstrip())
+    for distance in (max(percent / 100, 0.05), 0.5):
+        for kind, pattern in CUTS.items():
+            ends = (match.end() for match in pattern.finditer(text))
+            places = [end for end in ends if least < end < len(text.rstrip())]
+            best = min(places, key=lambda end: abs(end - target), default=None)
+            if best is not None and abs(best - target) <= distance * len(text):
+                return best, kind
+    return None
+
+
+def cut_single(corpus: Corpus, percent: float) -> None:
+    """Cut the only document of a corpus in two, so that there is text for both splits.
+
+    Raises:
+        UserError: there is no place for it.
+    """
+    found = list(itertools.islice(corpus.usable(), 2))
+    if len(found) != 1:
+        return
+    whole, documents = found[0][0], corpus.documents
+    at, kind = cut_place(whole.text, percent) or (0, "")
+    parts = [Document(whole.text[:at], whole.place), Document(whole.text[at:], whole.place)]
+    if not at or parts[0].text == parts[1].text:
+        remedy = "break it into lines, or add documents (a plain text file counts as one)"
+        fail(f"{whole.place}: the only document has no place to cut it for validation; {remedy}")
+
+    def both() -> Iterator[Document]:
+        for document in documents():
+            yield from parts if document.text == whole.text else [document]
+
+    held_out = hashlib.sha256(parts[1].text.encode()).digest()
+    corpus.documents, corpus.rank = both, lambda key: int(key != held_out)
+    corpus.num_ranks, corpus.limit = 2, 1
+    corpus.inputs["cut_after"] = {"character": at, "end_of": kind}
+    share = f"the last {100 - 100 * at / len(whole.text):.2g} %"
+    warn(f"{whole.place} is one document: {share}, after a {kind}, are its validation split")
 
 
 def read_bytes(path: Path) -> bytes:
@@ -203,7 +286,7 @@ def stdlib_corpus(root: Path, max_bytes: int, val_percent: float) -> Corpus:
     for path in stdlib_paths(root):
         found += 1
         try:
-            text = read_bytes(path).decode("utf-8")
+            text = drop_marks(read_bytes(path).decode("utf-8"))
         except UnicodeDecodeError:
             foreign += 1
             continue
@@ -222,79 +305,11 @@ def stdlib_corpus(root: Path, max_bytes: int, val_percent: float) -> Corpus:
     inputs: dict[str, Any] = {"python": platform.python_version(), "files": len(documents)}
     inputs |= {"bytes": total, "sha256": digest.hexdigest()}
 
-    def is_val(key: bytes) -> bool:
-        return int.from_bytes(key[:4], "big") % 10_000 < val_percent * 100
+    def rank(key: bytes) -> int:
+        return int.from_bytes(key[:4], "big") % 10_000
 
-    return Corpus("stdlib", lambda: iter(documents), is_val, inputs, skipped)
-
-
-def find_files(patterns: Sequence[str]) -> list[Path]:
-    """List the files of all patterns, in the order of the patterns, each once."""
-    paths: dict[Path, None] = {}
-    for pattern in patterns:
-        matches = sorted(
-            Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file()
-        )
-        if not matches:
-            fail(
-                f"GLOB {pattern!r} matches no file in {Path.cwd()}; check the spelling, and quote "
-                "it in the shell"
-            )
-        paths |= dict.fromkeys(matches)
-    return list(paths)
-
-
-def open_jsonl(path: Path) -> gzip.GzipFile | lzma.LZMAFile | IO[bytes]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    return lzma.open(path, "rb") if path.suffix == ".xz" else open(path, "rb")
-
-
-def read_jsonl(path: Path) -> Iterator[Document]:
-    """Yield the `text` field of every line; blank lines are passed over."""
-    number = 0
-    try:
-        with open_jsonl(path) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield Document(
-                        text_field(line, f"{path}, line {number}"), f"{path}, line {number}"
-                    )
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        fail(
-            f"{path} cannot be read after line {number} ({reason(error)}); copy or compress it "
-            "again"
-        )
-
-
-def text_field(line: bytes, place: str) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:  # also where the bytes are not UTF-8
-        rule = 'each line must be an object such as {"text": "..."}'
-        fail(f"{place}: not JSON ({reason(error)}); {rule}")
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        held = (
-            f"fields {', '.join(map(repr, row)) or 'none'}"
-            if isinstance(row, dict)
-            else f"a {type(row).__name__}"
-        )
-        fail(f'{place}: holds {held}, needs a string field "text"; rename or add it')
-    return str(row["text"])
-
-
-def read_files(paths: Sequence[Path]) -> Iterator[Document]:
-    for path in paths:
-        if path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz")):
-            yield from read_jsonl(path)
-            continue
-        try:
-            yield Document(read_bytes(path).decode("utf-8"), str(path))
-        except UnicodeDecodeError as error:
-            fail(
-                f"{path} is not UTF-8 text (byte {error.start}); convert it, or leave it out of "
-                "GLOB"
-            )
+    limit = math.ceil(val_percent * 100)
+    return Corpus("stdlib", lambda: iter(documents), rank, 10_000, limit, inputs, skipped)
 
 
 def file_sha256(path: Path) -> str:
@@ -306,9 +321,7 @@ def file_sha256(path: Path) -> str:
 
 
 def files_corpus(patterns: Sequence[str], val_percent: float) -> Corpus:
-    """Read JSONL files (one document a line) and any other files (one document each), in the order
-    named.
-    """
+    """Read files, in the order named: JSON with a document in each object, text with one a file."""
     paths = find_files(patterns)
     digest = hashlib.sha256("".join(file_sha256(path) for path in paths).encode()).hexdigest()
     inputs = {
@@ -316,8 +329,12 @@ def files_corpus(patterns: Sequence[str], val_percent: float) -> Corpus:
         "bytes": sum(path.stat().st_size for path in paths),
         "sha256": digest,
     }
+    if others := num_other_json(paths):
+        inputs["json_files"] = others  # a program before this one took them for text
     limit = round(256 * val_percent / 100)
-    return Corpus("files", lambda: read_files(paths), lambda key: key[0] < limit, inputs)
+    corpus = Corpus("files", lambda: read_files(paths), lambda key: key[0], 256, limit, inputs)
+    cut_single(corpus, val_percent)
+    return corpus
 
 
 # ==============================================================================
@@ -333,10 +350,9 @@ def training_sample(corpus: Corpus, max_bytes: int) -> list[str]:
         UserError: a split is empty.
     """
     heap: list[tuple[int, int, str]] = []  # largest key first: (-key, bytes, text)
-    total, documents = 0, {"train": 0, "val": 0}
+    total, splits = 0, Splits(corpus)
     for document, key in progress(corpus.usable(), "read", "documents"):
-        documents["val" if corpus.is_val(key) else "train"] += 1
-        if corpus.is_val(key):
+        if splits.add(key) == "val":
             continue
         size = len(document.text.encode())
         # other bytes than the ones that split, or the sample would lean towards one end of the
@@ -345,7 +361,7 @@ def training_sample(corpus: Corpus, max_bytes: int) -> list[str]:
         total += size
         while total - heap[0][1] >= max_bytes:
             total -= heapq.heappop(heap)[1]
-    check_splits(documents)
+    splits.check()
     return [entry[2] for entry in sorted(heap, reverse=True)]
 
 
@@ -384,30 +400,54 @@ def sample_lines(sample: Sequence[str]) -> Iterator[str]:
                 yield line
 
 
-def train_tokenizer(sample: Sequence[str], vocab_size: int) -> bytes:
-    """Train a BPE that gives every text back unchanged, and return its model file."""
+def fit_tokenizer(lines: Sequence[str], vocab_size: int, **options: Any) -> bytes:
+    """Train a BPE and return its model file; RuntimeError: it cannot be."""
     import sentencepiece as spm
 
     model = io.BytesIO()
-    sizes: dict[str, Any] = dict(vocab_size=vocab_size, model_writer=model)
-    try:
-        trainer = spm.SentencePieceTrainer
-        trainer.train(sentence_iterator=sample_lines(sample), **sizes, **TOKENIZER_OPTIONS)
-    except (RuntimeError, OSError) as error:
-        why = reason(error).split("] ")[-1]
-        fail(
-            f"--vocab-size={vocab_size} does not fit this text ({why}): 261 pieces are fixed "
-            "(4 control, 256 bytes, newline), each common character needs one, and merges are "
-            "limited by the text; change it or add text"
-        )
+    options |= dict(vocab_size=vocab_size, model_writer=model, sentence_iterator=iter(lines))
+    spm.SentencePieceTrainer.train(**TOKENIZER_OPTIONS, **options)
     return model.getvalue()
+
+
+def train_tokenizer(sample: Sequence[str], vocab_size: int) -> bytes:
+    """Train a BPE that gives every text back unchanged, and return its model file."""
+    lines = list(sample_lines(sample)) or [SPACE_MARK]
+    with contextlib.suppress(RuntimeError):
+        model = fit_tokenizer(lines, vocab_size)
+        if has_space(load_tokenizer(model, "the new tokenizer")):
+            return model
+    try:
+        # Where spaces are rare, they are no piece unless they must be.
+        return fit_tokenizer(lines, vocab_size, required_chars=SPACE_MARK)
+    except (RuntimeError, OSError) as error:
+        fail(f"--vocab-size={vocab_size} does not fit this text: {size_advice(reason(error))}")
+
+
+def size_advice(message: str) -> str:
+    """Turn what SentencePiece says of a vocabulary size into the size that fits."""
+    fixed = "261 pieces are fixed (4 control, 256 bytes, newline)"
+    if high := re.search(r"set it to a value <= (\d+)", message):
+        return f"it has no more merges; use --vocab-size {high[1]} or less, or add text"
+    if low := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        needed = f"{fixed} and each of its common characters needs one"
+        if int(low[1]) > MAX_VOCAB:
+            remedy = f"uint16 shards hold at most {MAX_VOCAB:,}; bring another by --tokenizer MODEL"
+            return f"{needed}, {low[1]} in all; {remedy}"
+        return f"{needed}; use --vocab-size {low[1]} or more"
+    return f"{message.split('] ')[-1]}; {fixed}; change it or add text"
+
+
+def has_space(tokenizer: spm.SentencePieceProcessor) -> bool:
+    """Is a space alone a piece? Else it would be unknown, or spelled in three bytes."""
+    return not tokenizer.is_unknown(tokenizer.piece_to_id(SPACE_MARK))
 
 
 def load_tokenizer(data: bytes, name: str) -> spm.SentencePieceProcessor:
     """Open a SentencePiece model that fits uint16 shards.
 
     Raises:
-        UserError: not a model, too many pieces, or no BOS.
+        UserError: not a model, damaged, too many pieces, or no BOS.
     """
     import sentencepiece as spm
 
@@ -415,7 +455,9 @@ def load_tokenizer(data: bytes, name: str) -> spm.SentencePieceProcessor:
         # Without a model it would not complain.
         tokenizer = spm.SentencePieceProcessor(model_proto=data or b"empty")
         size, bos = tokenizer.vocab_size(), tokenizer.bos_id()
-    except (RuntimeError, OSError) as error:
+        for piece in range(size):
+            tokenizer.id_to_piece(piece)
+    except (RuntimeError, OSError, ValueError) as error:
         remedy = "name another, or train one without --tokenizer"
         fail(f"{name} is not a SentencePiece model ({reason(error)}); {remedy}")
     if size > MAX_VOCAB:
@@ -426,10 +468,18 @@ def load_tokenizer(data: bytes, name: str) -> spm.SentencePieceProcessor:
     return tokenizer
 
 
+def check_spaces(tokenizer: spm.SentencePieceProcessor, name: str) -> None:
+    """Raise UserError if bytes that training counts would exceed those of the text."""
+    if not has_space(tokenizer):
+        why = "spells it in three bytes, so bits per byte would come out too low"
+        remedy = f"train it with required_chars={SPACE_MARK}, or train one without --tokenizer"
+        fail(f"{name} has no piece for a space and {why}; {remedy}")
+
+
 def check_roundtrip(
     tokenizer: spm.SentencePieceProcessor, batch: Sequence[Document], ids: list[Any], exact: bool
-) -> None:
-    """Decode what was encoded and compare.
+) -> list[str]:
+    """Decode what was encoded, compare, and return it.
 
     Args:
         tokenizer: the model that made `ids`.
@@ -439,8 +489,8 @@ def check_roundtrip(
             white space, say), but doing so again must change nothing.
     """
     threads = num_threads()
-    texts = tokenizer.decode(ids, num_threads=threads)
-    expected = [document.text for document in batch]
+    decoded: list[str] = tokenizer.decode(ids, num_threads=threads)
+    expected, texts = [document.text for document in batch], decoded
     if not exact:
         expected = texts
         again = tokenizer.encode(texts, out_type="numpy", num_threads=threads)
@@ -454,6 +504,16 @@ def check_roundtrip(
             change = f"{was!r} became {became!r} at character {at:,}"
             remedy = "leave the document out or use another --tokenizer"
             fail(f"{document.place}: the tokenizer does not give the text back: {change}; {remedy}")
+    return decoded
+
+
+def check_counts(batch: Sequence[Document], decoded: Sequence[str], counted: Sequence[int]) -> None:
+    """Raise UserError if more bytes are counted for a document than its decoded text has."""
+    for document, text, num_bytes in zip(batch, decoded, counted, strict=True):
+        if num_bytes > (size := len(text.encode())):
+            counts = f"training would count {num_bytes:,} bytes for the {size:,} of its tokens"
+            why = "so bits per byte would come out too low; use another --tokenizer"
+            fail(f"{document.place}: {counts}, {why}")
 
 
 def num_threads() -> int:
@@ -477,13 +537,15 @@ class ShardWriter:
         self.documents = 0
         self.tokens = 0
         self.bytes = 0
+        self.counted_bytes = 0  # as training counts them, by the tokens
         self.files: dict[str, dict[str, Any]] = {}
 
-    def add(self, tokens: np.ndarray[Any, Any], num_bytes: int) -> None:
+    def add(self, tokens: np.ndarray[Any, Any], num_bytes: int, counted_bytes: int) -> None:
         """Append one document, BOS included; it may run on into the next shard."""
         self.documents += 1
         self.tokens += len(tokens)
         self.bytes += num_bytes
+        self.counted_bytes += counted_bytes
         while len(tokens):
             if self.file is None or self.held == self.limit:
                 self.open_next()
@@ -495,7 +557,8 @@ class ShardWriter:
     @property
     def totals(self) -> dict[str, int]:
         """What the manifest says of the split."""
-        return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
+        names = ("documents", "tokens", "bytes", "counted_bytes")
+        return {name: getattr(self, name) for name in names}
 
     def open_next(self) -> None:
         """Begin the next shard."""
@@ -557,54 +620,62 @@ def batches(items: Iterator[tuple[Document, bytes]]) -> Iterator[list[tuple[Docu
         yield batch
 
 
+class Encoder:
+    """Turns documents into tokens, and checks what comes back and how training counts it."""
+
+    def __init__(self, model: Path, tokenizer: spm.SentencePieceProcessor, exact: bool) -> None:
+        import numpy as np
+
+        import train_gpt as tg
+
+        self.tokenizer = tokenizer
+        self.exact = exact
+        self.bos = np.array([tokenizer.bos_id()])
+        cfg = tg.Config(tokenizer_path=str(model), vocab_size=tokenizer.vocab_size())
+        self.counter = tg.ByteCounter(cfg)
+
+    def encode(self, documents: Sequence[Document]) -> list[tuple[np.ndarray[Any, Any], int]]:
+        """Return the tokens of each document, BOS first, and the bytes counted for them."""
+        import numpy as np
+
+        texts = [document.text for document in documents]
+        ids = self.tokenizer.encode(texts, out_type="numpy", num_threads=num_threads())
+        decoded = check_roundtrip(self.tokenizer, documents, ids, self.exact)
+        rows = [np.concatenate((self.bos, tokens)) for tokens in ids]
+        counted = [self.count(row) for row in rows]
+        check_counts(documents, decoded, counted)
+        return list(zip(rows, counted, strict=True))
+
+    def count(self, row: np.ndarray[Any, Any]) -> int:
+        """Count the bytes of a document as training does."""
+        import torch
+
+        tokens = torch.from_numpy(row).long()
+        return int(self.counter.count(tokens[:-1], tokens[1:]).sum())
+
+
 def encode_corpus(
-    corpus: Corpus,
-    tokenizer: spm.SentencePieceProcessor,
-    exact: bool,
-    folder: Path,
-    shard_tokens: int,
+    corpus: Corpus, encoder: Encoder, folder: Path, shard_tokens: int
 ) -> dict[str, ShardWriter]:
     """Write all shards of a corpus into a folder; return the closed writers of both splits.
 
     Raises:
         UserError: a text does not survive encoding, or a split would be empty.
     """
-    import numpy as np
-
-    writers = {
-        split: ShardWriter(folder, f"{corpus.name}_{split}", shard_tokens)
-        for split in ("train", "val")
-    }
-    bos = np.array([tokenizer.bos_id()])
+    splits, writers = Splits(corpus), dict[str, ShardWriter]()
     with contextlib.ExitStack() as stack:
-        for writer in writers.values():
-            stack.callback(writer.abandon)
+        for split in splits.counts:
+            writers[split] = ShardWriter(folder, f"{corpus.name}_{split}", shard_tokens)
+            stack.callback(writers[split].abandon)
         for batch in batches(progress(corpus.usable(), "encode", "documents")):
-            documents = [document for document, _ in batch]
-            ids = tokenizer.encode(
-                [d.text for d in documents], out_type="numpy", num_threads=num_threads()
-            )
-            check_roundtrip(tokenizer, documents, ids, exact)
-            for source, tokens in zip(batch, ids, strict=True):
+            encoded = encoder.encode([document for document, _ in batch])
+            for source, (tokens, counted) in zip(batch, encoded, strict=True):
                 document, key = source
-                writer = writers["val" if corpus.is_val(key) else "train"]
-                writer.add(np.concatenate((bos, tokens)), len(document.text.encode()))
+                writers[splits.add(key)].add(tokens, len(document.text.encode()), counted)
         for writer in writers.values():
             writer.close()
-    check_splits({split: writer.documents for split, writer in writers.items()})
+    splits.check()
     return writers
-
-
-def check_splits(documents: dict[str, int]) -> None:
-    """Raise UserError if a split is empty."""
-    if not any(documents.values()):
-        fail("no document with text was found; name other files")
-    for split, other in (("train", "val"), ("val", "train")):
-        verb = {"train": "lower", "val": "raise"}[split]
-        if not documents[split]:
-            why = f"all {documents[other]} documents fell into {other}"
-            remedy = f"{verb} --val-percent or add documents (a plain text file counts as one)"
-            fail(f"the {split} split is empty: {why}; {remedy}")
 
 
 def build(corpus: Corpus, settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -622,8 +693,10 @@ def build(corpus: Corpus, settings: dict[str, Any], args: argparse.Namespace) ->
             model = train_tokenizer(training_sample(corpus, SAMPLE_BYTES), args.vocab_size)
         name = f"--tokenizer={given}" if given else "the new tokenizer"
         tokenizer = load_tokenizer(model, name)
+        check_spaces(tokenizer, name)
         (staging / TOKENIZER).write_bytes(model)
-        writers = encode_corpus(corpus, tokenizer, given is None, staging, args.shard_tokens)
+        encoder = Encoder(staging / TOKENIZER, tokenizer, given is None)
+        writers = encode_corpus(corpus, encoder, staging, args.shard_tokens)
         sha256, size = hashlib.sha256(model).hexdigest(), tokenizer.vocab_size()
         manifest = {
             "settings": settings,
@@ -1004,24 +1077,34 @@ SOURCES: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], bool]]] 
 }
 
 
+def describe_split(split: str, row: dict[str, Any]) -> str:
+    """Write the sizes of a split in one line; warn if training counts other bytes."""
+    text = f"  {split:<6}{row['documents']:>10,} documents  {row['tokens']:>12,} tokens"
+    num_bytes, counted = row["bytes"], row.get("counted_bytes")
+    if not num_bytes:
+        return text
+    per_token = f"{num_bytes / row['tokens']:.3f} bytes per token"
+    if counted is not None and abs(counted - num_bytes) > num_bytes * COUNT_TOLERANCE:
+        figures = f"{counted:,} bytes counted by tokens, {num_bytes:,} bytes of source text"
+        rule = f"val_bpb divides by the former, which is {counted / num_bytes:.4f} of the latter"
+        warn(f"{split}: {figures}: the tokenizer changes the text; {rule}")
+        per_token += f"  ({counted:,} bytes counted)"
+    return f"{text}  {num_bytes:>12,} bytes  {per_token}"
+
+
 def summary(manifest: dict[str, Any], out: Path, was_there: bool, seconds: float) -> dict[str, Any]:
     """Print sizes for people; return them for programs."""
     print(f"{out} was already complete" if was_there else f"{out} written in {seconds:.1f} s")
     sizes: dict[str, Any] = {}
     for split, row in manifest["splits"].items():
-        counts, num_bytes = f"{row['documents']:>10,} documents", row["bytes"]
-        text = f"  {split:<6}{counts}  {row['tokens']:>12,} tokens"
-        if num_bytes:
-            per_token = num_bytes / row["tokens"]
-            text += f"  {num_bytes:>12,} bytes  {per_token:.3f} bytes per token"
-        print(text)
+        print(describe_split(split, row))
         sizes |= {f"{split}_{key}": value for key, value in row.items()}
     skipped = [f"{count} {why}" for why, count in manifest["skipped"].items() if count]
     if skipped:
         print("  left out:", ", ".join(skipped))
     about = {"data_path": str(out), "tokenizer_path": str(out / TOKENIZER)}
     about["vocab_size"] = manifest["tokenizer"]["vocab_size"]
-    settings = " ".join(f"{name.upper()}={value}" for name, value in about.items())
+    settings = " ".join(f"{name.upper()}={shlex.quote(str(x))}" for name, x in about.items())
     print(f"train on it: {settings} python train_gpt.py")
     return {**about, **sizes, "was_complete": was_there, "seconds": round(seconds, 2)}
 

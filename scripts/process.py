@@ -44,7 +44,7 @@ def report_errors(text: object) -> None:
 
 
 class Tolerant(io.FileIO):
-    """A standard stream that also takes what nobody reads or no disk holds; keeps the first error."""
+    """A standard stream that takes what nobody reads or no disk holds; it keeps the first error."""
 
     fault: OSError | None = None
 
