@@ -177,28 +177,30 @@ def read_run(path: Path) -> SeedRun:
     return SeedRun(log.setting("seed"), path, log, source)
 
 
-def find_logs(request: Request) -> dict[int, list[Path]]:
-    """Return the logs of a recipe by seed; those that are damaged are named and left out."""
+def find_logs(request: Request) -> tuple[dict[int, list[Path]], list[str]]:
+    """Return the logs of a recipe by seed, and what is wrong with those that are damaged."""
     found: dict[int, list[Path]] = {}
-    for log in runlog.read_logs(request.logs):
+    logs = runlog.read_logs(request.logs)
+    for log in logs:
         values = log.events.get("config", {}).get("values", {})
         if values.get("recipe") == request.recipe:
             found.setdefault(values["seed"], []).append(log.path)
-    return found
+    return found, [log.complaint for log in logs if log.damage]
 
 
 def read_runs(request: Request) -> list[SeedRun]:
     """Read the logs of the asked seeds, in their order; UserError: one is missing or double."""
-    found = find_logs(request)
+    found, damaged = find_logs(request)
     asked = ",".join(map(str, request.seeds))
     held = ",".join(map(str, sorted(found))) or "none"
-    faults = []
+    faults = list[str]()
     if missing := [str(seed) for seed in request.seeds if seed not in found]:
         faults.append(
             f"--seeds={asked}: {request.logs} has no log of recipe {request.recipe!r} with seed "
             f"{', '.join(missing)} (it has seeds {held}); every asked seed is needed: run the "
             "others, too"
         )
+        faults += [f"{complaint}; copy it again: it may be one of them" for complaint in damaged]
     for seed in request.seeds:
         if len(paths := found.get(seed, [])) > 1:
             names = ", ".join(path.name for path in paths)
@@ -392,7 +394,7 @@ def check_manifest(folder: Path) -> Iterator[str]:
     for digest, where in splits.items():
         if len(where) > 1:
             yield (
-                f"{folder / 'manifest.json'}: train and validation data overlap: both list sha256 "
+                f"{path}: train and validation data overlap: both list sha256 "
                 f"{digest}; "
                 "prepare the data again, and train again"
             )
@@ -641,7 +643,7 @@ def read_scores(path: Path) -> tuple[RunLog, list[str]]:
     try:
         text = path.with_suffix(".txt").read_text(encoding="utf-8")
         lines = [line for line in text.splitlines() if re.match(r"final_\w+ val_loss:", line)]
-        return runlog.read_log(path), lines
+        return runlog.read_whole_log(path), lines
     except (OSError, UserError) as error:
         raise UserError(
             f"four steps inside the package left no log ({error}); the program must write one to "

@@ -37,7 +37,7 @@ import train_gpt as tg
 from scripts.common import Parser, fail, run_command
 from scripts.study import package, report
 from scripts.study.runlog import read_log
-from scripts.study.sweep import digest_of
+from scripts.study.sweep import STOP_SECONDS, digest_of, ending, interruptible, stop
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 SEEDS = "1337,42,2026"
@@ -169,13 +169,15 @@ def checkpoint(args: argparse.Namespace, env: Mapping[str, str]) -> Path:
     if not args.rehearse:
         time = {"MAX_WALLCLOCK_SECONDS": str(args.seconds or PROTOCOLS[args.protocol].seconds)}
     seed = args.seeds.split(",")[0]
-    digest = digest_of(record_config(env, **time, SEED=seed, RUN_ID="", OUT_DIR=str(args.out)))
+    cfg = record_config(env, **time, SEED=seed, RUN_ID="", OUT_DIR=str(args.out))
+    digest = digest_of(cfg)
 
     def finished(path: Path) -> bool:
         log = args.out / "logs" / f"{path.stem}.jsonl"
         return log.exists() and not read_log(log).why_left_out
 
-    paths = filter(finished, Path(args.out).glob(f"*_{digest}/checkpoints/*_{digest}.pt"))
+    names = f"*_{digest}/checkpoints/*_{digest}{cfg.checkpoints[0].suffix}"
+    paths = filter(finished, Path(args.out).glob(names))
     if (path := next(paths, None)) is None:
         fail(f"OUT={args.out} holds no checkpoint of a finished record run; name another --out")
     return path
@@ -185,7 +187,6 @@ def check(args: argparse.Namespace, env: Mapping[str, str]) -> None:
     """Raise UserError, before a download, if devices, a library or a compiler is missing."""
     settings, wanted = settings_of(args, env), PROTOCOLS[args.protocol].nproc
     cfg = record_config(env, **settings)
-    tg.check_libraries(cfg)
     if cfg.preset == "cpu":
         tg.use_compile(cfg, tg.CPU)
     elif (found := torch.cuda.device_count()) < wanted:
@@ -203,10 +204,14 @@ def run_step(step: Step, args: argparse.Namespace, env: Mapping[str, str]) -> No
     parts = step.command
     command = [str(checkpoint(args, all_env)) if part == CHECKPOINT else part for part in parts]
     print(shlex.join(changes + command), file=sys.stderr, flush=True)
-    done = subprocess.run(command, env=all_env, stdout=2, check=False)
-    if done.returncode:
-        name = Path(command[1]).name
-        fail(f"{name} ended with status {done.returncode}, see above; {RESUME}")
+    # A process group of its own: it hears of Ctrl-C from here, once.
+    process = subprocess.Popen(command, env=all_env, stdout=2, process_group=0)
+    try:
+        process.wait()
+    finally:
+        stop(process, 2 * STOP_SECONDS)  # a sweep stops its own run first
+    if why := ending(process.returncode):
+        fail(f"{Path(command[1]).name}: {why}, see above; {RESUME}")
 
 
 def make_package(args: argparse.Namespace) -> dict[str, Any]:
@@ -226,17 +231,28 @@ def make_package(args: argparse.Namespace) -> dict[str, Any]:
     return package.write_package(wanted)
 
 
+def run_steps(steps: Sequence[Step], args: argparse.Namespace, env: Mapping[str, str]) -> None:
+    """Run all steps in order; UserError: one failed."""
+    for number, step in enumerate(steps):
+        readme = args.out / "README.md"
+        if step is steps[-1] and not args.plan and not readme.exists():
+            between = "\n\n".join(report.RESULTS)  # the report goes between these two lines
+            readme.write_text(f"# Record: {args.protocol}\n\n{between}\n", encoding="utf-8")
+        try:
+            run_step(step, args, env)
+        except KeyboardInterrupt:
+            name = Path(step.command[1]).name
+            print(f"{name} was ended; {number} of {len(steps)} steps are done", file=sys.stderr)
+            raise
+
+
 def run(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]:
     """Run every step; UserError: one failed, or the machine lacks devices."""
     steps, entry = steps_of(args, env), dict[str, Any]()
     if not args.plan:
         check(args, env)
-    for step in steps:
-        readme = args.out / "README.md"
-        if step is steps[-1] and not args.plan and not readme.exists():
-            between = "\n\n".join(report.RESULTS)  # the report goes between these two lines
-            readme.write_text(f"# Record: {args.protocol}\n\n{between}\n", encoding="utf-8")
-        run_step(step, args, env)
+    with interruptible():
+        run_steps(steps, args, env)
     if not args.plan:
         entry = json.loads((args.out / "submission.json").read_text(encoding="utf-8"))
     about = {"protocol": args.protocol, "out": str(args.out), "planned": args.plan}

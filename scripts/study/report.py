@@ -670,7 +670,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for line in damaged:
         warn(f"{line}; it is left out: repair it, or move it away")
     damaged += warn_of_ladder()
-    damaged += [log.complaint for log in (*runs, *ladder) if log.damage]
+    damaged += [log.complaint for log in (*runs, *ladder) if log.complaint]
     blocks = {RESULTS: results_block(groups, notes), **more}
     files = {args.submission: submission(groups), args.results: results(groups, benchmarks)}
     print("\n\n".join(blocks.values()))

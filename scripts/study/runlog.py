@@ -240,7 +240,9 @@ class RunLog:
     name: str
     path: Path = Path()
     damage: str = ""  # why the log is left out, if it is
-    notes: list[str] = field(default_factory=list)  # of damage that matters to no number
+    mixed: bool = False  # it holds lines of two runs
+    notes: list[str] = field(default_factory=list)  # of damage before the last start
+    tail: str = ""  # of a last line that was cut off after the run was done
     events: dict[str, dict[str, Any]] = field(default_factory=dict)
     # Every train and val event; resumed: those kept, too.
     curve: list[dict[str, Any]] = field(default_factory=list)
@@ -347,9 +349,9 @@ class RunLog:
 
     @property
     def complaint(self) -> str:
-        """The damage, with the file and the line."""
-        comma = "," if self.damage.startswith("line ") else ":"
-        return f"log {self.path}{comma} {self.damage}"
+        """What is wrong with the file, with the line; empty if nothing is."""
+        why = self.damage or self.tail
+        return f"log {self.path}{',' if why.startswith('line ') else ':'} {why}" if why else ""
 
     @property
     def why_left_out(self) -> str:
@@ -386,26 +388,36 @@ def split_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def read_log(path: Path) -> RunLog:
     """Read one log. What is wrong with it is its `damage`, and then it holds no event.
 
-    Damage in a start before the last one matters to no number: it is only noted.
+    Damage in a start before the last one, or a line cut off after `done`, matters to no number: it
+    is only noted.
     """
-    run, mixed = RunLog(as_cell(path.stem), path), False
+    run = RunLog(as_cell(path.stem), path)
     try:
         for number, line in split_lines(path):
-            starts = len(run.hashes)
-            try:
-                run.add(parse_event(line))
-            except ValueError as error:
-                mixed = mixed or isinstance(error, MixedRunsError)
-                cut = "" if line.endswith(b"\n") else "cut off: "
-                run.damage = run.damage or f"line {number}: {cut}{error}"
-            if len(run.hashes) > starts and run.damage and not mixed:
-                run.notes.append(run.damage)
-                run.damage = ""
+            read_line(run, number, line)
         if not run.events and not run.damage:
             run.damage = "it is empty"
     except OSError as error:
         run.damage = f"it cannot be read ({error.strerror})"
     return RunLog(run.name, path, run.damage) if run.damage else run
+
+
+def read_line(run: RunLog, number: int, line: bytes) -> None:
+    """Take in one line of a log, or note what is wrong with it."""
+    starts, cut = len(run.hashes), not line.endswith(b"\n")
+    try:
+        run.add(parse_event(line))
+    except ValueError as error:
+        mixed = isinstance(error, MixedRunsError)
+        why = f"line {number}: {'cut off: ' * cut}{error}"
+        if cut and not mixed and "done" in run.events and not run.damage:
+            run.tail = why
+        elif mixed and not run.mixed:
+            run.mixed, run.damage = True, why
+        run.damage = run.damage or ("" if run.tail else why)
+    if len(run.hashes) > starts and run.damage and not run.mixed:
+        run.notes.append(run.damage)
+        run.damage = ""
 
 
 def read_whole_log(path: Path) -> RunLog:
@@ -427,6 +439,8 @@ def read_logs(folder: Path) -> list[RunLog]:
             warn(f"{run.complaint}; it is left out: copy it again, or move it away")
         for note in run.notes:
             warn(f"log {run.path}, {note}; the run was started again after it, and counts")
+        if run.tail:
+            warn(f"{run.complaint}; the run was done before it, and counts")
     label_data(runs)
     return runs
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import datetime
 import fcntl
 import functools
 import hashlib
@@ -25,6 +27,8 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
+import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +49,7 @@ from scripts.common import (
     in_range,
     markdown,
     run_command,
+    warn,
 )
 from scripts.study.runlog import (
     SCORE,
@@ -69,11 +74,16 @@ PROGRAM = Path(tg.__file__)
 OWN = ("RECIPE", "SEED", "RUN_ID", "OUT_DIR", "RESUME")  # what a sweep sets in each run
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # of whatever started this process
 RESUME = "rerun the command to resume"
+CLOCK_SECONDS = 5.0  # by which a clock may be set back during a run
+STOP_SECONDS = 60.0  # that a process may take to end after SIGTERM
 # Settings that change scores but no training.
 SCORING = ("nelbo_", "parallel_eval_", "eval_", "export_")
 
 
 ABOUT = ("base", "note", "published")  # what a row says of itself; the rest are its settings
+
+
+TABLES = ("rows", "ladders", "left_out")  # of the ladder file
 
 
 class Ladder(NamedTuple):
@@ -100,51 +110,58 @@ def no_ladder(fault: str) -> Ladder:
 
 
 @functools.lru_cache
-def checked_ladder(path: Path, _content: bytes) -> Ladder:
-    """Read and check the ladder file, once as long as it does not change."""
+def checked_ladder(path: Path, content: bytes) -> Ladder:
+    """Check the content of the ladder file, once as long as it does not change."""
+    remedy = "repair it, or move it away"
     try:
-        tables = tg.read_ladder()
+        tables = tomllib.loads(content.decode("utf-8"))
         if faults := list(ladder_faults(tables)):
-            remedy = "repair it, or move it away"
             return no_ladder("\n".join(f"{path} is damaged ({text}); {remedy}" for text in faults))
-        rows, recipes = tables["rows"], tg.all_recipes()
+        recipes = tg.all_recipes()
     except UserError as error:
         return no_ladder(str(error))
+    except ValueError as error:
+        return no_ladder(f"{path} is damaged ({error}); {remedy}")
     except RecursionError:
-        return no_ladder(f"{path} is damaged (nested too deeply); repair it, or move it away")
-    return Ladder(rows, tables.get("ladders", {}), tables.get("left_out", {}), recipes)
+        return no_ladder(f"{path} is damaged (nested too deeply); {remedy}")
+    return Ladder(**{name: tables.get(name, {}) for name in TABLES}, recipes=recipes)
 
 
 def ladder_faults(tables: Mapping[str, Any]) -> Iterator[str]:
     """Say what of the ladder file is not as the scripts need it, besides the settings of rows."""
-    for name in ("ladders", "left_out"):
-        if not isinstance(found := tables.get(name, {}), dict):
-            yield f"{name} must be a table, not {shown(found)}"
-            return
-    for name, row in tables["rows"].items():
+    wrong = [name for name in TABLES if not isinstance(tables.get(name, {}), dict)]
+    for name in wrong:
+        yield f"{name} must be a table, not {shown(tables[name])}"
+    if wrong:
+        return
+    rows, ladders, left_out = (tables.get(name, {}) for name in TABLES)
+    for name, row in rows.items():
         yield from row_faults(name, row)
-    for name, members in tables.get("ladders", {}).items():
+    for name, members in ladders.items():
         if not isinstance(members, list) or not all(isinstance(row, str) for row in members):
-            yield f"ladder {name} must be a list of rows, not {shown(members)}"
-        elif unknown := [row for row in members if row not in tables["rows"]]:
-            yield f"ladder {name} names {unknown[0]!r}, which is no row"
-    for name, why in tables.get("left_out", {}).items():
+            yield f"ladder {name!r} must be a list of rows, not {shown(members)}"
+        elif unknown := [row for row in members if row not in rows]:
+            yield f"ladder {name!r} names {shown(unknown[0])}, which is no row"
+    for name, why in left_out.items():
         if not isinstance(why, str):
-            yield f"left_out.{name} must say why, not {shown(why)}"
+            yield f"left_out: {name!r} must say why, not {shown(why)}"
 
 
-def row_faults(name: str, row: Mapping[str, Any]) -> Iterator[str]:
+def row_faults(name: str, row: Any) -> Iterator[str]:
     """Say what is wrong with what a row says of itself."""
+    if not isinstance(row, dict):
+        yield f"row {name!r} must be a table, not {shown(row)}"
+        return
     for text in (name, row.get("base", ""), row.get("note", "")):
         if not is_text(text):
             yield f"row {name!r}: {shown(text)} must be a line of text without |"
     published = row.get("published", {})
     if not isinstance(published, dict):
-        yield f"row {name}: published must be a table of scores, not {shown(published)}"
+        yield f"row {name!r}: published must be a table of scores, not {shown(published)}"
         return
     for phase, score in published.items():
         if not is_text(phase) or not SCORE.holds(score):
-            yield f"row {name}: published {phase!r} is {shown(score)}, not {SCORE.text}"
+            yield f"row {name!r}: published {phase!r} is {shown(score)}, not {SCORE.text}"
 
 
 def read_ladder() -> Ladder:
@@ -251,7 +268,7 @@ def configure(
     Raises:
         UserError: a setting is wrong, or a given one is the row's.
     """
-    taken = sorted(given.keys() & {setting.upper() for setting in tg.resolve_row(name, rows())})
+    taken = sorted(given.keys() & {setting.upper() for setting in read_ladder().recipes[name]})
     rule = "is the row's to set; leave it out of --set and the environment"
     check_faults(f"{key}={given[key]!r} {rule}" for key in taken)
     env = {**given, "RECIPE": name, "SEED": seed}
@@ -345,6 +362,16 @@ def read(run: Run) -> RunLog:
     return read_log(run.log) if run.log.exists() else RunLog(run.folder.name)
 
 
+def foreign(run: Run, log: RunLog) -> str:
+    """Say which setting shows that a log is not of this run; empty if none does."""
+    values = log.events.get("config", {}).get("values", {})
+    ours = run.cfg.training_settings() | {"seed": run.seed}
+    for name in ours.keys() & values.keys():
+        if values[name] != ours[name]:
+            return f"{name.upper()}={shown(values[name])}, not {shown(ours[name])}"
+    return ""
+
+
 def state_of(run: Run, version: str | None) -> str:
     """Say from its log what became of a run.
 
@@ -352,24 +379,33 @@ def state_of(run: Run, version: str | None) -> str:
         "done", "cut off" (with a checkpoint), "new", or "other version".
 
     Raises:
-        UserError: it was made from other data, or its log is damaged.
+        UserError: it was made from other data, or its log is that of another run.
     """
     log = read(run)
+    if log.damage:
+        warn(f"{log.complaint}; the run is not finished, so it is run again")
     values = log.events.get("config", {}).get("values")
     if values is None:
-        return "new"
+        return "cut off" if log.damage and has_checkpoint(run) else "new"
     for name in ("data_path", "tokenizer_path"):
-        ours, theirs = getattr(run.cfg, name), values[name]
+        ours, theirs = getattr(run.cfg, name), values.get(name, getattr(run.cfg, name))
         if Path(ours).resolve() != Path(theirs).resolve():
             made = f"{run.folder} was made with {theirs!r}"
             fail(f"{name.upper()}={ours!r}, but {made}; name another --out")
     if version not in (None, log.get("header", "sha256")):
         return "other version"
+    if other := foreign(run, log):
+        fail(f"log {run.log} is of another run ({other}); move its folder away")
     scoring = [name for name in values if name.startswith(SCORING)]
     rescored = any(values[name] != getattr(run.cfg, name, values[name]) for name in scoring)
     if not log.why_left_out and not rescored:
         return "done"
-    return "cut off" if (run.folder / "checkpoints" / f"{run.folder.name}.pt").exists() else "new"
+    return "cut off" if has_checkpoint(run) else "new"
+
+
+def has_checkpoint(run: Run) -> bool:
+    cfg = dataclasses.replace(run.cfg, run_id=run.folder.name, out_dir=str(run.folder))
+    return any(path.exists() for path in cfg.checkpoints)
 
 
 def execute(run: Run, resume: bool, nproc: int, bar: Any) -> str:
@@ -378,7 +414,10 @@ def execute(run: Run, resume: bool, nproc: int, bar: Any) -> str:
     command = [sys.executable, *launcher * (nproc > 1), str(PROGRAM)]
     env, printed = run.env | {"RESUME": "auto" if resume else "no"}, run.folder / "printed.txt"
     run.folder.mkdir(parents=True, exist_ok=True)
-    with open(printed, "wb") as out:
+    began = time.time()
+    # Appended to: a trainer that a killed sweep left behind may still write there.
+    with open(printed, "ab") as out:
+        start = out.tell()
         streams: Any = dict(stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
         # A process group of its own: it hears of Ctrl-C from here, once.
         process = subprocess.Popen(command, env=env, process_group=0, **streams)
@@ -389,17 +428,42 @@ def execute(run: Run, resume: bool, nproc: int, bar: Any) -> str:
                 bar.refresh()
         finally:
             stop(process)
-    why = read(run).why_left_out if process.returncode == 0 else f"exit status {process.returncode}"
-    text = printed.read_text(encoding="utf-8", errors="replace")
+    why = ending(process.returncode) or wrong_log(run, began)
+    text = printed.read_bytes()[start:].decode(errors="replace")
     return f"{error_line(text)} ({why}; see {printed})" if why else ""
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
+def ending(status: int) -> str:
+    """Say how a process failed; empty if it ended well."""
+    if status < 0:
+        return f"ended by {signal.Signals(-status).name}"
+    return f"exit status {status}" if status else ""
+
+
+def wrong_log(run: Run, began: float) -> str:
+    """Say why the log of a process that ended well holds no result of it; empty if it does."""
+    log = read(run)
+    if why := log.why_left_out or foreign(run, log):
+        return f"log {run.log}: {why}"
+    old = started(log) < began - CLOCK_SECONDS
+    return f"log {run.log} is older than this run" if old else ""
+
+
+def started(log: RunLog) -> float:
+    """Return when the last start of a log began; 0 if it does not say."""
+    try:
+        return datetime.datetime.fromisoformat(log.get("header", "time")).timestamp()
+    except ValueError:
+        return 0.0
+
+
+def stop(process: subprocess.Popen[bytes], seconds: float = STOP_SECONDS) -> None:
     """End a process that still runs, and its group: first as Ctrl-C does, then by force."""
     if process.poll() is None:
         process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=60)
+        # A second Ctrl-C does not wait.
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.wait(timeout=seconds)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -450,26 +514,29 @@ class Store:
 
 
 @contextlib.contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Hold the folder, and take SIGTERM and a closed terminal as Ctrl-C.
-
-    Raises:
-        UserError: another sweep holds it.
-    """
-    out.mkdir(parents=True, exist_ok=True)
+def interruptible() -> Iterator[None]:
+    """Take SIGTERM and a closed terminal as Ctrl-C."""
     stopping = [signal.SIGTERM, signal.SIGHUP]
     caught = [n for n in stopping if signal.getsignal(n) is not signal.SIG_IGN]  # nohup stays
+    before = {name: signal.signal(name, signal.default_int_handler) for name in caught}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold the folder, interruptible; UserError: another sweep holds it."""
+    out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             fail(f"--out={out} is in use by another sweep; wait for it or name another")
-        before = {name: signal.signal(name, signal.default_int_handler) for name in caught}
-        try:
+        with interruptible():
             yield
-        finally:
-            for name, handler in before.items():
-                signal.signal(name, handler)
 
 
 Line = dict[str, Any]  # of sweep.jsonl

@@ -158,23 +158,23 @@ def differing(a: tg.Config, b: tg.Config) -> set[str]:
 
 def test_every_row_resolves_and_is_written_like_the_defaults() -> None:
     """A value of another type would give equal runs different names."""
-    rows = tg.read_ladder()["rows"]
+    rows, recipes = sweep.rows(), tg.all_recipes()
     defaults = {field.name: field.default for field in dataclasses.fields(tg.Config)}
     for name, row in rows.items():
         settings = {key: value for key, value in row.items() if key not in sweep.ABOUT}
-        assert settings.items() <= tg.resolve_row(name, rows).items(), name
+        assert settings.items() <= recipes[name].items(), name
         for key, value in settings.items():
             assert type(value) is type(defaults[key]), (name, key)
         assert row.keys() <= {"note", "published"} or name not in tg.RECIPES, name
-    assert tg.all_recipes().keys() == rows.keys() >= tg.RECIPES.keys()
+    assert recipes.keys() == rows.keys() >= tg.RECIPES.keys()
 
 
 @pytest.mark.parametrize("preset", tg.PRESETS)
 def test_every_row_holds_at_every_preset_and_has_no_size(preset: str) -> None:
     sizes = {name for values in tg.PRESETS.values() for name in values} | {"iterations", "seed"}
-    rows = sweep.rows()
-    for name, row in rows.items():
-        cfg, settings = config(name, preset), tg.resolve_row(name, rows)
+    recipes = tg.all_recipes()
+    for name, row in sweep.rows().items():
+        cfg, settings = config(name, preset), recipes[name]
         assert {key: getattr(cfg, key) for key in settings} == settings
         assert (cfg.recipe, cfg.preset) == (name, preset)
         assert not settings.keys() & sizes
@@ -182,7 +182,7 @@ def test_every_row_holds_at_every_preset_and_has_no_size(preset: str) -> None:
 
 
 def test_every_published_name_is_a_row_with_its_score_or_is_left_out_with_a_reason() -> None:
-    left_out = tg.read_ladder()["left_out"]
+    left_out = sweep.read_ladder().left_out
     for name, score in PUBLISHED:
         assert (name in sweep.rows()) != (name in left_out), name
         assert score is None or score in sweep.rows()[name]["published"].values(), name

@@ -42,7 +42,10 @@ out = pathlib.Path(os.environ["OUT_DIR"])
 (out / "logs").mkdir(parents=True)
 heads = sorted(path.name for path in pathlib.Path(os.environ["DATA_PATH"]).iterdir())
 events = [
-    dict(event="header", sha256=hashlib.sha256(source.encode()).hexdigest()),
+    dict(event="header", sha256=hashlib.sha256(source.encode()).hexdigest(), machine="m", time="t"),
+    dict(event="config", source={{}},
+         values=dict(recipe="direct", preset="cpu", seed=1, data_path="x")),
+    dict(event="size", total_bytes=2, code_bytes=1, model_bytes=1),
     dict(event="final", loss=3.0, bpb=2.0),
     dict(event="done", steps=int(os.environ["ITERATIONS"])),
 ]
@@ -285,7 +288,7 @@ def test_a_log_that_embeds_another_program_than_its_header_says_is_refused(recor
 
 def test_a_run_that_was_resumed_by_another_program_is_refused(record: Record) -> None:
     path = record.logs / "direct_42.jsonl"
-    first = json.dumps({"event": "header", "sha256": "0" * 64, "time": "x"})
+    first = json.dumps({"event": "header", "sha256": "0" * 64, "time": "x", "machine": "m"})
     path.write_text(f"{first}\n{path.read_text(encoding='utf-8')}", encoding="utf-8")
     assert f"its header says {'0' * 64}; both must be one program" in record.refused()
 
@@ -302,6 +305,23 @@ def test_mixed_seeds_are_refused_and_the_settings_named(record: Record) -> None:
 def test_mixed_machines_are_refused(record: Record) -> None:
     record.change(42, "header", torch="2.9.0")
     assert "mixed settings: header torch is '2.13.0' (seed 1337), '2.9.0'" in record.refused()
+
+
+@pytest.mark.parametrize("name", ["data", "tokenizer"])
+def test_seeds_of_other_data_or_another_tokenizer_are_refused(record: Record, name: str) -> None:
+    for seed, digest in zip(SEEDS, ("aa", "aa", "bb"), strict=True):
+        events = record.events(seed)
+        record.write(seed, events | {"data": {f"{name}_sha256": digest}})
+    row = f"SHA-256 of {name} is 'aa' (seed 1337), 'aa' (seed 42), 'bb' (seed 2026)"
+    assert f"mixed settings: {row}" in record.refused()
+    record.write(2026, record.events(2026))
+    assert "'unknown' (seed 2026)" in record.refused()
+
+
+@pytest.mark.parametrize("text", ["", "x", "[]", '{"files": 3}', '{"files": {"a": 1}}', "[" * 9999])
+def test_a_damaged_manifest_is_named(record: Record, text: str) -> None:
+    (record.data / "manifest.json").write_text(text, encoding="utf-8")
+    assert f"{record.data / 'manifest.json'} is damaged (" in record.refused()
 
 
 def test_too_many_bytes_are_refused(record: Record) -> None:
@@ -380,7 +400,7 @@ def test_a_damaged_log_is_named(record: Record) -> None:
     path = record.logs / "direct_42.jsonl"
     good = path.read_text(encoding="utf-8")
     path.write_text(good.replace('"event": "size"', '"event": size'), encoding="utf-8")
-    assert f"log {path}, line 3: not an event" in record.refused()
+    assert f"log {path}, line 3: not JSON from character 11 on" in record.refused()
     path.write_text(good.replace('"code_bytes"', '"code"'), encoding="utf-8")
     assert "no code_bytes in a size event" in record.refused()
     path.write_text(good + '{"event": "tr', encoding="utf-8")  # cut off after `done`: nothing lost

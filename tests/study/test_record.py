@@ -157,7 +157,7 @@ def test_the_checkpoint_is_that_of_a_finished_run_of_this_protocol(tmp_path: Pat
         cfg = dataclasses.replace(cfg, run_id=run_id, out_dir=str(tmp_path))
         log = tg.Log(cfg, 0, continued=False)
         log.event("config", table="", values=dataclasses.asdict(cfg), source=source)
-        made[name] = tmp_path / run_id / "checkpoints" / f"{run_id}.pt"
+        made[name] = tmp_path / run_id / "checkpoints" / cfg.checkpoints[0].name
         made[name].parent.mkdir(parents=True)
         made[name].touch()
     assert len(set(made.values())) == 3
@@ -216,6 +216,6 @@ def test_a_step_that_fails_ends_it(
     argv = ["8xh100", "--rehearse", "--baselines", "", "--out", str(tmp_path / "out")]
     status, out, err = outcome(record.main, argv, capsys)
     assert (status, out) == (2, "")
-    assert "sweep.py ended with status 2" in err
+    assert "sweep.py: exit status 2, see above" in err
     assert not (tmp_path / "out" / "README.md").exists()  # the steps after it are not taken
     assert {how.preset for how in record.PROTOCOLS.values()} <= set(tg.PRESETS)

@@ -33,6 +33,9 @@ with open(here.with_name("calls"), "a") as calls:
     print(name[:-9], os.environ["RESUME"], file=calls)
 orders = json.loads(here.with_name("orders").read_text())
 order = orders.get(name[:-9], "finish")
+if order == "locked":
+    print("error: OUT_DIR is in use by process 7", file=sys.stderr)
+    sys.exit(2)
 if order == "crash":
     sys.exit("ValueError: no memory")
 (out / "logs").mkdir(parents=True, exist_ok=True)
@@ -44,14 +47,20 @@ def event(kind, **values):
 
 (out / "logs" / (name + ".txt")).write_text("the log")
 (out / "logs" / "recipe").write_text(os.environ["RECIPE"])
-event("header", machine="m", world_size=1, sha256=hashlib.sha256(here.read_bytes()).hexdigest())
+event("header", machine="m", world_size=1, time=time.strftime("%FT%TZ", time.gmtime()),
+      sha256=hashlib.sha256(here.read_bytes()).hexdigest())
 paths = {key: os.environ[key.upper()] for key in ("data_path", "tokenizer_path")}
-event("config", values=paths | {"nelbo_samples": int(os.environ.get("NELBO_SAMPLES", 8)),
-                                "seed": seed})
+values = paths | {"nelbo_samples": int(os.environ.get("NELBO_SAMPLES", 8)), "seed": seed}
+values |= {"recipe": os.environ["RECIPE"], "preset": "cpu"}
+if order == "other seed":
+    values["seed"] = seed + 1
+event("config", values=values, source={})
 event("train", step=3)
-if order in ("die", "hang"):
+if order in ("die", "hang", "killed"):
+    if order == "killed":
+        os.kill(os.getpid(), 9)
     (out / "checkpoints").mkdir(exist_ok=True)
-    (out / "checkpoints" / (name + ".pt")).touch()
+    (out / "checkpoints" / (name + "SUFFIX")).touch()
     here.with_name("running").write_text(str(os.getpid()))
     if order == "hang":
         time.sleep(60)
@@ -60,8 +69,11 @@ if order == "error":
     print("error: loss is not finite\\nerror: another rank was lost", file=sys.stderr)
     event("error", reason="loss is not finite")
     sys.exit(2)
-event("size", total_bytes=1000 + seed)
+event("size", total_bytes=1000 + seed, code_bytes=10, model_bytes=990 + seed)
 event("final", val_loss=1.0, val_bpb=float(os.environ["RECIPE"] == "ar") + seed / 100)
+if order == "stale":
+    text = open(out / "logs" / (name + ".jsonl")).read()
+    (out / "logs" / (name + ".jsonl")).write_text(text.replace('"time": "20', '"time": "10'))
 event("nelbo", window=16, bpb=3.0 + seed / 100, standard_error=0.1)
 event("nelbo", window=1, bpb=2.5, standard_error=0.0)
 event("parallel_eval", task="infill", steps=1, span=8, mode="refine", token_acc=0.25,
@@ -69,6 +81,10 @@ event("parallel_eval", task="infill", steps=1, span=8, mode="refine", token_acc=
 if order != "no result":
     event("done", steps=7, train_seconds=1.5, peak_memory_mib=30)
 """
+
+
+SUFFIX = tg.Config().checkpoints[0].suffix
+STAND_IN = STAND_IN.replace("SUFFIX", SUFFIX)
 
 
 class Bench:
@@ -260,7 +276,8 @@ def test_a_run_that_died_under_another_version_starts_afresh(bench: Bench) -> No
     [
         ("error", "loss is not finite (exit status 2"),
         ("crash", "ValueError: no memory (exit status 1"),
-        ("no result", "nothing printed (unfinished, last logged step 3"),
+        ("no result", "nothing printed (log "),
+        ("killed", "nothing printed (ended by SIGKILL"),
     ],
 )
 def test_a_failure_is_recorded_and_the_next_run_starts(bench: Bench, order: str, said: str) -> None:
@@ -279,6 +296,54 @@ def test_a_failure_is_recorded_and_the_next_run_starts(bench: Bench, order: str,
     assert [call.split()[0] for call in bench.calls()] == ["ar_1"]
 
 
+def test_a_log_of_another_run_is_never_credited_to_a_run(bench: Bench) -> None:
+    bench.order(ar_1="other seed")
+    end, out = bench.run(*PAIR, code=1)
+    assert "SEED=2, not 1" in end["failed"][0]["error"]
+    assert end["rows"]["ar"] == {"val_bpb": 1.02, "std": None, "n": 1}
+    bench.calls()
+    _, out = bench.run(*PAIR, code=2)  # nor is it by the next sweep, which starts nothing
+    (log,) = bench.folder("ar_1").glob("logs/*.jsonl")
+    assert f"error: log {log} is of another run (SEED=2, not 1); move its folder away" in out
+    assert bench.calls() == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeros", "header"])
+def test_a_run_whose_log_is_damaged_is_run_again(bench: Bench, damage: str) -> None:
+    bench.run(*PAIR)
+    bench.calls()
+    (log,) = bench.folder("ar_1").glob("logs/*.jsonl")
+    lines = log.read_bytes().splitlines(keepends=True)
+    lines[3:4] = {"cut": [lines[3][:-9]], "zeros": [bytes(40), lines[3]]}.get(damage, lines[3:4])
+    log.write_bytes(b"".join(lines[damage == "header" :]))
+    end, out = bench.run(*PAIR)
+    assert bench.calls() == ["ar_1 no"]
+    assert f"warning: log {log}, line " in out
+    assert (end["skipped"], end["rows"]["ar"]["n"]) == (3, 2)
+
+
+def test_a_log_that_is_older_than_the_run_is_never_its_result(bench: Bench) -> None:
+    bench.order(ar_1="stale")
+    end, _ = bench.run("ar", "--seeds", "1", code=1)
+    assert "is older than this run" in end["failed"][0]["error"]
+    assert end["rows"] == {}
+
+
+def test_what_a_leftover_trainer_prints_is_kept_and_its_lock_is_reported(bench: Bench) -> None:
+    bench.order(ar_1="locked")
+    _, out = bench.run("ar", "--seeds", "1", code=1)
+    folder = bench.folder("ar_1")
+    assert "ar seed 1: OUT_DIR is in use by process 7 (exit status 2" in out
+    with open(folder / "printed.txt", "a", encoding="utf-8") as leftover:
+        print("error: of before", file=leftover, flush=True)
+        _, out = bench.run("ar", "--seeds", "1", code=1)
+        assert "ar seed 1: OUT_DIR is in use by process 7 (exit status 2" in out
+        print("still at work", file=leftover)
+    said = ["error: OUT_DIR is in use by process 7", "error: of before"]
+    printed = (folder / "printed.txt").read_text(encoding="utf-8").splitlines()
+    assert printed == [*said, said[0], "still at work"]
+
+
 def test_a_stale_log_is_never_taken_for_a_result(bench: Bench) -> None:
     bench.run("ar")
     bench.program.write_text(STAND_IN + "# changed\n", encoding="utf-8")
@@ -292,7 +357,7 @@ def test_other_scoring_scores_the_finished_weights_again(bench: Bench) -> None:
     bench.calls()
     checkpoints = bench.folder("ar_1337") / "checkpoints"
     checkpoints.mkdir()
-    (checkpoints / f"{checkpoints.parent.name}.pt").touch()
+    (checkpoints / f"{checkpoints.parent.name}{SUFFIX}").touch()
     bench.run("ar", "--set", "NELBO_SAMPLES=9")
     bench.run("ar", "--set", "NELBO_SAMPLES=9")
     assert bench.calls() == ["ar_1337 auto"]
@@ -325,9 +390,6 @@ def test_damaged_files_are_named(bench: Bench) -> None:
     (bench.out / "sweep.jsonl").write_text('{"row": "ar"}\n', encoding="utf-8")
     assert f"{bench.out / 'sweep.jsonl'} is damaged" in bench.run("ar", code=2)[1]
     (bench.out / "sweep.jsonl").unlink()
-    (log,) = bench.folder("ar_1337").glob("logs/*.jsonl")
-    log.write_text("x\n" + log.read_text(encoding="utf-8"), encoding="utf-8")
-    assert f"log {log}, line 1: not an event" in bench.run("ar", code=2)[1]
 
 
 def started(path: Path) -> int:
@@ -400,7 +462,7 @@ def test_an_interrupted_sweep_ends_its_run_and_says_how_to_resume(
          "--set SEED=3: a sweep sets SEED itself; use rows, --seeds and --out"),
         (["ar", "--set", "MODEL_DIM=7"], "MODEL_DIM=7 must be a multiple of 2 x NUM_HEADS=4"),
         (["ar", "--seeds", "1,x"], "SEED='x' must be a whole number (rows: ar)"),
-        (["ar", "--steps", "0"], "ITERATIONS=0 must be in [1, inf]"),
+        (["ar", "--steps", "0"], "ITERATIONS=0 must be in [1, "),
         (["ar", "--nproc", "3"], "--nproc=3 must divide MICRO_BATCHES=4"),
         (["direct", "bd3_4", "--set", "DIFFUSION_WINDOWS=8"],
          "DIFFUSION_WINDOWS='8' is the row's to set; leave it out of --set and the environment "
@@ -423,9 +485,9 @@ def test_a_damaged_ladder_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch
         ("[rows.td_control\n", f"{path} is damaged ("),
         ("rows = 5\n", f"{path} is damaged ("),
         ("ladders = 5\n", f"{path} is damaged (ladders must be a table, not 5); repair it"),
-        ("[rows.ar]\nbeta1 = 0.5\n", f"{path}, ar: beta1: the recipe is built in; rename the row"),
+        ("[rows.ar]\nbeta1 = 0.5\n", f"{path}: ar: the recipe is built in; rename the row"),
         ("[rows.x]\nbase = 'ar'\nbeta = 0.5\n[ladders]\nar = ['x']\n",
-         f"{path}, x: beta is not a setting; closest: beta2"),
+         f"{path}: x: beta is not a setting; closest: beta2"),
     ):  # fmt: skip
         path.write_text(text, encoding="utf-8")
         assert f"error: {said}" in bench.run("ar", code=2)[1]
