@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
@@ -131,6 +132,22 @@ def names(text: str) -> list[str]:
     return list(dict.fromkeys(text.split(",")))
 
 
+def argument_text(text: str, option: str) -> str:
+    """Return the text of an option, which may be UTF-8 in a terminal of another encoding.
+
+    Raises:
+        UserError: it is no UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(text).decode("utf-8")
+        except UnicodeError:
+            fail(f"the text of {option} is not valid UTF-8; convert it")
+    return text
+
+
 def check_outputs(args: argparse.Namespace) -> None:
     """Find out before a long run that a result cannot be written.
 
@@ -221,13 +238,16 @@ def open_tokenizer(
     """
     import train_gpt as tg
 
-    counter = tg.ByteCounter(dataclasses.replace(artifact.model.cfg, tokenizer_path=str(path)))
-    if counter.sha256 != artifact.tokenizer_sha256:
+    try:
+        sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        fail(f"{option}{path} cannot be read ({error.strerror}); {remedy}")
+    if sha256 != artifact.tokenizer_sha256:
         fail(
-            f"{option}{path} (SHA-256 {counter.sha256[:12]}) is not the tokenizer {artifact.path} "
+            f"{option}{path} (SHA-256 {sha256[:12]}) is not the tokenizer {artifact.path} "
             f"was trained with ({artifact.tokenizer_sha256[:12]}); {remedy}"
         )
-    return counter
+    return tg.ByteCounter(dataclasses.replace(artifact.model.cfg, tokenizer_path=str(path)))
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -265,14 +265,14 @@ class Decompressed(io.RawIOBase):
 
 
 def compression_of(path: Path, head: bytes) -> Compression | None:
-    """Find the compressed form of a file; UserError: its name says one and its content does not."""
+    """Find the compressed form of a file; Damage: its name says one and its content does not."""
     for form in COMPRESSIONS:
         if form.magic.match(head):
             return form
     for form in COMPRESSIONS:
         if path.name.lower().endswith(form.suffixes):
-            held = "is empty" if not head else f"does not begin as {form.name} data"
-            fail(f"{path} {held}; copy or compress it again, or rename it if it is not compressed")
+            wrong = f"its name says {form.name}, but it does not begin so"
+            raise Damage(wrong if head else "it is empty")
     return None
 
 
@@ -297,29 +297,31 @@ class Reading:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.line = 0  # the last one that was read
+        self.line: int | None = None  # the last one that was read, of JSON
 
     def documents(self) -> Iterator[Document]:
         """Yield the documents of the file; UserError: it cannot be read to its end."""
-        with self.faults():
-            is_json = self.is_json()
-            with open_content(self.path) as file:
-                yield from self.json(file) if is_json else self.text(file)
-
-    @contextlib.contextmanager
-    def faults(self) -> Iterator[None]:
-        """Raise UserError where the file cannot be read."""
         try:
-            yield
+            if self.is_json():
+                self.line = 0
+            with open_content(self.path) as file:
+                yield from self.text(file) if self.line is None else self.json(file)
         except (OSError, Damage) as error:
-            after = f" after line {self.line:,}" if self.line else ""
+            after = "" if self.line is None else f" after line {self.line:,}"
             remedy = "check its permissions" if isinstance(error, OSError) else "copy it again"
             fail(f"{self.path} cannot be read{after} ({reason(error)}); {remedy} or leave it out")
 
+    def head(self) -> bytes:
+        """Read how the file begins, as far as it can be read."""
+        head = b""
+        with contextlib.suppress(OSError, Damage), open_content(self.path) as file:
+            while len(head) < HEAD and (part := file.read1(HEAD)):
+                head += part
+        return head
+
     def is_json(self) -> bool:
         """Do name or content say that the file holds JSON? UserError: neither that nor text."""
-        with self.faults(), open_content(self.path) as file:
-            head = file.read(HEAD)
+        head = self.head()
         refuse_foreign(self.path, head)
         name = self.path.name.lower()
         for form in COMPRESSIONS:
@@ -331,45 +333,51 @@ class Reading:
     def text(self, file: IO[bytes]) -> Iterator[Document]:
         """Yield the whole file as one document."""
         place = str(self.path)
-        yield Document(drop_marks(self.decode(file.read(), place)), place)
-
-    def decode(self, data: bytes, place: str) -> str:
-        """Decode UTF-8; UserError: it is none."""
         try:
-            return data.decode("utf-8")
+            yield Document(drop_marks(file.read().decode("utf-8")), place)
         except UnicodeDecodeError as error:
-            where = f"{place} is not UTF-8 text (byte {error.start:,})"
-            fail(f"{where}; convert it, or leave it out of GLOB")
+            remedy = "convert it, or leave it out of GLOB"
+            fail(f"{place} is not UTF-8 text (byte {error.start}); {remedy}")
 
     def lines(self, file: IO[bytes]) -> Iterator[Document]:
         """Yield every line that is not blank, and its place."""
-        for line in file:
-            self.line += 1
+        for self.line, line in enumerate(file, start=1):
             place = f"{self.path}, line {self.line}"
             text = self.decode(line, place).lstrip(BYTE_ORDER_MARK)
             if text.strip():
                 yield Document(text, place)
+
+    def decode(self, data: bytes, place: str) -> str:
+        """Decode JSON; UserError: it is not UTF-8."""
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            fail(f"{place}: not JSON (not UTF-8, byte {error.start}); convert the file to UTF-8")
 
     def json(self, file: IO[bytes]) -> Iterator[Document]:
         """Yield the text fields of JSON: an object a line, or one value over many lines."""
         lines = self.lines(file)
         for first in lines:
             if begins_a_value(first.text):
-                yield from self.one_value(first.text, file)
+                yield from self.one_value(first, file)
             else:
                 yield text_field(parse(*first), first.place)
             break
         for line in lines:
             yield text_field(parse(*line), line.place)
 
-    def one_value(self, first: str, file: IO[bytes]) -> Iterator[Document]:
+    def one_value(self, first: Document, file: IO[bytes]) -> Iterator[Document]:
         """Yield the text fields of one JSON value that begins with a line."""
-        before = self.line - 1
-        value = parse(first + self.decode(file.read(), str(self.path)), str(self.path), before)
+        before = (self.line or 1) - 1
+        rest = self.decode(file.read(), f"{self.path}, after line {before + 1}")
+        value = parse(first.text + rest, str(self.path), before)
         if not isinstance(value, list):
             yield text_field(value, str(self.path))
             return
         for number, item in enumerate(value, start=1):
+            if not isinstance(item, dict):
+                held = f"holds a list whose item {number} is a {type(item).__name__}"
+                fail(f"{first.place}: {held}; {JSON_RULE}")
             yield text_field(item, f"{self.path}, item {number}")
 
 

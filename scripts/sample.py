@@ -20,7 +20,6 @@ import itertools
 import os
 import sys
 import time
-import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
@@ -37,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
 from scripts.common import (
     Parser,
+    argument_text,
     autocast,
     fail,
     load_artifact,
@@ -47,6 +47,7 @@ from scripts.common import (
     run_command,
     warn,
 )
+from scripts.process import visible
 from scripts.sample_page import SPACE_MARK, Cell, Recording, join, page, spell
 
 DEFAULT_TOKENS, DEMO_TOKENS = 64, 24
@@ -140,6 +141,7 @@ def faults(args: argparse.Namespace) -> Iterator[tuple[object, str]]:
     folder = args.html.parent if args.html else Path()
     missing = f"--html={args.html}: there is no folder {folder}; make it, or name another"
     yield not folder.is_dir(), missing
+    yield args.html and args.html.is_dir(), f"--html={args.html} cannot be written: a folder"
 
 
 def edit_faults(args: argparse.Namespace) -> Iterator[tuple[object, str]]:
@@ -182,7 +184,8 @@ def load(
         from scripts.finetune import load_adapter
 
         load_adapter(adapter, model, path)
-    file, remedy = tokenizer or Path(model.cfg.tokenizer_path), "name that one: --tokenizer MODEL"
+    file = tokenizer or Path(model.cfg.tokenizer_path)
+    remedy = "name that one: --tokenizer MODEL"
     if not file.is_file():
         fail(f"tokenizer {file} is not there; name the one {path} was trained with: {remedy}")
     counter = open_tokenizer(artifact, file, "tokenizer ", remedy)
@@ -218,14 +221,20 @@ def encode(tokenizer: spm.SentencePieceProcessor, text: str, continues: bool = F
 def read_prompt(args: argparse.Namespace) -> str:
     """Return the prompt of --prompt, --prompt-file or standard input; nothing from a terminal."""
     if args.prompt is not None:
-        return str(args.prompt)
+        return argument_text(args.prompt, "--prompt")
+    name, remedy = args.prompt_file or "standard input", "name a UTF-8 text file"
     try:
         if args.prompt_file is not None:
-            return bytes.decode(args.prompt_file.read_bytes())
-        return "" if sys.stdin.isatty() else sys.stdin.read()
-    except (OSError, UnicodeDecodeError) as error:
-        named = args.prompt_file or "standard input"
-        fail(f"the prompt in {named} cannot be read ({error}); name a UTF-8 text file")
+            data = args.prompt_file.read_bytes()
+        elif sys.stdin is None:
+            fail("standard input is closed; give --prompt TEXT or --prompt-file PATH")
+        else:
+            data = b"" if sys.stdin.isatty() else sys.stdin.buffer.read()
+        return bytes.decode(data, "utf-8").removeprefix("\ufeff")  # a byte order mark
+    except OSError as error:
+        fail(f"the prompt in {name} cannot be read ({error.strerror or error}); {remedy}")
+    except UnicodeDecodeError as error:
+        fail(f"the prompt in {name} is not UTF-8 (byte {error.start}); {remedy}")
 
 
 # ==============================================================================
@@ -234,9 +243,8 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def printable(text: str) -> str:
-    """Replace control characters but line ends, which could control a terminal; tabs by spaces."""
-    spaced = text.replace("\t", "    ")
-    return "".join("\ufffd" if c != "\n" and unicodedata.category(c) == "Cc" else c for c in spaced)
+    """Escape what could control a terminal; write tabs as spaces."""
+    return visible(text.replace("\t", "    "))
 
 
 def colour(p: float) -> str:
@@ -491,8 +499,8 @@ def revision(
 
 
 def show(title: str, text: str) -> None:
-    """Print a text under its title."""
-    print(f"--- {title}\n{text}")
+    """Print a text under its title: on a terminal escaped where it could control it."""
+    print(f"--- {title}\n{visible(text) if sys.stdout.isatty() else text}")
 
 
 GUARDED = {
@@ -599,7 +607,7 @@ def demo(at: Loaded, args: argparse.Namespace) -> Shown:
 
 def sample(at: Loaded, args: argparse.Namespace) -> Shown:
     """Continue, infill or revise the prompt, and show before and after."""
-    text, after = read_prompt(args), args.suffix or ""
+    text, after = read_prompt(args), argument_text(args.suffix or "", "--suffix")
     prompt, suffix = encode(at.tokenizer, text), encode(at.tokenizer, after, continues=True)
     room = at.cfg.train_seq_len - 1 - len(prompt) - len(suffix)
     count = args.tokens or max(min(DEFAULT_TOKENS, room), 1)

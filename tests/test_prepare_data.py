@@ -159,6 +159,7 @@ def test_the_manifest_counts_what_the_shards_hold(stdlib: Path, tmp_path: Path) 
             "documents": len(texts),
             "tokens": len(tokens_of(out, split)),
             "bytes": sum(len(text.encode()) for text in texts),
+            "counted_bytes": sum(len(text.encode()) for text in texts),
         }
         assert manifest["splits"][split] == expected
     for name, row in manifest["files"].items():

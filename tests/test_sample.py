@@ -29,9 +29,9 @@ from tests.conftest import (
     HARD_TEXTS,
     IDENTITY,
     Called,
-    Recorder,
     Tokenizers,
     facts,
+    make_run,
     outcome,
     randomise,
     tiny,
@@ -43,9 +43,13 @@ PROMPT = "def f(x):\n    "
 
 def export(data: dict[str, Any], path: Path, recipe: str = "direct") -> Path:
     cfg = tiny(recipe, **data, train_seq_len=64, train_batch_tokens=256)
-    tg.save_artifact(
-        path, randomise(tg.GPT(cfg)).state_dict(), cfg, tg.ByteCounter(cfg).sha256, Recorder()
-    )
+    return save(cfg, path)
+
+
+def save(cfg: tg.Config, path: Path) -> Path:
+    run = make_run(cfg)
+    run.identity = {"tokenizer_sha256": tg.ByteCounter(cfg).sha256}
+    tg.save_artifact(path, randomise(tg.GPT(cfg)).state_dict(), run)
     return path
 
 
@@ -239,10 +243,10 @@ def test_a_terminal_is_redrawn_in_place(at: sample.Loaded, monkeypatch: pytest.M
         screen(name, cells)
     screen.close()
     frame = screen.frame(*frames[1])
-    shown = "\ufffd[2Jba = (1,↵\n    日本) # " + "x" * 60 + "\nc"
+    shown = "\\x1b[2Jba = (1,↵\n    日本) # " + "x" * 60 + "\nc"
     assert frame.plain == f"--- pass 1: 0 of {len(done)} tokens masked\n{shown}"
     written = stream.getvalue()
-    assert "[2J" in written
+    assert "\\x1b[2J" in written
     assert "\x1b[2J" not in written  # a model cannot steer the terminal
     assert re.search(r"\x1b\[\d*A", written)  # the cursor moves up, so the first frame is gone
     last = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", written[written.rindex("--- pass 1") :])
@@ -472,13 +476,13 @@ def test_an_artifact_without_its_library_is_named(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Any
 ) -> None:
     cfg = tiny(**data, train_seq_len=64, train_batch_tokens=256, export_scheme="int6+zstd")
-    path, sha256 = tmp_path / "final_model.int6.ptz", tg.ByteCounter(cfg).sha256
-    tg.save_artifact(path, randomise(tg.GPT(cfg)).state_dict(), cfg, sha256, Recorder())
+    path = save(cfg, tmp_path / "final_model.int6.ptz")
     assert facts(call("--prompt", "x", "--tokens", "2", artifact=path))["mode"] == "ar"
-    monkeypatch.setitem(sys.modules, "zstandard", None)
+    monkeypatch.setattr(tg, "zstandard", None)
     status, _, err = call("--prompt", "x", artifact=path)
     assert status == 2
-    assert err.startswith(f"error: artifact {path} needs zstandard")
+    assert f"{path}" in err
+    assert "needs zstandard: pip install zstandard" in err
 
 
 def test_another_tokenizer_is_refused(call: Callable[..., Called], tokenizers: Tokenizers) -> None:
