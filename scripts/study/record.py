@@ -184,12 +184,10 @@ def checkpoint(args: argparse.Namespace, env: Mapping[str, str]) -> Path:
 
 
 def check(args: argparse.Namespace, env: Mapping[str, str]) -> None:
-    """Raise UserError, before a download, if devices, a library or a compiler is missing."""
+    """Raise UserError, before a download, if devices or a library are missing."""
     settings, wanted = settings_of(args, env), PROTOCOLS[args.protocol].nproc
     cfg = record_config(env, **settings)
-    if cfg.preset == "cpu":
-        tg.use_compile(cfg, tg.CPU)
-    elif (found := torch.cuda.device_count()) < wanted:
+    if cfg.preset != "cpu" and (found := torch.cuda.device_count()) < wanted:
         rule = f"needs {wanted} CUDA device{'s' if wanted > 1 else ''}, {found} found"
         fail(f"PROTOCOL={args.protocol} {rule}; run it there, or try the path with --rehearse")
 

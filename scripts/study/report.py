@@ -649,7 +649,7 @@ def recipes(args: argparse.Namespace) -> tuple[list[RunLog], dict[Block, str]]:
     """Read the logs of the ladder; without one, README.md needs no place for their table."""
     runs = read_logs(args.ladder) if args.ladder.exists() else []
     readme = ""
-    if args.readme.exists():
+    if args.readme.is_file():
         readme = args.readme.read_bytes().decode(errors="replace")  # only lines are looked for
     if not runs and not any(line in readme for line in RECIPES):
         return [], {}

@@ -408,13 +408,12 @@ def read_line(run: RunLog, number: int, line: bytes) -> None:
     try:
         run.add(parse_event(line))
     except ValueError as error:
-        mixed = isinstance(error, MixedRunsError)
+        run.mixed = run.mixed or isinstance(error, MixedRunsError)
         why = f"line {number}: {'cut off: ' * cut}{error}"
-        if cut and not mixed and "done" in run.events and not run.damage:
+        if cut and "done" in run.events and not (run.mixed or run.damage):
             run.tail = why
-        elif mixed and not run.mixed:
-            run.mixed, run.damage = True, why
-        run.damage = run.damage or ("" if run.tail else why)
+        else:
+            run.damage = run.damage or why
     if len(run.hashes) > starts and run.damage and not run.mixed:
         run.notes.append(run.damage)
         run.damage = ""

@@ -170,18 +170,6 @@ def test_the_checkpoint_is_that_of_a_finished_run_of_this_protocol(tmp_path: Pat
         assert record.checkpoint(args, env) == made["mine"]
 
 
-def test_a_machine_without_a_compiler_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setenv("PATH", "")
-    status, out, err = outcome(record.main, ["cpu"], capsys)
-    assert (status, out) == (2, "")
-    assert "COMPILE=1 needs a C++ compiler (no-such-compiler or clang++); install one" in err
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_plan_runs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

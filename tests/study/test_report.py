@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import train_gpt as tg
 from scripts.study import report, runlog
 from tests.conftest import ROOT
 
@@ -367,23 +369,267 @@ def test_no_log_is_not_an_error(project: Project) -> None:
     assert project.measured() == {"measured_here": None, "decode_benchmark_here": None}
 
 
-def test_faults_are_named(project: Project) -> None:
-    path = project.log("a", events())
-    good = path.read_text(encoding="utf-8")
-    path.write_text(good.replace('"event": "data"', '"event": data'), encoding="utf-8")
-    assert f"log {path}, line 4: not an event" in project.run(code=2)
-    path.write_text(good.replace('{"event": "data"', '{"evnt": "data"'), encoding="utf-8")
-    assert "line 4: not an event (KeyError: 'event')" in project.run(code=2)
-    project.log("a", [event for event in events() if event["event"] != "size"])
-    assert "log a: no total_bytes in a size event" in project.run(code=2)
-    path.unlink()
+def test_faults_of_files_that_are_no_logs_are_named(project: Project) -> None:
     project.readme.write_text("no markers", encoding="utf-8")
-    assert "needs the lines <!-- results --> and <!-- /results -->" in project.run(
-        "--write", code=2
-    )
-    project.results.unlink(missing_ok=True)
+    needed = "needs the lines <!-- results --> and <!-- /results -->"
+    assert needed in project.run("--write", code=2)
+    project.log("a", events())
+    project.readme.write_bytes(b"# \xff\n<!-- results -->\n<!-- /results -->\n")
+    assert "2.0000" in project.run()  # nothing of README.md is needed
+    assert f"error: {project.readme} is no UTF-8 text" in project.run("--write", code=2)
+    assert not project.submission.exists()
+    assert f"differs: {project.readme} is no UTF-8 text" in project.run("--check", code=1)
+    project.readme.unlink()
+    project.readme.mkdir()
+    assert f"error: {project.readme} cannot be read" in project.run("--write", code=2)
+    for text in (b"\xff", b"[" * 99_999, b"[]", b'{"a": NaN}', b'{"val_bpb": 1e999}', b""):
+        project.submission.write_bytes(text)
+        assert f"differs: {project.submission}" in project.run("--check", code=1)
+    for path in (project.root / "logs").iterdir():
+        path.unlink()
     (project.root / "logs").rmdir()
     assert "is not a folder" in project.run(code=2)
+
+
+def with_line(number: int, line: bytes) -> bytes:
+    """A log in which one line, from 0, is another one."""
+    lines = [json.dumps(event).encode() + b"\n" for event in events(seed=2, bpb=9.0)]
+    return b"".join([*lines[:number], line, *lines[number + 1 :]])
+
+
+def changed(kind: str, **values: Any) -> bytes:
+    """A log in which one event has other values."""
+    lines = [e | values if e["event"] == kind else e for e in events(seed=2, bpb=9.0)]
+    return b"".join(json.dumps(event).encode() + b"\n" for event in lines)
+
+
+def without(kind: str, key: str) -> bytes:
+    """A log in which one event lacks a value."""
+    lines = events(seed=2, bpb=9.0)
+    for event in lines:
+        if event["event"] == kind:
+            event.pop(key, None)
+    return b"".join(json.dumps(event).encode() + b"\n" for event in lines)
+
+
+TWO_RUNS = [
+    *events(seed=2, bpb=9.0)[:3],
+    *events(seed=3, bpb=8.0)[:3],
+    *events(seed=2, bpb=9.0)[3:],
+]
+DAMAGED = {
+    "cut": (with_line(5, b'{"event": "si\n'), "line 6: not JSON from character "),
+    "joined": (with_line(5, b'{"event": "si'), "line 6: not JSON from character "),
+    "cut off": (with_line(13, b'{"event": "do'), "line 14: cut off: not JSON"),
+    "zeros": (with_line(4, bytes(4096) + b"\n"), "line 5: not JSON from character 1 on"),
+    "no header": (with_line(0, b""), "line 1: no header before it: the first lines are lost"),
+    "empty": (b"", ": it is empty"),
+    "blank": (b"\n \n\n", ": it is empty"),
+    "not UTF-8": (with_line(4, b'{"event": "\xff"}\n'), "line 5: 'utf-8' codec can't decode"),
+    "half a character": (changed("header", machine="\ud800"), "line 1: 'utf-8' codec can't encode"),
+    "nested": (with_line(4, b"[" * 99_999 + b"\n"), "line 5: nested too deeply"),
+    "list": (with_line(4, b"[1]\n"), "line 5: not a JSON object"),
+    "no event": (with_line(4, b'{"row": "x"}\n'), "line 5: it does not say which event it is"),
+    "event is a number": (with_line(4, b'{"event": 4}\n'), "line 5: it does not say which event"),
+    "name twice": (
+        with_line(6, b'{"event": "final", "val_bpb": 9.0, "val_bpb": 1.0}\n'),
+        "line 7: a name stands twice in it",
+    ),
+    "NaN": (with_line(6, b'{"event": "final", "bpb": NaN, "loss": 1}\n'), "NaN is no number"),
+    "infinity": (with_line(6, b'{"event": "final", "bpb": -Infinity}\n'), "-Infinity is no number"),
+    "too large": (
+        with_line(6, b'{"event": "final", "bpb": 1e999, "loss": 1}\n'),
+        "val_bpb of a final event is inf, not a number above 0",
+    ),
+    "long whole number": (
+        with_line(6, b'{"event": "final", "bpb": ' + b"9" * 9999 + b"}\n"),
+        "line 7",
+    ),
+    "text": (changed("final", val_bpb="2.0"), "line 7: val_bpb of a final event is '2.0', not"),
+    "negative": (changed("final", val_bpb=-1.0), "line 7: val_bpb of a final event is -1.0"),
+    "zero": (changed("final", val_bpb=0), "line 7: val_bpb of a final event is 0"),
+    "true": (changed("final", val_loss=True), "line 7: val_loss of a final event is True"),
+    "bound": (changed("nelbo", nelbo_bpb=-0.1), "line 8: nelbo_bpb of a nelbo event is -0.1"),
+    "accuracy": (changed("parallel_eval", token_acc=1.01), "line 10: token_acc of a parallel_eval"),
+    "share": (changed("parallel_eval", exact_seq=-1), "line 10: exact_seq of a parallel_eval"),
+    "window": (changed("nelbo", window="T"), "line 8: window of a nelbo event is 'T'"),
+    "task": (changed("parallel_eval", task=["x"]), "line 10: task of a parallel_eval event"),
+    "step": (changed("train", step="10"), "line 5: step of a train event is '10'"),
+    "seed": (changed("config", values={"recipe": "direct", "seed": "2"}), "line 3: values of a"),
+    "source": (changed("config", source=3), "line 3: source of a config event is 3"),
+    "no window": (without("nelbo", "window"), "line 8: no window in a nelbo event"),
+    "no machine": (without("header", "machine"), "line 1: no machine in a header event"),
+    "no settings": (without("config", "values"), "line 3: no values in a config event"),
+    "no score": (without("final", "val_bpb"), "line 7: no val_bpb in a final event; another"),
+    "no size": (without("size", "total_bytes"), "line 6: no total_bytes in a size event"),
+    "lines of two runs": (
+        b"".join(json.dumps(event).encode() + b"\n" for event in TWO_RUNS),
+        "SEED=3 after 2: lines of two runs",
+    ),
+    "two scores": (
+        with_line(7, b'{"event": "final", "val_bpb": 1.0, "val_loss": 1.0}\n'),
+        "line 8: a second final event in one start: lines of two runs",
+    ),
+    "steps back": (
+        with_line(5, b'{"event": "train", "step": 10}\n'),
+        "line 6: step 10 of a train event after step 10 or the end: lines of two runs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_log_is_named_and_left_out_and_the_rest_is_reported(
+    project: Project, name: str
+) -> None:
+    data, said = DAMAGED[name]
+    project.log("good", events(seed=1, bpb=2.0))
+    project.run("--write")
+    path = project.root / "logs" / "bad.jsonl"
+    path.write_bytes(data)
+    out = project.run()
+    assert project.rows(out)[0][3:5] == ["1", "2.0000"]
+    (warning,) = [line for line in out.splitlines() if line.startswith("warning: ")]
+    assert warning.startswith(f"warning: log {path}")
+    assert said in warning
+    assert "left out: copy it again, or move it away" in warning
+    project.run("--write")  # also where README.md says so
+    assert f"error: log {path}" in project.run("--check", code=1)
+    path.unlink()
+    project.run("--write")
+    project.run("--check")
+
+
+def test_what_is_no_file_is_named_and_left_out(project: Project) -> None:
+    project.log("good", events(seed=1, bpb=2.0))
+    logs = project.root / "logs"
+    (logs / "folder.jsonl").mkdir()
+    os.mkfifo(logs / "pipe.jsonl")
+    (logs / "nowhere.jsonl").symlink_to(logs / "gone")
+    (logs / "itself.jsonl").symlink_to(logs / "itself.jsonl")
+    (logs / "a_decode.json").mkdir()
+    out = project.run()
+    assert project.rows(out)[0][3:5] == ["1", "2.0000"]
+    for name in ("folder", "pipe", "nowhere", "itself"):
+        assert f"warning: log {logs / name}.jsonl: it cannot be read" in out
+    assert f"warning: log {logs / 'a_decode.json'}: it cannot be read" in out
+
+
+def test_a_run_missing_an_event_of_a_finished_one_is_left_out(project: Project) -> None:
+    for seed, kind in enumerate(("config", "size", "final"), start=2):
+        lines = [event for event in events(seed=seed, bpb=9.0) if event["event"] != kind]
+        project.log(f"no_{kind}", lines)
+    project.log("good", events(seed=1, bpb=2.0))
+    out = project.run()
+    assert project.rows(out)[0][3:5] == ["1", "2.0000"]
+    for kind in ("config", "size", "final"):
+        assert f"- `no_{kind}`: no {kind} event: lines are lost, or another version" in out
+
+
+def test_damage_before_the_last_start_of_a_resumed_run_is_only_noted(project: Project) -> None:
+    first, second = (
+        [json.dumps(event) + "\n" for event in events(seed=1, bpb=bpb)] for bpb in (5.0, 2.0)
+    )
+    path = project.root / "logs" / "a.jsonl"
+    path.write_text("".join([*first[:4], '{"event": "tra\n', *second]), encoding="utf-8")
+    out = project.run("--write")
+    assert project.rows(out)[0][3:5] == ["1", "2.0000"]
+    assert f"warning: log {path}, line 5: not JSON" in out
+    project.run("--check")
+    # A second header that was cut off joins its start to the first: nothing can be credited.
+    path.write_text("".join([*first[:5], '{"event": "hea\n', *second[1:]]), encoding="utf-8")
+    out = project.run()
+    assert "No finished run." in out
+    assert f"warning: log {path}, line 6: not JSON" in out
+
+
+def test_a_line_cut_off_after_the_end_takes_no_result_away(project: Project) -> None:
+    path = project.log("a", events(seed=1, bpb=2.0), tail='{"event": "hea')
+    out = project.run("--write")
+    assert project.rows(out)[0][3:5] == ["1", "2.0000"]
+    assert f"warning: log {path}, line 15: cut off: not JSON" in out
+    assert f"error: log {path}, line 15: cut off" in project.run("--check", code=1)
+
+
+def test_a_copy_or_an_archived_log_of_a_run_never_counts_twice(project: Project) -> None:
+    lines = events(seed=1, bpb=2.0)
+    project.log("run", lines)
+    project.log("run.1790000000", lines)
+    project.log("other", events(seed=2, bpb=3.0))
+    out = project.run()
+    assert project.rows(out)[0][3:5] == ["2", "2.5000 ± 0.7071"]
+    assert "- `run.1790000000`: the same run as `run`" in out
+
+
+def of_text(lines: list[dict[str, Any]], **digests: str) -> list[dict[str, Any]]:
+    """A run that says which data and tokenizer it had."""
+    return [event | digests if event["event"] == "data" else event for event in lines]
+
+
+def test_runs_on_different_data_of_one_name_are_rows_apart(project: Project) -> None:
+    for seed, letter in enumerate("ab", start=1):
+        digests = {"data_sha256": letter * 64, "tokenizer_sha256": "c" * 64}
+        project.log(f"run{seed}", of_text(events(seed=seed, bpb=1.0 + seed), **digests))
+    project.log("run3", events(seed=3, bpb=4.0))
+    scores = [(row[1], row[4]) for row in project.rows(project.run()) if len(row) == 10]
+    assert scores == [
+        ("stdlib (data aaaaaaaa, tokenizer cccccccc)", "2.0000"),
+        ("stdlib (data bbbbbbbb, tokenizer cccccccc)", "3.0000"),
+        ("stdlib (data unknown, tokenizer unknown)", "4.0000"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["data", "tokenizer"])
+def test_runs_of_which_some_do_not_name_their_text_are_pointed_out(
+    project: Project, name: str
+) -> None:
+    project.mark()
+    for log in (project.log, project.ladder):
+        log("a", of_text(events(seed=1), **{f"{name}_sha256": "a" * 64}))
+        log("b", events(seed=2))
+    out = project.run()
+    what = {"data": "fingerprints of data", "tokenizer": "tokenizers"}[name]
+    assert f"averages 2 {what} (aaaaaaaa, unknown)" in out
+    assert f"- stdlib: runs on 2 {what} (aaaaaaaa, unknown)" in out
+    assert f"the runs differ in {name} (SHA-256 aaaaaaaa: a; unknown: b)" in out
+    project.log("b", of_text(events(seed=2), **{f"{name}_sha256": "a" * 64}))
+    assert f"averages 2 {what}" not in project.run()
+
+
+def test_ranked_runs_of_two_programs_are_no_submission(project: Project) -> None:
+    ranked: dict[str, Any] = {"data": "/x/fineweb10B_sp1024", "ranks": 8, "preset": "8xh100"}
+    for seed, code in ((1, "abc"), (2, "def")):
+        project.log(f"run{seed}", events(seed=seed, recipe="record", code=code, **ranked))
+    assert project.entry()["val_bpb"] is None
+    project.log("run2", events(seed=2, recipe="record", code="abc", **ranked))
+    assert project.entry()["val_bpb"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[rows.direct\n", "rows = 3\n", "ladders = 3\n", "rows.x = 3\n", "a = " + "[" * 9999,
+        "[rows.x]\nbase = 'nowhere'\n", "[rows.x]\nbase = 'x'\n", "[rows.x]\nbase = 3\n",
+        "[rows.x]\nbase = 'ar'\npublished = 3\n", "[rows.'x|y']\nbase = 'ar'\n",
+        "[rows.x]\nbase = 'ar'\npublished = {a = 'b'}\n",
+        "[rows.x]\nbase = 'ar'\npublished = {a = nan}\n",
+        "[rows.x]\nbase = 'ar'\nbeta1 = 1979-05-27\n",
+        "[rows.x]\nbase = 'ar'\n[ladders]\na = 'x'\n", "[ladders]\na = ['y']\n",
+        "[left_out]\na = 3\n", "\x00", "\udc80",
+    ],
+)  # fmt: skip
+def test_a_damaged_ladder_takes_no_run_away(
+    project: Project, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    path = project.root / "ladder.toml"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    monkeypatch.setattr(tg, "LADDER_FILE", path)
+    project.mark()
+    project.log("a", events(seed=1, bpb=2.0))
+    project.ladder("b", events(seed=2, recipe="td_span15", bpb=3.0))
+    out = project.run("--write")
+    assert [row[-6] for row in project.rows(out)][-1] == "3.0000"
+    assert f"warning: {path}" in out
+    assert f"error: {path}" in project.run("--check", code=1)
 
 
 def test_a_line_cut_off_at_the_end_is_passed_over(project: Project) -> None:
@@ -408,46 +654,6 @@ def test_short_names_of_scores_and_ranks_in_the_header_are_understood(project: P
         "2.0000",
         "2.5000",
     ]
-
-
-def test_logs_of_another_format_or_version_are_named(project: Project) -> None:
-    lines = {line["event"]: line for line in events()}
-
-    def without(name: str, key: str, **other: Any) -> list[dict[str, Any]]:
-        return [
-            {k: v for k, v in line.items() if k != key} | other if line is lines[name] else line
-            for line in kept
-        ]
-
-    kept = list(lines.values())
-    values = {k: v for k, v in lines["config"]["values"].items() if k != "data_path"}
-    for log, said in (
-        (
-            without("config", "source"),
-            "log a: no source in a config event; another version wrote it: run it again",
-        ),
-        (
-            without("config", "values", values=values),
-            "log a: no data_path among the values of its config event",
-        ),
-        (without("final", "val_bpb"), "log a: no val_bpb in a final event; another version"),
-        (
-            without("done", "", peak_memory_mib=None),
-            "log a: peak_memory_mib of its done event is None, not a number",
-        ),
-        (
-            without("nelbo", "window", window="T"),
-            "window of a nelbo event is 'T', not a whole number",
-        ),
-        (without("nelbo", "window"), "not an event (KeyError: 'window')"),
-        (
-            [{"row": "td_control", "val_bpb": 2.0}],
-            "line 1: not an event (KeyError: 'event'); copy it again or move it",
-        ),
-        (kept[1:], "log a: no machine in a header event"),
-    ):
-        project.log("a", log)
-        assert said in project.run(code=2)
 
 
 def test_the_committed_logs_agree_with_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
@@ -627,7 +833,7 @@ def test_results_go_where_they_are_asked_to(project: Project, recipe: str) -> No
 
 def decoded(**other: Any) -> dict[str, Any]:
     """A result of bench/decode.py."""
-    about = dict.fromkeys(
+    about: dict[str, Any] = dict.fromkeys(
         ("recipe", "artifact", "judge", "device", "threads", "python", "examples"), "x"
     )
     about |= {
@@ -637,7 +843,7 @@ def decoded(**other: Any) -> dict[str, Any]:
         "repeats": 1,
         "data_path": "/x/fineweb10B_sp1024",
     }
-    row = {
+    row: dict[str, Any] = {
         "mode": "speculative",
         "passes": None,
         "batch": 1,
@@ -662,18 +868,27 @@ def test_results_take_decoding_from_the_benchmarks_own_line(project: Project) ->
         2.0,
         3.0,
     )
-    path.write_text('{"rows": []}\n', encoding="utf-8")
-    assert (
-        f"log {path}, line 1: not a result of bench/decode.py (KeyError: 'recipe')"
-        in project.run(code=2)
-    )
+    line = text.splitlines()[2]
+    for bad, said in (
+        ('{"rows": []}', "KeyError: 'recipe'"),
+        ("{" + "[" * 99_999, "ValueError: "),
+        (line.replace("100.0", "-1"), "ValueError: tokens_per_second is -1"),
+        (line.replace("100.0", '"100"'), "ValueError: tokens_per_second is '100'"),
+        (line.replace('"identical": 1.0', '"identical": 2'), "ValueError: identical is 2"),
+        (line.replace("100.0", "1e999"), "ValueError: tokens_per_second is inf"),
+        (line.replace('"rows": [', '"rows": 3, "x": ['), "TypeError: "),
+    ):
+        path.write_text(f"{bad}\n", encoding="utf-8")
+        out = project.run()
+        assert f"warning: log {path}, line 1: not a result of bench/decode.py ({said}" in out
+        assert f"error: log {path}, line 1" in project.run("--check", code=1)
 
 
 def test_the_curve_of_a_resumed_run_leaves_out_what_was_done_again(tmp_path: Path) -> None:
     def train(step: int, loss: float) -> dict[str, Any]:
         return {"event": "train", "step": step, "train_ms": 1000.0 * step, "train_loss": loss}
 
-    header = {"event": "header"}
+    header = {"event": "header", "machine": CPU, "time": "2026", "sha256": "abc"}
     lines = [
         header,
         train(1, 9.0),
