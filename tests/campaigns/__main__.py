@@ -12,7 +12,6 @@ means that there was a fault. See docs/reliability.md.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: processes are f
 import torch
 
 from scripts.common import Parser, run_command
+from tests.campaigns.containers import artifacts, checkpoints
 from tests.campaigns.damaged_data import shards, tokenizers
 from tests.campaigns.damaged_text import logs, prompts
 from tests.campaigns.inputs import Inputs
@@ -44,6 +44,8 @@ CAMPAIGNS: dict[str, Callable[[Try], None]] = {
     "ranks": ranks,
     "settings": settings,
     "subsets": subsets,
+    "artifacts": artifacts,
+    "checkpoints": checkpoints,
     "shards": shards,
     "tokenizers": tokenizers,
     "logs": logs,
@@ -79,13 +81,16 @@ def run_campaign(
     found: dict[str, Any] = {"tried": 0, "faults": 0, "worst_seconds": 0.0, "worst_mib": 0.0}
     found |= {"seed": args.seed, "statuses": Counter()}
     until = time.monotonic() + seconds
-    for number in numbers(args, until):
+    for number in numbers(args):
+        if found["tried"] and time.monotonic() >= until:
+            break
         t = Try(name, args.seed, number, inputs.folder.parent / f"{name}-{number}", inputs)
         t.folder.mkdir()
         try:
             CAMPAIGNS[name](t)
         except Exception:
             t.fault(f"the campaign itself failed: {traceback.format_exc()}")
+            until = 0.0  # what follows would fail, too
         found["tried"] += 1
         found["faults"] += bool(t.faults)
         found["worst_seconds"] = max(found["worst_seconds"], round(t.seconds, 3))
@@ -97,15 +102,9 @@ def run_campaign(
     return found
 
 
-def numbers(args: argparse.Namespace, until: float) -> Iterator[int]:
-    """Numbers of tries, while there is time: one at least."""
-    if args.only is not None:
-        yield args.only
-        return
-    for number in itertools.takewhile(lambda n: n < args.tries, itertools.count()):
-        if number and time.monotonic() >= until:
-            return
-        yield number
+def numbers(args: argparse.Namespace) -> Iterable[int]:
+    """Numbers of tries."""
+    return range(args.tries) if args.only is None else [args.only]
 
 
 def report(t: Try, keep: Path) -> None:

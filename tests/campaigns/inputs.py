@@ -67,6 +67,10 @@ class Inputs:
         fixed |= {"eval_stride": 0, "nelbo_sequences": 2}
         return env_of(settings(changed.pop("recipe", "direct"), **fixed | changed))
 
+    def checkpoints(self) -> list[Path]:
+        """The last checkpoint and the one before it, below the folder of a run."""
+        return tg.Config.from_env(self.env())[0].checkpoints
+
     @functools.cache  # noqa: B019
     def run(self, name: str = "run", **changed: Any) -> tuple[Path, Outcome]:
         """An undisturbed run: its folder, and what it took."""

@@ -63,7 +63,7 @@ class Shot:
 
 def temporary_files(folder: Path) -> list[Path]:
     """Files that are being written into OUT_DIR: their names end in neither of the known ways."""
-    known = (".safetensors", ".pt", ".ptz", ".jsonl", ".txt", ".lock")
+    known = (".ckpt", ".ptz", ".jsonl", ".txt", ".lock")
     found = list[Path]()
     for path in (folder / "out", folder / "out" / "checkpoints"):
         try:
