@@ -1,6 +1,6 @@
 # make demo    train a small model on the Python standard library, score it, show it filling in code
 # make check   lint, types and fast tests: within a minute on two idle cores
-# make test    lint, types, all tests, and a run on two processes
+# make test    lint, types, all tests, a run on two processes, and a minute of campaigns
 # PYTHON=python3.12 make ...   another interpreter (3.11 or newer)
 
 PYTHON ?= python3
@@ -50,3 +50,4 @@ test: lint
 	$(BIN)/python scripts/study/report.py --check --logs $(RECORD)/logs --readme $(RECORD)/README.md \
 	    --submission $(RECORD)/submission.json
 	PYTHON=$(BIN)/python bash tests/smoke.sh
+	$(BIN)/python -m tests.campaigns all --seconds 60 --seed 1

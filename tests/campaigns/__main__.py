@@ -20,7 +20,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
     return {"campaigns": found}
 
 
-def status(result: dict[str, Any]) -> int:
+def status(result: Mapping[str, Any]) -> int:
     return int(any(found["faults"] for found in result["campaigns"].values()))
 
 

@@ -73,6 +73,12 @@ def draw_bytes(t: Try, path: Path) -> Change:
     return lambda: write(path, changed)
 
 
+def put(path: Path, make: Change) -> None:
+    """Make something else of a file's name."""
+    path.unlink()
+    make()
+
+
 def draw_file(t: Try, path: Path) -> Change:
     """Draw something else than content: the file is gone, a folder, another shard."""
     others = [p for p in path.parent.glob("*.bin") if p != path]
@@ -80,9 +86,9 @@ def draw_file(t: Try, path: Path) -> Change:
     foreign = t.inputs.other_data / path.name
     kinds: dict[str, Change] = {
         "removed": path.unlink,
-        "a folder": lambda: (path.unlink(), path.mkdir()),
-        "a dangling link": lambda: (path.unlink(), path.symlink_to("nowhere")),
-        "a pipe": lambda: (path.unlink(), os.mkfifo(path)),
+        "a folder": lambda: put(path, path.mkdir),
+        "a dangling link": lambda: put(path, lambda: path.symlink_to("nowhere")),
+        "a pipe": lambda: put(path, lambda: os.mkfifo(path)),
         f"a copy of {other.name}": lambda: shutil.copy(other, path),
         "of other data": lambda: shutil.copy(foreign, path),
         "the folder removed": lambda: shutil.rmtree(path.parent),

@@ -49,8 +49,17 @@ def cut_line(t: Try, lines: Lines) -> str:
 
 
 def odd_line(t: Try, lines: Lines) -> str:
-    kinds = (b"\0" * 4096, b"[" * 100_000, b"\xff\xfe", b"null", b"[]", b'"text"', b"{}", b"1e999")
-    kinds += (b'{"event": "final", "bpb": NaN}', b'{"event": []}', b'{"event": "x"}', b"9" * 9999)
+    kinds: list[bytes] = [
+        b"\0" * 4096,
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"{}",
+        b"1e999",
+    ]
+    kinds += [b'{"event": "final", "bpb": NaN}', b'{"event": []}', b'{"event": "x"}', b"9" * 9999]
     place, new = t.draw.randrange(len(lines) + 1), t.draw.choice(kinds)
     lines.insert(place, new)
     return f"line {place + 1}: {new[:40]!r}"

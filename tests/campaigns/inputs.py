@@ -93,7 +93,7 @@ class Inputs:
                 if next(left) == 1:
                     raise SystemExit(0)
 
-            tg.TrainState.save = save_and_stop  # type: ignore[method-assign]
+            setattr(tg.TrainState, "save", save_and_stop)  # noqa: B010
             return tg.main()
 
         self.done(body, name, self.env(**changed))

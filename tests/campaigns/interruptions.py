@@ -96,9 +96,8 @@ def kills(t: Try) -> None:
         t.note(f"{signal.Signals(number).name} to {kind} {place}")
         shot = Shot(number, seconds, t.folder, writes)
         outcome = run_once(t, env, real, shot)
-        allowed = (0, -signal.SIGKILL) if number == signal.SIGKILL else (0, 2, *ENDED_BY_SIGNAL)
-        if real and number == signal.SIGTERM:
-            allowed += (-signal.SIGTERM,)  # before the program has begun
+        # The last one: before the program has begun to watch for it.
+        allowed = (0, -number) if number == signal.SIGKILL else (0, 2, *ENDED_BY_SIGNAL, -number)
         t.judge(outcome, ["signal", "interrupted"], allowed)
     outcome = run_once(t, env, real, None)
     t.judge_run(outcome, [], (0,))
@@ -116,7 +115,8 @@ class RankShot(Shot):
 
     def __init__(self, number: int, seconds: float, folder: Path, rank: str) -> None:
         super().__init__(number, seconds, folder, 0)
-        self.rank, self.wait, self.target = rank, seconds, 0
+        self.rank, self.wait = rank, seconds
+        self.target = 0  # its process, once it is there
 
     def __call__(self, pid: int) -> None:
         if not self.target:

@@ -71,10 +71,11 @@ def damage(data: bytes, draw: random.Random) -> Changed:
 
 def places(value: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Paths to every value inside nested JSON."""
-    rows = value.items() if isinstance(value, dict) else []
-    rows = enumerate(value) if isinstance(value, list) else rows
+    rows = value if isinstance(value, dict) else {}
+    if isinstance(value, list):
+        rows = dict(enumerate(value))
     found = list[tuple[Any, ...]]()
-    for key, part in rows:
+    for key, part in rows.items():
         found += [(*above, key), *places(part, (*above, key))]
     return found
 

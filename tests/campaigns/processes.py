@@ -129,11 +129,12 @@ def spawn(
 def follow(pid: int, folder: Path, limits: Limits, watch: Watch | None) -> Outcome:
     """Wait for a process; end it when it breaks a limit."""
     before = [len(text(folder / name)) for name in ("stdout", "stderr")]
-    began, ended, asked = time.monotonic(), "", 0.0
+    began, asked = time.monotonic(), 0.0
+    ended = ""
     while True:
-        found, status, usage = os.wait4(pid, os.WNOHANG)
+        waited = os.wait4(pid, os.WNOHANG)  # its id or 0, its status, what it used
         passed = time.monotonic() - began
-        if found:
+        if waited[0]:
             break
         if watch is not None:
             watch(pid)
@@ -147,9 +148,9 @@ def follow(pid: int, folder: Path, limits: Limits, watch: Watch | None) -> Outco
             asked, ended = passed, "slow" if limits.slow else "time"
             send(pid, signal.SIGTERM if limits.slow else signal.SIGKILL)
         time.sleep(POLL_SECONDS)
-    code = os.waitstatus_to_exitcode(status)
+    code = os.waitstatus_to_exitcode(waited[1])
     out, err = text(folder / "stdout")[before[0] :], text(folder / "stderr")[before[1] :]
-    return Outcome(code, passed, usage.ru_maxrss / 1024, out, err, ended)
+    return Outcome(code, passed, waited[2].ru_maxrss / 1024, out, err, ended)
 
 
 def text(path: Path) -> str:
