@@ -67,7 +67,8 @@ def in_range(kind: Callable[[str], float], low: float, high: float) -> Callable[
     def read(text: str) -> float:
         value = kind(text)  # argparse reports a ValueError as an invalid value of `read.__name__`
         if not low <= value <= high:
-            rule = f"{low:g} or more" if high == MAX_INT else f"between {low:g} and {high:g}"
+            only_low = high == MAX_INT and not value > high
+            rule = f"{low:g} or more" if only_low else f"between {low:g} and {high:.10g}"
             raise argparse.ArgumentTypeError(f"{text} must be {rule}")
         return value
 

@@ -12,6 +12,13 @@ version give the same bytes.
 
 from __future__ import annotations
 
+import sys
+from os.path import abspath, dirname
+
+sys.path.insert(0, dirname(dirname(abspath(__file__))))  # the repository
+import scripts.process  # noqa: F401 -- first: Ctrl-C ends the imports below in one line, too
+
+# isort: split
 import argparse
 import contextlib
 import hashlib
@@ -25,7 +32,6 @@ import platform
 import re
 import shlex
 import shutil
-import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,8 +42,6 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 if TYPE_CHECKING:
     import numpy as np
     import sentencepiece as spm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
 from scripts.common import Parser, fail, in_range, run_command, warn
 from scripts.documents import (
@@ -55,6 +59,7 @@ TOKENIZER = "tokenizer.model"
 # Folders inside --out that a finished command leaves no trace of.
 STAGING, DOWNLOADS = ".staging", ".download"
 MAX_VOCAB = 65_535  # tokens are uint16
+SHARD_VERSION = 1
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 SAMPLE_BYTES = 8_000_000  # of training text that a tokenizer is fitted to; trains in seconds
 BATCH_BYTES = 4_000_000  # of text encoded at a time
@@ -590,7 +595,7 @@ class ShardWriter:
 def header(num_tokens: int) -> bytes:
     import numpy as np
 
-    from train_gpt import SHARD_HEADER, SHARD_MAGIC, SHARD_VERSION
+    from train_gpt import SHARD_HEADER, SHARD_MAGIC
 
     values = np.zeros(SHARD_HEADER, dtype="<i4")
     values[:3] = SHARD_MAGIC, SHARD_VERSION, num_tokens

@@ -14,10 +14,11 @@ import io
 import os
 import signal
 import sys
-import threading
-import unicodedata
-from types import FrameType
-from typing import Any
+
+TYPE_CHECKING = False  # typing and threading take milliseconds to import
+if TYPE_CHECKING:
+    from types import FrameType
+    from typing import Any
 
 CLOSED_PIPE = 141  # exit status of a command whose reader is gone, as a shell reports SIGPIPE
 STEERING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029"  # direction, lines
@@ -27,6 +28,8 @@ def visible(text: str) -> str:
     """Escape what could control a terminal: control characters but line ends and tabs, and marks
     that change the direction of writing.
     """
+    import unicodedata
+
     controls = {c for c in set(text) - {"\n", "\t"} if unicodedata.category(c) in ("Cc", "Cs")}
     controls |= set(STEERING) & set(text)
     return text.translate({ord(c): ascii(c)[1:-1] for c in controls})
@@ -124,6 +127,8 @@ class Interruptible:
     def __enter__(self) -> Interruptible:
         self.hook = sys.unraisablehook
         sys.unraisablehook = self.unraisable
+        import threading
+
         if threading.current_thread() is threading.main_thread():
             found = {number: signal.getsignal(number) for number in self.signals}
             # None: not set by Python. Ignored: a background job or nohup, which the shell decides.

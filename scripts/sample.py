@@ -14,11 +14,17 @@ object.
 
 from __future__ import annotations
 
+import sys
+from os.path import abspath, dirname
+
+sys.path.insert(0, dirname(dirname(abspath(__file__))))  # the repository
+import scripts.process  # noqa: F401 -- first: Ctrl-C ends the imports below in one line, too
+
+# isort: split
 import argparse
 import dataclasses
 import itertools
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,8 +37,6 @@ if TYPE_CHECKING:
 
     from scripts.decoding import Decoding
     from train_gpt import GPT, Config, Sampling
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
 from scripts.common import (
     Parser,

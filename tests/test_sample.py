@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
