@@ -35,6 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import train_gpt as tg
+from scripts.bench.text import open_validation
 from scripts.common import (
     Parser,
     autocast,
@@ -87,7 +88,7 @@ def load(args: argparse.Namespace) -> Loaded:
     device = pick_device(args.device)
     artifact = load_artifact(args.artifact, device)
     cfg = text_config(artifact.model.cfg)
-    counter, loader = open_tokenizer(artifact, cfg.tokenizer_path), tg.TokenLoader(cfg, "val")
+    counter, loader = open_tokenizer(artifact, cfg.tokenizer_path), open_validation(artifact, cfg)
     if args.decode_tokens >= cfg.train_seq_len:
         rule = f"must be below TRAIN_SEQ_LEN={cfg.train_seq_len}"
         fail(f"--decode-tokens={args.decode_tokens} {rule}")

@@ -49,6 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 import train_gpt as tg
 from scripts import decoding
 from scripts.bench.infill import distinct_2, estimate, unigram_entropy
+from scripts.bench.text import open_validation
 from scripts.common import (
     Artifact,
     Parser,
@@ -322,19 +323,19 @@ def function_starts(stream: Tensor, tokenizer: Any, length: int) -> list[int]:
     return starts
 
 
-def excerpts(cfg: tg.Config, length: int, examples: int, tokenizer: Any) -> Tensor:
+def excerpts(loader: tg.TokenLoader, length: int, examples: int, tokenizer: Any) -> Tensor:
     """Take evenly spaced excerpts, (examples, length); UserError: they would overlap.
 
     With a tokenizer, the text is Python and excerpts begin with a top-level def or class.
     """
-    loader = tg.TokenLoader(cfg, "val")
     starts, what = list(range(0, loader.total - length + 1, length)), "excerpts"
     if tokenizer is not None:
         stream = loader.rows(0, 1, min(loader.total, SCAN_TOKENS) - 1)[0]
         starts = function_starts(stream, tokenizer, length)
         what = "excerpts that begin with a top-level def or class"
     if len(starts) < examples:
-        held = f"the {loader.total:,} validation tokens of {cfg.data_path} hold only {len(starts)}"
+        folder = loader.paths[0].parent
+        held = f"the {loader.total:,} validation tokens of {folder} hold only {len(starts)}"
         remedy = f"of --prefix + --target + --suffix = {length} tokens; lower them, or prepare more"
         fail(f"--examples={examples}: {held} {what} {remedy}")
     chosen = [starts[i * len(starts) // examples] for i in range(examples)]
@@ -378,7 +379,8 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[Bench, str]:
     if args.python or "TOKENIZER_PATH" in os.environ:
         counter = open_tokenizer(artifact, cfg.tokenizer_path)
         tokenizer = counter.tokenizer if args.python else None
-    rows = excerpts(cfg, stop + args.suffix, args.examples, tokenizer).to(device)
+    loader = open_validation(artifact, cfg)
+    rows = excerpts(loader, stop + args.suffix, args.examples, tokenizer).to(device)
     shape = (args.prefix, args.target, args.repeats)
     return Bench(artifact.model, judge and judge.model, tokenizer, rows, *shape), cfg.data_path
 

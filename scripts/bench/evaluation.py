@@ -201,13 +201,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     totals: dict[str, float] = {}
     for row in rows:
         totals[row["size"]] = totals.get(row["size"], 0.0) + row["whole_seconds"]
+    found = {"device": device, "devices": args.devices, "tokens": args.tokens, "rounds": rounds}
+    found |= {"whole_seconds": totals, "rows": rows}
+    write_result(args.out, found)
     print(table(rows, 2) + "\n")
     for case, seconds in totals.items():
         where = f"{args.tokens:,} tokens on {args.devices} x {device}"
         print(f"{case}: all scores of {where}: {seconds:,.0f} s\n")
-    found = {"device": device, "devices": args.devices, "tokens": args.tokens, "rounds": rounds}
-    found |= {"whole_seconds": totals, "rows": rows}
-    write_result(args.out, found)
     return found
 
 

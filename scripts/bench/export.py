@@ -1,8 +1,8 @@
 """Measure what an artifact's bytes are, and what fewer of them cost: levels x compressors, and
 scores after rounding.
 
-    DATA_PATH=data/stdlib python scripts/bench/export.py checkpoints/RUN_ID.pt
-    DATA_PATH=data/stdlib python scripts/bench/export.py checkpoints/RUN_ID.pt --levels 31,15,7
+    DATA_PATH=data/stdlib python scripts/bench/export.py checkpoints/RUN_ID.ckpt
+    DATA_PATH=data/stdlib python scripts/bench/export.py checkpoints/RUN_ID.ckpt --levels 31,15,7
 
 Reads a checkpoint, whose weights are not rounded (their average, if EMA_DECAY was set), and rounds
 them as an artifact. Three tables: every largest integer of matrices with the bytes by each
@@ -26,7 +26,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import train_gpt as tg
+from scripts.bench.text import check_manifest
 from scripts.common import (
     Parser,
     cell,
@@ -54,7 +55,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
     parser = Parser(__doc__)
     add, levels = parser.add_argument, "largest integers of matrices (default %(default)s)"
-    add("checkpoint", type=Path, help="checkpoints/RUN_ID.pt of train_gpt.py")
+    add("checkpoint", type=Path, help="checkpoints/RUN_ID.ckpt of train_gpt.py")
     add("--levels", type=counts, default="127,63,31,15,7", help=levels)
     parser.whole("--window", 16, "window of the bound")
     kept = "tensors of up to this many numbers stay fp16; small models need less"
@@ -70,26 +71,38 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "zlib-9": lambda data: zlib.compress(data, 9),
     "lzma-9e": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
-    "zstd-22": tg.zstd_compress,
+    "zstd-22": tg.SCHEMES["int6+zstd"].compress,
 }
 
 
-def load(path: Path) -> tuple[tg.Config, dict[str, Tensor]]:
-    """Read settings and unrounded weights of a checkpoint; UserError: it is missing, damaged or not
-    ours.
-    """
+class Checkpoint(NamedTuple):
+    """Settings and unrounded weights of a checkpoint, and what made it."""
+
+    cfg: tg.Config
+    weights: dict[str, Tensor]  # the average, if there is one
+    identity: dict[str, str]  # SHA-256 digests
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint; UserError: it is missing, damaged or not ours."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        cfg = tg.Config(**saved["config"])
-        model, weights = tg.GPT(cfg), dict(saved["model"])
+        about, saved = tg.unpack_tensors(path.read_bytes())
+        cfg = tg.Config(**about["config"])
+        model = tg.GPT(cfg)
+        names = dict(model.named_parameters())
+        weights = {name: saved.get(f"{name}:ema", saved[name]) for name in names}
         model.load_state_dict(weights)
-        if saved["ema"]:
-            weights = dict(zip(dict(model.named_parameters()), saved["ema"], strict=True))
-    except Exception as error:  # torch raises many kinds on foreign files
+        identity = {name: str(about.get(name, "")) for name in tg.IDENTITY}
+    except Exception as error:  # json and torch raise many kinds on foreign files
         fail(
-            f"checkpoint {path} is missing, damaged or not ours ({error}); name "
-            "checkpoints/RUN_ID.pt of a run"
+            f"checkpoint {path} is missing, damaged or not ours ({error}); name the file of a run "
+            "in its folder checkpoints/"
         )
+    return Checkpoint(with_environment(cfg), weights, identity)
+
+
+def with_environment(cfg: tg.Config) -> tg.Config:
+    """Take the text and how much of it is scored from the environment where it says so."""
     names = ("data_path", "tokenizer_path", "nelbo_sequences", "nelbo_samples")
     fixed = {
         k.upper(): str(int(v)) if isinstance(v, bool) else str(v)
@@ -97,7 +110,17 @@ def load(path: Path) -> tuple[tg.Config, dict[str, Tensor]]:
         if k != "preset"
     }
     given = {name.upper(): os.environ[name.upper()] for name in names if name.upper() in os.environ}
-    return tg.Config.from_env(fixed | {"PRESET": cfg.preset} | given)[0], weights
+    return tg.Config.from_env(fixed | {"PRESET": cfg.preset} | given)[0]
+
+
+def check_text(found: Checkpoint, path: Path) -> None:
+    """Raise UserError if tokenizer or shards are not of the tokenizer that a checkpoint names."""
+    cfg, trained = found.cfg, found.identity["tokenizer_sha256"]
+    if trained and (here := tg.ByteCounter(cfg).sha256) != trained:
+        hashes = f"SHA-256 {here[:12]}, not {trained[:12]}"
+        name = f"TOKENIZER_PATH={cfg.tokenizer_path!r}"
+        fail(f"{name} ({hashes}) is not the tokenizer of {path}; name that one")
+    check_manifest(cfg, trained or tg.ByteCounter(cfg).sha256, str(path))
 
 
 # ==============================================================================
@@ -202,19 +225,17 @@ def round_all(
     return {"floats": floats, "roundings": rows}
 
 
-def measure(
-    args: argparse.Namespace, cfg: tg.Config, weights: Mapping[str, Tensor]
-) -> dict[str, Any]:
+def measure(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
     """Score unrounded weights and every rounding; gather bytes and errors."""
-    found = round_all(args, cfg, weights)
-    schemes, sha256 = [], tg.ByteCounter(cfg).sha256
+    cfg, weights, identity = checkpoint
+    found, schemes = round_all(args, cfg, weights), []
     code = Path(tg.__file__).stat().st_size
     tg.KEEP_FLOAT_NUMEL = args.keep
     for name, scheme in tg.SCHEMES.items():
         stored = rounded_by(scheme, weights, args.keep)
         parts = {part: len(scheme.compress(data)) for part, data in raw_bytes(stored).items()}
-        named = dataclasses.replace(cfg, export_scheme=name)
-        whole = len(tg.pack(weights, named, sha256, scheme, 0))
+        settings = dataclasses.asdict(dataclasses.replace(cfg, export_scheme=name))
+        whole = len(tg.pack(weights, {"config": settings, **identity}, scheme, 0))
         rest = whole - sum(parts.values())
         schemes.append({"scheme": name, "code": code, "model": whole, **parts, "rest": rest})
     return found | {"schemes": schemes, "tensors": errors(weights, args.keep)}
@@ -243,11 +264,13 @@ def errors(weights: Mapping[str, Tensor], keep: int) -> list[dict[str, Any]]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure and print; UserError: the checkpoint cannot be measured."""
     check_outputs(args)
-    cfg, weights = load(args.checkpoint)
+    checkpoint = load(args.checkpoint)
+    cfg = checkpoint.cfg
+    check_text(checkpoint, args.checkpoint)
     if cfg.diffusion and cfg.train_seq_len % args.window:
         rule = f"must divide the {cfg.train_seq_len} tokens of a row; choose another"
         fail(f"--window={args.window} {rule}")
-    found = measure(args, cfg, weights)
+    found = measure(args, checkpoint)
     write_result(args.out, found)
     exact, bound = (cell(found["floats"][name], 4) for name in ("val_bpb", "bound"))
     print(f"Unrounded: val_bpb {exact}, bound {bound}\n")

@@ -45,6 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import train_gpt as tg
 from scripts import decoding
+from scripts.bench.text import open_validation
 from scripts.common import (
     Parser,
     autocast,
@@ -503,12 +504,14 @@ def check_fits(path: Path, model: GPT, plan: Plan) -> None:
         )
 
 
-def load(paths: Sequence[Path], plan: Plan, device: torch.device) -> list[Loaded]:
-    """Read artifacts that can all be measured on the same text.
+def load(
+    paths: Sequence[Path], plan: Plan, device: torch.device
+) -> tuple[list[Loaded], tg.TokenLoader]:
+    """Read artifacts that can all be measured on the same text, and open that text.
 
     Raises:
         UserError: one is missing or damaged, has no denoiser, reads too little, or has another
-            tokenizer.
+            tokenizer than another one or the text.
     """
     artifacts = [load_artifact(path, device) for path in paths]
     for artifact in artifacts:
@@ -519,28 +522,27 @@ def load(paths: Sequence[Path], plan: Plan, device: torch.device) -> list[Loaded
         fail(f"{named} have different tokenizers; measure them one by one")
     if path_given := os.environ.get("TOKENIZER_PATH"):
         open_tokenizer(artifacts[0], path_given, remedy="DATA_PATH must fit that one")
+    loader = open_validation(artifacts[0], text_config(artifacts[0].model.cfg))
     labelled = zip(labels(paths), artifacts, strict=True)
-    return [Loaded(label, artifact.path, artifact.model) for label, artifact in labelled]
+    return [Loaded(label, artifact.path, artifact.model) for label, artifact in labelled], loader
 
 
-def excerpts(cfg: Config, plan: Plan, examples: int) -> tuple[Tensor, str]:
+def excerpts(loader: tg.TokenLoader, plan: Plan, examples: int) -> tuple[Tensor, str]:
     """Take evenly spaced excerpts of the validation data, (examples, length), and say where from.
 
     Raises:
-        UserError: no data, or so little that spans would overlap.
+        UserError: so little data that spans would overlap.
     """
-    cfg = text_config(cfg)
-    loader = tg.TokenLoader(cfg, "val")
-    room = loader.total - plan.length
+    room, data_path = loader.total - plan.length, str(loader.paths[0].parent)
     apart = max(plan.spans[-1], plan.revise_window if plan.revise_examples else 0)
     if room // examples < apart:
         fail(
             f"--examples={examples} spans of {apart} tokens (or windows with wrong tokens) overlap "
-            f"in the {loader.total:,} validation tokens of DATA_PATH={cfg.data_path!r}; take at "
+            f"in the {loader.total:,} validation tokens of DATA_PATH={data_path!r}; take at "
             f"most {max(room // apart, 0)}, or prepare more text"
         )
     starts = [i * room // examples for i in range(examples)]
-    return torch.cat([loader.rows(start, 1, plan.length - 1) for start in starts]), cfg.data_path
+    return torch.cat([loader.rows(start, 1, plan.length - 1) for start in starts]), data_path
 
 
 def describe_artifact(loaded: Loaded) -> dict[str, Any]:
@@ -810,8 +812,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     shape = (args.prefix, args.suffix, args.revise_window, revise_examples)
     plan = Plan(args.spans, args.passes, *shape, args.seed)
     device = pick_device(args.device)
-    artifacts = load(args.artifacts, plan, device)
-    rows, data_path = excerpts(artifacts[0].model.cfg, plan, args.examples)
+    artifacts, loader = load(args.artifacts, plan, device)
+    rows, data_path = excerpts(loader, plan, args.examples)
     result = {"data_path": data_path, "examples": args.examples, **plan._asdict()}
     total = len(artifacts) * -(-len(rows) // ROWS_AT_ONCE[device.type])
     with tqdm(total=total, desc="infill", disable=None) as bar:

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import train_gpt as tg
 from scripts.bench import estimators
+from scripts.bench.text import open_validation
 from scripts.common import (
     NONE,
     Parser,
@@ -112,7 +113,7 @@ def load(args: argparse.Namespace) -> Loaded:
         rule = "so no bound; its log holds its val_bpb"
         fail(f"{args.artifact} has no denoiser (DIFFUSION_LOSS_WEIGHT=0), {rule}")
     cfg = text_config(artifact.model.cfg)
-    counter, loader = open_tokenizer(artifact, cfg.tokenizer_path), tg.TokenLoader(cfg, "val")
+    counter, loader = open_tokenizer(artifact, cfg.tokenizer_path), open_validation(artifact, cfg)
     T = cfg.train_seq_len
     total = (loader.total - 1) // T
     count = min(args.rows, total)
@@ -285,7 +286,8 @@ def show_wrong(result: dict[str, Any]) -> None:
 
 def measure(at: Loaded, args: argparse.Namespace) -> dict[str, Any]:
     """Compute everything that is printed."""
-    fitting = ",".join(size for size in WINDOWS.split(",") if tg.are_sizes(at.cfg, size))
+    T = at.cfg.train_seq_len
+    fitting = ",".join(size for size in WINDOWS.split(",") if size == "T" or T % int(size) == 0)
     sizes = window_sizes(fitting if args.windows is None else args.windows, at.cfg, "--windows")
     size = window_sizes(args.window, at.cfg, "--window")[0]
     num_wrong = len(estimators.ESTIMATORS) + 1 if args.wrong else 0

@@ -52,6 +52,7 @@ from scripts.common import (
     table,
     write_result,
 )
+from scripts.study.child import ending, stop
 
 WARM = 3  # steps before the timed ones
 OPERATORS = 12  # that a profile names
@@ -282,7 +283,7 @@ def random_text(folder: Path, cfg: tg.Config, count: int) -> None:
     """Write a shard of `count` random tokens for either split."""
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, count).astype("<u2")
     header = np.zeros(tg.SHARD_HEADER, dtype="<i4")
-    header[:3] = tg.SHARD_MAGIC, tg.SHARD_VERSION, count
+    header[:3] = tg.SHARD_MAGIC, 1, count
     for split in ("train", "val"):
         (folder / f"random_{split}_000000.bin").write_bytes(header.tobytes() + tokens.tobytes())
 
@@ -300,10 +301,17 @@ def one(case: Mapping[str, Any], args: argparse.Namespace, folder: Path) -> dict
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
     task = {"program": case["program"], "steps": args.steps, "profile": args.profile}
     command = [sys.executable, *launcher * (nproc > 1), __file__, "--worker", json.dumps(task)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        fail(f"{case['recipe']} {case['settings']} failed: {error_line(done.stderr)}")
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    streams: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A process group of its own: it hears of Ctrl-C from here, once, and so do its ranks.
+    process = subprocess.Popen(command, env=env, process_group=0, **streams)
+    try:
+        out, err = process.communicate()
+    finally:
+        stop(process)
+    lines = out.strip().splitlines()
+    if why := ending(process.returncode) or ("" if lines else "it printed no result"):
+        fail(f"{case['recipe']} {case['settings']} failed: {error_line(err)} ({why})")
+    return dict(json.loads(lines[-1]))
 
 
 def cases(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -419,15 +427,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     todo = cases(args)
     rounds = take_turns(todo, args)
     rows, profiles = summarise(todo, rounds), operators(todo, rounds[-1])
-    print(table(rows, 3) + "\n")
-    if profiles:
-        columns = ["recipe", "size", "step", "operator", "ms", "share", "calls"]
-        print(table([{name: line[name] for name in columns} for line in profiles], 4) + "\n")
     preset = tg.Config.from_env(os.environ)[0].preset
     found: dict[str, Any] = {"preset": preset, "rounds": args.rounds, "steps": args.steps}
     found |= {"machine": rounds[0][0]["machine"], "torch": torch.__version__, "rows": rows}
     found |= {"profiles": profiles} if profiles else {}
     write_result(args.out, found)
+    print(table(rows, 3) + "\n")
+    if profiles:
+        columns = ["recipe", "size", "step", "operator", "ms", "share", "calls"]
+        print(table([{name: line[name] for name in columns} for line in profiles], 4) + "\n")
     return found
 
 

@@ -36,8 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 import train_gpt as tg
 from scripts.common import Parser, fail, run_command
 from scripts.study import package, report
+from scripts.study.child import STOP_SECONDS, ending, interruptible, stop
 from scripts.study.runlog import read_log
-from scripts.study.sweep import STOP_SECONDS, digest_of, ending, interruptible, stop
+from scripts.study.sweep import digest_of
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 SEEDS = "1337,42,2026"

@@ -23,7 +23,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -51,6 +50,7 @@ from scripts.common import (
     run_command,
     warn,
 )
+from scripts.study.child import ending, interruptible, stop
 from scripts.study.runlog import (
     SCORE,
     SWEEP_RESULTS,
@@ -75,7 +75,6 @@ OWN = ("RECIPE", "SEED", "RUN_ID", "OUT_DIR", "RESUME")  # what a sweep sets in 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # of whatever started this process
 RESUME = "rerun the command to resume"
 CLOCK_SECONDS = 5.0  # by which a clock may be set back during a run
-STOP_SECONDS = 60.0  # that a process may take to end after SIGTERM
 # Settings that change scores but no training.
 SCORING = ("nelbo_", "parallel_eval_", "eval_", "export_")
 
@@ -433,13 +432,6 @@ def execute(run: Run, resume: bool, nproc: int, bar: Any) -> str:
     return f"{error_line(text)} ({why}; see {printed})" if why else ""
 
 
-def ending(status: int) -> str:
-    """Say how a process failed; empty if it ended well."""
-    if status < 0:
-        return f"ended by {signal.Signals(-status).name}"
-    return f"exit status {status}" if status else ""
-
-
 def wrong_log(run: Run, began: float) -> str:
     """Say why the log of a process that ended well holds no result of it; empty if it does."""
     log = read(run)
@@ -455,18 +447,6 @@ def started(log: RunLog) -> float:
         return datetime.datetime.fromisoformat(log.get("header", "time")).timestamp()
     except ValueError:
         return 0.0
-
-
-def stop(process: subprocess.Popen[bytes], seconds: float = STOP_SECONDS) -> None:
-    """End a process that still runs, and its group: first as Ctrl-C does, then by force."""
-    if process.poll() is None:
-        process.terminate()
-        # A second Ctrl-C does not wait.
-        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-            process.wait(timeout=seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def result(run: Run) -> dict[str, Any]:
@@ -511,19 +491,6 @@ class Store:
         for source in (run.log, run.log.with_suffix(".txt")):
             if source.exists():
                 shutil.copy2(source, self.out / "logs" / source.name)
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Take SIGTERM and a closed terminal as Ctrl-C."""
-    stopping = [signal.SIGTERM, signal.SIGHUP]
-    caught = [n for n in stopping if signal.getsignal(n) is not signal.SIG_IGN]  # nohup stays
-    before = {name: signal.signal(name, signal.default_int_handler) for name in caught}
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
 
 
 @contextlib.contextmanager

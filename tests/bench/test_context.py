@@ -13,7 +13,8 @@ import torch
 
 import train_gpt as tg
 from scripts.bench import context as bench
-from tests.conftest import VOCAB, Recorder, Tokenizers, outcome, random_rows, randomise, tiny
+from tests.bench import artifacts
+from tests.conftest import VOCAB, Tokenizers, outcome, random_rows, randomise, tiny
 
 T = 16
 
@@ -23,8 +24,7 @@ def artifact(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("DATA_PATH", raising=False)
     monkeypatch.delenv("TOKENIZER_PATH", raising=False)
     weights = randomise(tg.GPT(cfg := tiny(**data))).state_dict()
-    sha256 = tg.ByteCounter(tiny(**data)).sha256
-    tg.save_artifact(tmp_path / "tiny.ptz", weights, cfg, sha256, Recorder())
+    artifacts.save(tmp_path / "tiny.ptz", weights, cfg)
     return tmp_path / "tiny.ptz"
 
 

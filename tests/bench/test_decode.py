@@ -15,11 +15,11 @@ import torch
 import train_gpt as tg
 from scripts import decoding
 from scripts.bench import decode as bench
+from tests.bench import artifacts
 from tests.conftest import (
     ROOT,
     VOCAB,
     Called,
-    Recorder,
     outcome,
     random_rows,
     randomise,
@@ -217,8 +217,7 @@ def save(
     folder: Path, data: dict[str, Any], recipe: str = "direct", name: str = "m", sha256: str = ""
 ) -> Path:
     cfg, path = tiny(recipe, **data | {"train_seq_len": 32}), folder / f"{name}.ptz"
-    weights = dict(randomise(tg.GPT(cfg)).named_parameters())
-    tg.save_artifact(path, weights, cfg, sha256 or tg.ByteCounter(cfg).sha256, Recorder())
+    artifacts.save(path, dict(randomise(tg.GPT(cfg)).named_parameters()), cfg, sha256)
     return path
 
 

@@ -19,12 +19,12 @@ from torch import Tensor
 import train_gpt as tg
 from scripts.bench import estimators as we
 from scripts.bench import likelihood
+from tests.bench import artifacts
 from tests.conftest import (
     BOS,
     CPU,
     THREADS,
     VOCAB,
-    Recorder,
     make_run,
     pass_rounding,
     random_rows,
@@ -325,7 +325,7 @@ def artifact(data: dict[str, Any], tmp_path: Path) -> tuple[Path, tg.GPT]:
         model.cfg, data_path="/nowhere", tokenizer_path="/nowhere.model"
     )
     path = tmp_path / "model.ptz"
-    tg.save_artifact(path, model.state_dict(), elsewhere, counter.sha256, Recorder())
+    artifacts.save(path, model.state_dict(), elsewhere, counter.sha256)
     return path, tg.load_artifact(path, CPU)[0]
 
 
@@ -426,8 +426,8 @@ def test_data_of_another_tokenizer_is_refused(
 def test_a_model_without_a_denoiser_has_no_bound(
     data: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, _, _, counter = evaluation("ar", **data)
-    tg.save_artifact(tmp_path / "ar.ptz", model.state_dict(), model.cfg, counter.sha256, Recorder())
+    model = evaluation("ar", **data)[0]
+    artifacts.save(tmp_path / "ar.ptz", model.state_dict(), model.cfg)
     assert likelihood.main(["--artifact", str(tmp_path / "ar.ptz")]) == 2
     assert "no denoiser" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:

@@ -14,7 +14,8 @@ import torch
 
 import train_gpt as tg
 from scripts.bench import export as bench
-from tests.conftest import Called, Recorder, facts, make_run, outcome, randomise, tiny
+from tests.bench import artifacts
+from tests.conftest import Called, facts, make_run, outcome, randomise, tiny
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def checkpoint(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyP
         cfg, make_run(cfg), tg.TokenLoader(cfg, "train"), randomise(tg.GPT(cfg), std=0.05)
     )
     state.save()
-    return cfg.path("checkpoints", ".pt")
+    return cfg.checkpoints[0]
 
 
 def call(path: Path, *argv: str, capsys: Any) -> Called:
@@ -43,7 +44,7 @@ def test_scores_and_bytes_are_those_of_the_artifact(
 ) -> None:
     monkeypatch.setattr(tg, "KEEP_FLOAT_NUMEL", 100)
     found = facts(call(checkpoint, "--levels", "127,31,3", capsys=capsys))
-    cfg, weights = bench.load(checkpoint)
+    cfg, weights, _ = bench.load(checkpoint)
     counter = tg.ByteCounter(cfg)
     split = (make_run(cfg), tg.TokenLoader(cfg, "val"), counter)
     model = tg.GPT(cfg)
@@ -55,7 +56,7 @@ def test_scores_and_bytes_are_those_of_the_artifact(
     assert by_levels.keys() == {(127, 127), (31, 31), (31, 127), (3, 3), (3, 127)}
     for scheme, levels in (("int8+zlib", 127), ("int6+zstd", 31), ("int6+lzma", 31)):
         cfg = dataclasses.replace(cfg, export_scheme=scheme)
-        tg.save_artifact(path := tmp_path / scheme, weights, cfg, counter.sha256, log := Recorder())
+        log = artifacts.save(path := tmp_path / scheme, weights, cfg)
         again, _ = tg.load_artifact(path, torch.device("cpu"))
         row = by_levels[levels, 127]
         gap = tg.evaluate_exact(again, *split)["bpb"] - exact
@@ -105,7 +106,7 @@ def test_an_average_is_what_is_exported(data: dict[str, Any], tmp_path: Path) ->
     with torch.no_grad():
         state.ema[0].fill_(0.5)
     state.save()
-    assert bench.load(cfg.path("checkpoints", ".pt"))[1]["tok_emb"].eq(0.5).all()
+    assert bench.load(cfg.checkpoints[0])[1]["tok_emb"].eq(0.5).all()
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_faults_are_named(
 def test_a_file_that_is_no_checkpoint_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "x.pt").write_bytes(b"hello")
-    status, out, err = call(tmp_path / "x.pt", capsys=capsys)
+    (tmp_path / "x.ckpt").write_bytes(b"hello")
+    status, out, err = call(tmp_path / "x.ckpt", capsys=capsys)
     assert (status, out) == (2, "")
     assert "is missing, damaged or not ours" in err

@@ -21,6 +21,7 @@ import train_gpt as tg
 from scripts import decoding
 from scripts.bench import infill as bench
 from scripts.bench.infill import AR, TEXT, WITH, WITHOUT
+from tests.bench import artifacts
 from tests.conftest import (
     CPU,
     ROOT,
@@ -472,8 +473,7 @@ def save(
     """Write the artifact of a tiny model that was not trained."""
     cfg = tiny(recipe, train_seq_len=32, **data | overrides)
     model, path = randomise(tg.GPT(cfg), std=0.3), folder / "final_model.int8.ptz"
-    weights = dict(model.named_parameters())
-    tg.save_artifact(path, weights, cfg, sha256 or tg.ByteCounter(cfg).sha256, Recorder())
+    artifacts.save(path, dict(model.named_parameters()), cfg, sha256)
     return path
 
 
