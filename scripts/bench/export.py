@@ -92,7 +92,7 @@ def load(path: Path) -> Checkpoint:
         names = dict(model.named_parameters())
         weights = {name: saved.get(f"{name}:ema", saved[name]) for name in names}
         model.load_state_dict(weights)
-        identity = {name: str(about.get(name, "")) for name in tg.IDENTITY}
+        identity = {name: str(about[name]) for name in tg.IDENTITY if name in about}
     except Exception as error:  # json and torch raise many kinds on foreign files
         fail(
             f"checkpoint {path} is missing, damaged or not ours ({error}); name the file of a run "
@@ -115,7 +115,7 @@ def with_environment(cfg: tg.Config) -> tg.Config:
 
 def check_text(found: Checkpoint, path: Path) -> None:
     """Raise UserError if tokenizer or shards are not of the tokenizer that a checkpoint names."""
-    cfg, trained = found.cfg, found.identity["tokenizer_sha256"]
+    cfg, trained = found.cfg, found.identity.get("tokenizer_sha256", "")
     if trained and (here := tg.ByteCounter(cfg).sha256) != trained:
         hashes = f"SHA-256 {here[:12]}, not {trained[:12]}"
         name = f"TOKENIZER_PATH={cfg.tokenizer_path!r}"

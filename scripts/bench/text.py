@@ -20,12 +20,13 @@ def open_validation(artifact: Artifact, cfg: Config) -> TokenLoader:
     check_manifest(cfg, artifact.tokenizer_sha256, str(artifact.path))
     if tg.read_manifest(cfg)[0]:
         return loader
-    data = f"DATA_PATH={cfg.data_path!r}"
-    if not Path(cfg.tokenizer_path).is_file():
+    path = Path(cfg.tokenizer_path)
+    if not path.is_file():
+        data = f"DATA_PATH={cfg.data_path!r}"
         warn(f"{data} does not say which tokenizer it is of; set TOKENIZER_PATH to have it checked")
-    elif (share := tg.share_reproduced(loader, open_tokenizer(artifact, cfg.tokenizer_path))) < 0.5:
-        rule = f"only {share:.0%} of its tokens come back when decoded and encoded again"
-        warn(f"{data} may be of another tokenizer than {artifact.path}: {rule}")
+    else:
+        for warning in tg.check_data(cfg, loader, loader, open_tokenizer(artifact, path))[1]:
+            warn(warning)
     return loader
 
 

@@ -205,10 +205,14 @@ def test_excerpts_are_spread_out_and_python_begins_with_a_definition(
     data: dict[str, Any], tmp_path: Path
 ) -> None:
     write_shard(tmp_path / "x_val_000000.bin", range(1000))
-    rows = bench.excerpts(tiny(vocab_size=1000, data_path=str(tmp_path)), 17, 9, None)
+
+    def loader(vocab_size: int) -> tg.TokenLoader:
+        return tg.TokenLoader(tiny(vocab_size=vocab_size, data_path=str(tmp_path)), "val")
+
+    rows = bench.excerpts(loader(1000), 17, 9, None)
     assert rows[:, 0].tolist() == [i * 58 // 9 * 17 for i in range(9)]
     sp = python_data(tmp_path, data)
-    rows = bench.excerpts(tiny(vocab_size=VOCAB, data_path=str(tmp_path)), 24, 30, sp)
+    rows = bench.excerpts(loader(VOCAB), 24, 30, sp)
     texts = {sp.decode(row) for row in rows.tolist()}
     assert len([text for text in texts if text.startswith(("def ", "class "))]) == 30
 

@@ -23,10 +23,9 @@ def checkpoint(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name in ("DATA_PATH", "TOKENIZER_PATH", "NELBO_SEQUENCES", "NELBO_SAMPLES"):
         monkeypatch.delenv(name, raising=False)
     cfg = tiny(**data, out_dir=str(tmp_path), run_id="r")
-    state = tg.TrainState(
-        cfg, make_run(cfg), tg.TokenLoader(cfg, "train"), randomise(tg.GPT(cfg), std=0.05)
-    )
-    state.save()
+    run = make_run(cfg)
+    run.identity = {"tokenizer_sha256": tg.ByteCounter(cfg).sha256}
+    tg.TrainState(cfg, run, tg.TokenLoader(cfg, "train"), randomise(tg.GPT(cfg), std=0.05)).save()
     return cfg.checkpoints[0]
 
 

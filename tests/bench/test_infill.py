@@ -26,7 +26,6 @@ from tests.conftest import (
     CPU,
     ROOT,
     Called,
-    Recorder,
     outcome,
     random_rows,
     randomise,
@@ -449,22 +448,20 @@ def test_who_was_trained_on_random_tokens(mode: str, share: float, seen: bool) -
 
 
 def test_excerpts_are_evenly_spaced_over_the_split(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     write_shard(tmp_path / "x_val_000000.bin", range(1000))
-    monkeypatch.setenv("DATA_PATH", str(tmp_path))
-    rows, path = bench.excerpts(tiny(vocab_size=1000), plan(), 9)
+    loader = tg.TokenLoader(tiny(vocab_size=1000, data_path=str(tmp_path)), "val")
+    rows, path = bench.excerpts(loader, plan(), 9)
     assert path == str(tmp_path)
     assert rows.shape == (9, 6 + 8 + 5)
     assert rows[:, 0].tolist() == [i * (1000 - 19) // 9 for i in range(9)]
     assert (rows.diff() == 1).all()
     most = 981 // 12  # so that no window of 12 with wrong tokens overlaps the next
-    assert bench.excerpts(tiny(vocab_size=1000), plan(), most)[0][:, 0].diff().min() >= 12
+    assert bench.excerpts(loader, plan(), most)[0][:, 0].diff().min() >= 12
     with pytest.raises(tg.UserError, match=f"take at most {most}, or prepare more text"):
-        bench.excerpts(tiny(vocab_size=1000), plan(), most + 1)
-    assert (
-        len(bench.excerpts(tiny(vocab_size=1000), plan(revise_examples=0), 981 // 8)[0]) == 981 // 8
-    )
+        bench.excerpts(loader, plan(), most + 1)
+    assert len(bench.excerpts(loader, plan(revise_examples=0), 981 // 8)[0]) == 981 // 8
 
 
 def save(
@@ -675,11 +672,20 @@ def test_artifacts_that_cannot_be_measured_are_named(
     assert "holds no *_val_*.bin" in err
 
 
-def test_spoilt_weights_are_named(env: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
-    cfg = tiny(train_seq_len=32, **env)
-    weights = {name: torch.full_like(p, math.nan) for name, p in tg.GPT(cfg).named_parameters()}
-    tg.save_artifact(tmp_path / "m.ptz", weights, cfg, tg.ByteCounter(cfg).sha256, Recorder())
-    code, out, err = run(capsys, tmp_path / "m.ptz", *SMALL)
+def test_spoilt_weights_are_named(
+    env: dict[str, Any], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path, env)
+    load = bench.load_artifact
+
+    def spoilt(*argv: Any) -> Any:
+        artifact = load(*argv)
+        for p in artifact.model.parameters():
+            p.data.fill_(math.nan)
+        return artifact
+
+    monkeypatch.setattr(bench, "load_artifact", spoilt)
+    code, out, err = run(capsys, path, *SMALL)
     assert (code, out) == (2, "")
     assert "not finite numbers" in err
 

@@ -5,6 +5,10 @@ processes.
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +16,8 @@ import pytest
 
 import train_gpt as tg
 from scripts.study import package, record
-from tests.conftest import facts, outcome
+from tests.conftest import ROOT, facts, outcome
+from tests.study.test_sweep import started
 
 
 def planned(argv: list[str], env: dict[str, str]) -> list[tuple[str, dict[str, str]]]:
@@ -207,3 +212,41 @@ def test_a_step_that_fails_ends_it(
     assert "sweep.py: exit status 2, see above" in err
     assert not (tmp_path / "out" / "README.md").exists()  # the steps after it are not taken
     assert {how.preset for how in record.PROTOCOLS.values()} <= set(tg.PRESETS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_step_and_says_what_is_done(tmp_path: Path, number: int) -> None:
+    child = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(__import__('os').getpid()))"
+    steps = [["-c", "pass"], ["-c", f"{child}; import time; time.sleep(60)"], ["-c", "pass"]]
+    code = f"""
+import signal, sys
+from types import SimpleNamespace
+from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+from scripts.common import run_command
+from scripts.study import record
+def body():
+    steps = [record.Step([sys.executable, *step], {{}}) for step in {steps!r}]
+    args = SimpleNamespace(out=Path({str(tmp_path)!r}), plan=False, protocol="cpu")
+    with record.interruptible():
+        record.run_steps(steps, args, {{}})
+sys.exit(run_command(body, resume=record.RESUME))
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        pid = started(tmp_path / "pid")
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode in (130, 128 + number)
+    assert "-c was ended; 1 of 3 steps are done\n" in err
+    assert "error: interrupted; what is done is kept: rerun the command to resume\n" in err
+    assert "Traceback" not in err
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
