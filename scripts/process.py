@@ -10,10 +10,16 @@ and SIGTERM end a script in one line, with status 130 and 143.
 
 from __future__ import annotations
 
-import io
 import os
-import signal
 import sys
+
+NOT_BEGUN = "the work had not begun, nothing was written"
+try:
+    import io
+    import signal
+except KeyboardInterrupt:  # the only import here that takes milliseconds
+    os.write(2, f"error: interrupted; {NOT_BEGUN}\n".encode())
+    os._exit(130)
 
 TYPE_CHECKING = False  # typing and threading take milliseconds to import
 if TYPE_CHECKING:
@@ -178,7 +184,7 @@ def is_script() -> bool:
 
 def begin() -> None:
     """Prepare the process of a script: until its work begins, a signal ends it at once."""
-    started = Interruptible("the work had not begun, nothing was written")
+    started = Interruptible(NOT_BEGUN)
     for number in Interruptible.signals:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, started.leave)
