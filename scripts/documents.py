@@ -146,7 +146,7 @@ def foreign_format(head: bytes) -> tuple[str, str] | None:
         if head[257:262] == b"ustar":
             return "a tar archive", UNPACK
         zeros = [head[parity::2].count(0) for parity in (0, 1)]
-        if sum(zeros) * 4 >= len(head):
+        if sum(zeros) * 4 >= len(head) >= 8:
             order = "LE" if zeros[1] > zeros[0] else "BE"
             remedy = ENCODING.format(f"UTF-16{order}")
             return "binary data, or UTF-16 text without a byte order mark", remedy
@@ -376,7 +376,7 @@ class Reading:
             return
         for number, item in enumerate(value, start=1):
             if not isinstance(item, dict):
-                held = f"holds a list whose item {number} is a {type(item).__name__}"
+                held = f"holds a list whose item {number} is of type {type(item).__name__}"
                 fail(f"{first.place}: {held}; {JSON_RULE}")
             yield text_field(item, f"{self.path}, item {number}")
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import bz2
 import errno
 import gzip
 import hashlib
 import json
 import lzma
+import random
+import re
+import resource
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import sentencepiece as spm
+import zstandard
 
 import train_gpt as tg
 from scripts import prepare_data as prep
+from tests.conftest import train_tokenizer
 
 BOS = 1
 VOCAB = "400"
@@ -401,6 +407,193 @@ def test_the_sample_is_bounded_and_does_not_depend_on_order(stdlib: Path) -> Non
     assert prep.training_sample(corpus, 3000) == sample
     sizes = [len(text.encode()) for text in sample]
     assert sum(sizes) >= 3000 > sum(sizes[:-1])
+
+
+def prepare_texts(tmp_path: Path, texts: Sequence[str], *argv: object) -> list[str]:
+    """Prepare texts, one a JSONL line; return them from the shards, without the split's order."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    run_ok("--source", "files", path, "--out", tmp_path / "out", "--val-percent", 30, *argv)
+    return texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")
+
+
+def draw_texts(alphabet: str, count: int, seed: int = 0) -> list[str]:
+    draw = random.Random(seed)
+    return ["".join(draw.choices(alphabet, k=draw.randint(20, 90))) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("texts", "size"),
+    [
+        ([*draw_texts("ACGT", 30), "A C\n G"], 290),  # one space in thousands of characters
+        (draw_texts("ACGT", 30), 290),  # none
+        (draw_texts("0123456789", 30), 272),
+        (draw_texts("\n\t x", 30), 268),
+        ([*draw_texts("".join(map(chr, range(0x4E00, 0x5400))), 60), "丁 七"], 1900),
+        ([f"\0{text}" for text in draw_texts("ab", 30)], 262),  # no line can be trained on
+    ],
+)
+def test_a_trained_tokenizer_gives_every_text_back(
+    tmp_path: Path, texts: list[str], size: int
+) -> None:
+    assert sorted(prepare_texts(tmp_path, texts, "--vocab-size", size)) == sorted(texts)
+    model = spm.SentencePieceProcessor(model_file=str(tmp_path / "out" / "tokenizer.model"))
+    assert model.decode(model.encode(" a  b\n c ")) == " a  b\n c "
+    for row in manifest_of(tmp_path / "out")["splits"].values():
+        assert row["counted_bytes"] == row["bytes"]
+
+
+def test_a_space_is_required_only_where_it_is_rare(tmp_path: Path, jsonl: Path) -> None:
+    lines = [line for i in range(400) for line in sentence(i).split("\n") if line]
+    assert prep.train_tokenizer([sentence(i) for i in range(400)], 300) == prep.fit_tokenizer(
+        lines, 300
+    )
+
+
+@pytest.mark.parametrize("size", ["100", "262", "60000"])
+def test_the_vocabulary_size_that_an_error_names_works(
+    tmp_path: Path, size: str, fails: Callable[..., str]
+) -> None:
+    for i, texts in enumerate(([sentence(i) for i in range(60)], draw_texts("ACGT", 30))):
+        path = write(
+            tmp_path / f"{i}.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in texts)
+        )
+        argv = ["--source", "files", path, "--val-percent", "30", "--out", tmp_path / size / str(i)]
+        named = re.search(r"use --vocab-size (\d+) or", fails(*argv, "--vocab-size", size))
+        assert named
+        run_ok(*argv, "--vocab-size", named[1])
+
+
+def test_a_tokenizer_that_spells_the_space_in_bytes_is_refused(
+    tmp_path: Path, jsonl: Path, folding_tokenizer: Path, fails: Callable[..., str]
+) -> None:
+    model, mark = folding_tokenizer.read_bytes(), b"\x0a\x03\xe2\x96\x81"
+    assert model.count(mark) == 1
+    bare = write(tmp_path / "bare.model", model.replace(mark, b"\x0a\x03\xe1\x9a\x80"))
+    out = tmp_path / "out"
+    message = fails("--source", "files", jsonl, "--tokenizer", bare, "--out", out)
+    assert f"--tokenizer={bare} has no piece for a space" in message
+    assert "required_chars" in message
+    assert not list(out.glob("**/*"))
+
+
+def test_bytes_counted_beyond_those_of_the_tokens_are_refused(
+    jsonl: Path, tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = tg.ByteCounter.count
+    monkeypatch.setattr(tg.ByteCounter, "count", lambda *args: count(*args) + 1)
+    message = fails("--source", "files", jsonl, "--vocab-size", VOCAB, "--out", tmp_path / "out")
+    assert f"{jsonl}, line 1: training would count" in message
+
+
+def test_other_bytes_than_the_source_has_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "expands.model"
+    train_tokenizer(model, [sentence(i) for i in range(60)], vocab_size=320)
+    texts = [f"{sentence(i)} ½ cup ﷺ" for i in range(60)]
+    argv = ("--tokenizer", model)
+    for _ in range(2):  # also where everything is there already
+        capsys.readouterr()
+        prepare_texts(tmp_path, texts, *argv)
+        captured = capsys.readouterr()
+        for split, row in manifest_of(tmp_path / "out")["splits"].items():
+            decoded = sum(len(text.encode()) for text in texts_of(tmp_path / "out", split))
+            assert row["counted_bytes"] == decoded != row["bytes"]
+            both = f"{decoded:,} bytes counted by tokens, {row['bytes']:,} bytes of source text"
+            assert f"warning: {split}: {both}" in captured.err
+            assert f"({decoded:,} bytes counted)" in captured.out
+
+
+@pytest.mark.parametrize("name", ["a.ndjson", "a.JSONL", "a.json", "a.txt", "a.jsonl.zst", "a.bz2"])
+def test_json_never_becomes_text(tmp_path: Path, jsonl: Path, name: str) -> None:
+    pack = {".zst": zstandard.ZstdCompressor().compress, ".bz2": bz2.compress}
+    data = pack.get(Path(name).suffix, bytes)(jsonl.read_bytes())
+    files = ["--source", "files", write(tmp_path / name, data), "--vocab-size", VOCAB]
+    run_ok(*files, "--out", tmp_path / "out")
+    run_ok(*files[:2], jsonl, *files[3:], "--out", tmp_path / "expected")
+    for path in (tmp_path / "expected").glob("*.bin"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    # Data that an earlier version made of the same file is not taken for this.
+    inputs = manifest_of(tmp_path / "out")["settings"]["inputs"]
+    assert ("json_files" in inputs) == (name not in ("a.jsonl", "a.jsonl.gz", "a.jsonl.xz"))
+
+
+# ---- one document, few documents ----
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("\n\n".join(sentence(i) for i in range(90)), "paragraph"),
+        ("".join(f"line {i} has no blank line after it\n" for i in range(90)), "line"),
+        (" ".join(f"Sentence {i} ends." for i in range(90)), "sentence"),
+        (" ".join(f"word{i}" for i in range(90)), "word"),
+        ("first\n\nsecond", "paragraph"),
+    ],
+)
+def test_one_document_is_cut_in_two(
+    tmp_path: Path, text: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    book, out = write(tmp_path / "book.txt", text), tmp_path / "out"
+    run_ok("--source", "files", book, write(tmp_path / "empty.txt", " \n"), "--out", out,
+           "--vocab-size", {"word": 280}.get(kind, 300) if len(text) > 99 else 275)  # fmt: skip
+    assert f"warning: {book} is one document: the last" in capsys.readouterr().err
+    (train,), (val,) = texts_of(out, "train"), texts_of(out, "val")
+    assert train + val == text
+    assert train[-1] == {"paragraph": "\n", "line": "\n"}.get(kind, " ")
+    assert len(val) / len(text) < 0.08 or len(text) < 99
+    cut = {"character": len(train), "end_of": kind}
+    assert manifest_of(out)["settings"]["inputs"]["cut_after"] == cut
+    assert manifest_of(out)["skipped"]["empty"] == 1
+
+
+def test_one_document_that_cannot_be_cut_is_named(
+    tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    for text in ("ACGT" * 999, "word ", f">name\n{'ACGT' * 999}\n", "a\na\n"):
+        message = fails("--source", "files", write(tmp_path / "a.txt", text))
+        assert "a.txt: the only document has no place to cut it" in message
+
+
+@pytest.mark.parametrize("percent", [0, 0.1, 100, 99.9])
+@pytest.mark.parametrize("source", ["files", "stdlib"])
+def test_the_share_that_an_error_names_fills_both_splits(
+    tmp_path: Path,
+    stdlib: Path,
+    folding_tokenizer: Path,
+    source: str,
+    percent: float,
+    fails: Callable[..., str],
+) -> None:
+    for path in [*stdlib.rglob("*.txt"), *list(stdlib.rglob("*.py"))[4:]]:
+        path.unlink()
+    argv = ["--out", tmp_path / "out", "--tokenizer", folding_tokenizer]
+    argv += ["--source", "files", stdlib / "**/*.py"] if source == "files" else []
+    named = re.search(r"--val-percent ([\d.]+)", fails(*argv, "--val-percent", percent))
+    assert named
+    run_ok(*argv, "--val-percent", named[1])
+
+
+def test_equal_documents_cannot_be_told_apart(tmp_path: Path, fails: Callable[..., str]) -> None:
+    files = [write(tmp_path / f"{i}.txt", "all alike\n\nin two") for i in range(3)]
+    message = fails("--source", "files", *files)
+    assert "all 3 documents fell into" in message
+    assert "no --val-percent tells them apart: add documents" in message
+
+
+def test_few_file_handles_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(120):
+        write(tmp_path / f"{i}.txt", sentence(i))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, limits[1]))
+    try:
+        argv = ["--source", "files", tmp_path / "*.txt", "--val-percent", 20, "--out"]
+        run_ok(*argv, tmp_path / "out", "--vocab-size", 300, "--shard-tokens", 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(manifest_of(tmp_path / "out")["files"]) > 120
 
 
 def write(path: Path, data: str | bytes) -> Path:
