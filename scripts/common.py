@@ -337,6 +337,7 @@ def run_command(
                 print(to_json(result), flush=True)
             return end(0 if result is None else status(result))
         except BaseException as error:
+            interrupts.ending = True
             if isinstance(error, KeyboardInterrupt) or interrupts.received:
                 report_errors(f"interrupted; {resume}")
                 return interrupts.status

@@ -117,13 +117,14 @@ def end(status: int) -> int:
 
 
 class Interruptible:
-    """While a command works, the first signal raises KeyboardInterrupt; another one ends it now.
+    """While a command works, a signal raises KeyboardInterrupt; while it is `ending`, it ends now.
 
     Args:
         note: what an interrupted user needs to know.
     """
 
-    received: int | None = None  # number of the signal
+    received: int | None = None  # number of the first signal
+    ending = False
     signals = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, note: str) -> None:
@@ -157,9 +158,9 @@ class Interruptible:
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Interrupt the work."""
-        if self.received is not None:
+        if self.ending:
             self.leave(number, frame)
-        self.received = number
+        self.received = self.received or number
         raise KeyboardInterrupt
 
     def leave(self, number: int, _: FrameType | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -58,6 +59,18 @@ def test_an_interrupt_is_one_whatever_a_library_makes_of_it(
             raise RuntimeError("INTERNAL: callback failed") from None
 
     assert common.run_command(body) == 130
+    assert capsys.readouterr().err == "error: interrupted; nothing was written\n"
+
+
+def test_cleaning_up_can_be_interrupted_too(capsys: pytest.CaptureFixture[str]) -> None:
+    def body() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            with contextlib.suppress(KeyboardInterrupt):  # as of waiting for a child
+                os.kill(os.getpid(), signal.SIGINT)
+
+    assert common.run_command(body) == 143
     assert capsys.readouterr().err == "error: interrupted; nothing was written\n"
 
 
