@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -82,7 +83,7 @@ def test_the_command_decodes_as_decoding_does(
     argv = ("--prompt", PROMPT, "--tokens", "12", "--mode", mode)
     found = facts(call(*argv, "--temperature", "1", "--seed", "5"))
     ids = [BOS, *at.tokenizer.encode(PROMPT)]
-    sampling = tg.Sampling(temperature=1.0, seed=5, end=BOS)
+    sampling = decoding.Sampling(temperature=1.0, seed=5, end=BOS)
     settings = decoding.MODES[mode]._replace(sampling=sampling)
     expected = decoding.generate(at.model, torch.tensor([ids]), 12, settings)
     assert found["text"] == PROMPT + found["completion"]
@@ -118,14 +119,14 @@ def test_a_continuation_stops_where_the_document_ends(
 ) -> None:
     full = facts(call("--prompt", PROMPT, "--tokens", "12"))
     chosen = [0]
-    real = tg.sample_tokens
+    real = decoding.sample_tokens
 
     def sample_tokens(logits: torch.Tensor, *rest: Any) -> Any:
         chosen[0] += logits.shape[1]
         tokens, log_p = real(logits, *rest)
         return (tokens if chosen[0] <= 3 else torch.full_like(tokens, BOS)), log_p
 
-    monkeypatch.setattr(tg, "sample_tokens", sample_tokens)
+    monkeypatch.setattr(decoding, "sample_tokens", sample_tokens)
     found = facts(call("--prompt", PROMPT, "--tokens", "12", "--html", str(tmp_path / "a.html")))
     assert found["forwards"] == 4
     assert full["completion"].startswith(found["completion"])
@@ -416,6 +417,84 @@ def test_text_that_does_not_fit(call: Callable[..., Called]) -> None:
         status, _, err = call(*argv)
         assert status == 2
         assert re.fullmatch(rf"error: .*{expected}.*\n", err), err
+
+
+class Input:
+    """Standard input that holds bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        self.buffer = io.BytesIO(data)
+
+    def isatty(self) -> bool:
+        return False
+
+
+def test_a_prompt_comes_from_bytes_of_any_terminal(
+    call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    expected = facts(call("--prompt", "é日", "--tokens", "2"))["text"]
+    file = tmp_path / "prompt.txt"
+    file.write_bytes("\ufeffé日".encode())
+    undecoded = "é日".encode().decode("ascii", "surrogateescape")  # as of LC_ALL=C
+    monkeypatch.setattr("sys.stdin", Input("\ufeffé日".encode()))
+    for argv in ((), ("--prompt-file", str(file)), ("--prompt", undecoded)):
+        assert facts(call(*argv, "--tokens", "2"))["text"] == expected
+    suffix = facts(call("--prompt", "x", "--suffix", undecoded, "--tokens", "2"))["text"]
+    assert suffix.endswith("é日")
+
+
+def test_a_prompt_that_cannot_be_read_is_named(
+    call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert call() == (2, "", "error: standard input is closed; give --prompt TEXT or "
+                             "--prompt-file PATH\n")  # fmt: skip
+    monkeypatch.setattr("sys.stdin", Input(b"a\xff"))
+    for argv, named in (
+        ((), "the prompt in standard input is not UTF-8 (byte 1)"),
+        (("--prompt", "a\udcff"), "the text of --prompt is not valid UTF-8"),
+        (("--prompt", "a", "--suffix", "a\udcff"), "the text of --suffix is not valid UTF-8"),
+        (("--prompt-file", str(tmp_path)), f"the prompt in {tmp_path} cannot be read"),
+    ):
+        status, _, err = call(*argv)
+        assert status == 2
+        assert err.startswith(f"error: {named}")
+
+
+def test_control_characters_are_escaped_on_a_terminal_only(
+    call: Callable[..., Called], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ("--prompt", "a\x1b[2J\tb\u202e\n", "--tokens", "1")
+    assert "a\x1b[2J\tb\u202e\n" in call(*argv)[1]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    text = "".join(call(*argv)[1].splitlines(keepends=True)[:-1])
+    assert "a\\x1b[2J\tb\\u202e\n" in text
+    assert "\x1b" not in text
+
+
+def test_a_tokenizer_that_cannot_serve_is_named(
+    call: Callable[..., Called], data: dict[str, Any], texts: list[str], tmp_path: Path
+) -> None:
+    """Also where the artifact was trained with it, by a program that did not look."""
+    whole = Path(data["tokenizer_path"]).read_bytes()
+    without_bos = tmp_path / "no_bos.model"
+    train_tokenizer(without_bos, texts, bos_id=-1)
+    for model, expected in (
+        (without_bos.read_bytes(), "has no BOS piece"),
+        (whole.replace(b"\xe2\x96\x81", b"\xe2\xff\x81"), "no SentencePiece model"),
+        (whole[:500], "no SentencePiece model"),
+        (b"", "no SentencePiece model"),
+    ):
+        path = tmp_path / "tokenizer.model"
+        path.write_bytes(model)
+        run = make_run(tiny(**data, train_seq_len=64, train_batch_tokens=256))
+        run.identity = {"tokenizer_sha256": hashlib.sha256(model).hexdigest()}
+        weights = randomise(tg.GPT(run.cfg)).state_dict()
+        tg.save_artifact(tmp_path / "a.ptz", weights, run)
+        argv = ("--prompt", "x", "--tokenizer", str(path))
+        status, out, err = call(*argv, artifact=tmp_path / "a.ptz")
+        assert (status, out) == (2, "")
+        assert re.fullmatch(f"error: .*{re.escape(str(path))}.*{expected}.*\n", err), err
 
 
 def test_a_model_without_a_denoiser_says_so(
