@@ -353,6 +353,10 @@ def data_of(run: SeedRun, request: Request) -> Path:
     return request.data or Path(run.values["data_path"])
 
 
+def tokenizer_of(run: SeedRun, request: Request) -> Path:
+    return request.tokenizer or Path(run.values["tokenizer_path"])
+
+
 def check_data(runs: Sequence[SeedRun], request: Request) -> Iterator[str]:
     """Require train and validation shards that have no file, name or content in common."""
     folder = data_of(runs[0], request)
@@ -377,6 +381,28 @@ def check_data(runs: Sequence[SeedRun], request: Request) -> Iterator[str]:
             "common: remove it from train, and train again"
         )
     yield from check_manifest(folder)
+    if train and val and runs[0].log.identity("data") != runlog.UNKNOWN:
+        yield from check_digests(runs[0], request)
+
+
+def check_digests(run: SeedRun, request: Request) -> Iterator[str]:
+    """Require that shards and tokenizer are those that the seeds were trained and scored on."""
+    paths = data_of(run, request), tokenizer_of(run, request)
+    values = {k: v for k, v in run.values.items() if k in tg.Config.__dataclass_fields__}
+    values |= {"data_path": str(paths[0]), "tokenizer_path": str(paths[1])}
+    try:
+        cfg = tg.Config(**values)
+        splits = tg.TokenLoader(cfg, "train"), tg.TokenLoader(cfg, "val")
+        facts = tg.check_data(cfg, *splits, tg.ByteCounter(cfg))[0]
+    except UserError as error:
+        yield f"{error}; data of the logs must be checked: name it by --data and --tokenizer"
+        return
+    for name, path in zip(("data", "tokenizer"), paths, strict=True):
+        if (ours := facts[f"{name}_sha256"]) != (theirs := run.log.identity(name)):
+            yield (
+                f"{path} has SHA-256 {ours}, the logs say {theirs} of their {name}; name what the "
+                f"seeds were trained on by --{name}"
+            )
 
 
 def check_manifest(folder: Path) -> Iterator[str]:
@@ -602,7 +628,7 @@ def write_heads(source: Path, target: Path) -> None:
 
 def environment(run: SeedRun, request: Request, scratch: Path) -> dict[str, str]:
     """Return all that the run inside the package sees: the logged settings, and few steps."""
-    tokenizer = request.tokenizer or Path(run.values["tokenizer_path"])
+    tokenizer = tokenizer_of(run, request)
     kept = {name: os.environ[name] for name in KEPT if name in os.environ}
     sizes = dict(TINY) if request.tiny else {}
     if request.tiny and run.values.get("bigram_vocab_size", 0):

@@ -54,10 +54,12 @@ from scripts.study.child import ending, interruptible, stop
 from scripts.study.runlog import (
     SCORE,
     SWEEP_RESULTS,
+    UNKNOWN,
     RunLog,
     is_text,
     mean_cell,
     numbers,
+    parse_object,
     read_log,
     shown,
     spread,
@@ -82,6 +84,7 @@ SCORING = ("nelbo_", "parallel_eval_", "eval_", "export_")
 ABOUT = ("base", "note", "published")  # what a row says of itself; the rest are its settings
 
 
+TEXTS = ("data", "tokenizer")  # whose digests tell runs apart
 TABLES = ("rows", "ladders", "left_out")  # of the ladder file
 
 
@@ -352,6 +355,24 @@ def hollow(cfg: Config) -> Iterator[str]:
         yield f"DIFFUSION_RAMP=iterations {rule}"
 
 
+class Asked(NamedTuple):
+    """What the runs of a sweep must be made by, and of."""
+
+    version: str | None  # SHA-256 of train_gpt.py; None: any
+    texts: dict[str, str]  # SHA-256 of data and tokenizer
+
+
+def check_text(cfg: Config) -> dict[str, str]:
+    """Read shards and tokenizer before any run, and return their digests; UserError: they are
+    missing, damaged or do not fit each other.
+    """
+    splits = (tg.TokenLoader(cfg, "train"), tg.TokenLoader(cfg, "val"))
+    facts, warnings = tg.check_data(cfg, *splits, tg.ByteCounter(cfg))
+    for warning in warnings:
+        warn(warning)
+    return {name: str(facts[f"{name}_sha256"]) for name in TEXTS}
+
+
 # ==============================================================================
 # 2  RUNS -- each a process of its own; what is finished is read from its log
 # ==============================================================================
@@ -361,17 +382,20 @@ def read(run: Run) -> RunLog:
     return read_log(run.log) if run.log.exists() else RunLog(run.folder.name)
 
 
-def foreign(run: Run, log: RunLog) -> str:
-    """Say which setting shows that a log is not of this run; empty if none does."""
+def foreign(run: Run, log: RunLog, asked: Asked) -> str:
+    """Say what shows that a log is not of this run; empty if nothing does."""
     values = log.events.get("config", {}).get("values", {})
     ours = run.cfg.training_settings() | {"seed": run.seed}
-    for name in ours.keys() & values.keys():
+    for name in sorted(ours.keys() & values.keys()):
         if values[name] != ours[name]:
             return f"{name.upper()}={shown(values[name])}, not {shown(ours[name])}"
+    for name, digest in asked.texts.items():
+        if (theirs := log.identity(name)) not in (UNKNOWN, digest):
+            return f"{name} of SHA-256 {theirs[:12]}, not {digest[:12]}"
     return ""
 
 
-def state_of(run: Run, version: str | None) -> str:
+def state_of(run: Run, asked: Asked) -> str:
     """Say from its log what became of a run.
 
     Returns:
@@ -391,10 +415,11 @@ def state_of(run: Run, version: str | None) -> str:
         if Path(ours).resolve() != Path(theirs).resolve():
             made = f"{run.folder} was made with {theirs!r}"
             fail(f"{name.upper()}={ours!r}, but {made}; name another --out")
-    if version not in (None, log.get("header", "sha256")):
+    if asked.version not in (None, log.get("header", "sha256")):
         return "other version"
-    if other := foreign(run, log):
-        fail(f"log {run.log} is of another run ({other}); move its folder away")
+    if other := foreign(run, log, asked):
+        remedy = "move its folder away, or name another --out"
+        fail(f"log {run.log} is of another run ({other}); {remedy}")
     scoring = [name for name in values if name.startswith(SCORING)]
     rescored = any(values[name] != getattr(run.cfg, name, values[name]) for name in scoring)
     if not log.why_left_out and not rescored:
@@ -407,7 +432,7 @@ def has_checkpoint(run: Run) -> bool:
     return any(path.exists() for path in cfg.checkpoints)
 
 
-def execute(run: Run, resume: bool, nproc: int, bar: Any) -> str:
+def execute(run: Run, resume: bool, nproc: int, asked: Asked, bar: Any) -> str:
     """Train one run to its end; return its error, empty if it ended well. Ctrl-C ends it, too."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
     command = [sys.executable, *launcher * (nproc > 1), str(PROGRAM)]
@@ -427,15 +452,15 @@ def execute(run: Run, resume: bool, nproc: int, bar: Any) -> str:
                 bar.refresh()
         finally:
             stop(process)
-    why = ending(process.returncode) or wrong_log(run, began)
+    why = ending(process.returncode) or wrong_log(run, asked, began)
     text = printed.read_bytes()[start:].decode(errors="replace")
     return f"{error_line(text)} ({why}; see {printed})" if why else ""
 
 
-def wrong_log(run: Run, began: float) -> str:
+def wrong_log(run: Run, asked: Asked, began: float) -> str:
     """Say why the log of a process that ended well holds no result of it; empty if it does."""
     log = read(run)
-    if why := log.why_left_out or foreign(run, log):
+    if why := log.why_left_out or foreign(run, log, asked):
         return f"log {run.log}: {why}"
     old = started(log) < began - CLOCK_SECONDS
     return f"log {run.log} is older than this run" if old else ""
@@ -476,8 +501,8 @@ class Store:
         self.path = out / SWEEP_RESULTS
         self.lines = dict[tuple[str, str], dict[str, Any]]()
         try:
-            text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-            for line in map(json.loads, text.splitlines()):
+            text = self.path.read_bytes() if self.path.exists() else b""
+            for line in map(parse_object, text.splitlines()):
                 self.lines[line["row"], line["hash"]] = line
         except (ValueError, TypeError, KeyError) as error:
             fail(f"{self.path} is damaged ({error}); move it away: the runs themselves are kept")
@@ -515,10 +540,11 @@ def version_of(args: argparse.Namespace) -> str | None:
     return None if args.any_version else hashlib.sha256(program).hexdigest()
 
 
-def sweep(runs: Sequence[Run], args: argparse.Namespace) -> Iterator[tuple[str, Line]]:
+def sweep(
+    runs: Sequence[Run], args: argparse.Namespace, asked: Asked
+) -> Iterator[tuple[str, Line]]:
     """Run what is not finished, one by one; yield what was done and each line, or its error."""
-    version = version_of(args)
-    states = {run.folder: state_of(run, version) for run in runs}
+    states = {run.folder: state_of(run, asked) for run in runs}
     store, errors = Store(args.out), dict[Path, str]()
     counts = Counter(states.values())
     print("; ".join(f"{n} {state}" for state, n in counts.items()), file=sys.stderr)
@@ -531,7 +557,7 @@ def sweep(runs: Sequence[Run], args: argparse.Namespace) -> Iterator[tuple[str, 
             did = {"done": "skipped", "cut off": "resumed"}.get(states[run.folder], "ran")
             if did != "skipped" and run.folder not in errors:
                 bar.set_postfix_str(f"{run.row} seed {run.seed}, {did}")
-                if error := execute(run, did == "resumed", args.nproc, bar):
+                if error := execute(run, did == "resumed", args.nproc, asked, bar):
                     errors[run.folder] = error
                 else:
                     states[run.folder] = "done"
@@ -582,13 +608,6 @@ def plan_table(runs: Sequence[Run]) -> str:
     return markdown(["row", "over", "settings", "note", "seeds", "published (phase)"], body, 6)
 
 
-def check_data(cfg: Config) -> None:
-    """Read shards and tokenizer before any run; UserError: they are missing or damaged."""
-    tg.TokenLoader(cfg, "train")
-    tg.TokenLoader(cfg, "val")
-    tg.ByteCounter(cfg)
-
-
 def summary(found: Sequence[tuple[str, Line]]) -> dict[str, Any]:
     """Print the table and the failures; return what the last line says of them."""
     scores = dict[str, list[Line]]()
@@ -622,11 +641,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.dry_run:
         print(plan_table(runs))
         return {"rows": len({run.row for run in runs}), "runs": len(runs), "notes": notes}
-    check_data(runs[0].cfg)
+    asked = Asked(version_of(args), check_text(runs[0].cfg))
     found, interrupted = list[tuple[str, Line]](), False
     with alone(args.out):
         try:
-            for did in sweep(runs, args):
+            for did in sweep(runs, args, asked):
                 found.append(did)
         except KeyboardInterrupt:
             interrupted = True

@@ -318,6 +318,30 @@ def test_seeds_of_other_data_or_another_tokenizer_are_refused(record: Record, na
     assert "'unknown' (seed 2026)" in record.refused()
 
 
+def test_data_or_a_tokenizer_that_is_not_the_logs_is_refused(
+    record: Record, data: dict[str, Any], tokenizers: Any
+) -> None:
+    cfg = tg.Config(**settings(**data))
+    splits = tg.TokenLoader(cfg, "train"), tg.TokenLoader(cfg, "val")
+    facts = tg.check_data(cfg, *splits, tg.ByteCounter(cfg))[0]
+    for seed in SEEDS:
+        events = record.events(seed)
+        events["config"]["values"] |= settings(**data, seed=seed)
+        digests = {f"{name}_sha256": facts[f"{name}_sha256"] for name in ("data", "tokenizer")}
+        record.write(seed, events | {"data": digests})
+    assert package.checked_runs(record.request())
+    said = record.refused(tokenizer=tokenizers.nmt_nfkc)
+    assert f"{tokenizers.nmt_nfkc} has SHA-256 " in said
+    assert f"the logs say {digests['tokenizer_sha256']} of their tokenizer" in said
+    other = record.root / "other"
+    for split, tokens in (("train", range(5, 99)), ("val", range(4, 99))):
+        write_shard(other / f"x_{split}_0.bin", tokens)
+    said = record.refused(data=other)
+    assert f"{other} has SHA-256 " in said
+    assert f"the logs say {digests['data_sha256']} of their data" in said
+    assert "data of the logs must be checked" in record.refused(tokenizer=record.program)
+
+
 @pytest.mark.parametrize("text", ["", "x", "[]", '{"files": 3}', '{"files": {"a": 1}}', "[" * 9999])
 def test_a_damaged_manifest_is_named(record: Record, text: str) -> None:
     (record.data / "manifest.json").write_text(text, encoding="utf-8")

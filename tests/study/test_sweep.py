@@ -55,6 +55,8 @@ values |= {"recipe": os.environ["RECIPE"], "preset": "cpu"}
 if order == "other seed":
     values["seed"] = seed + 1
 event("config", values=values, source={})
+digests = here.with_name("digests")
+event("data", **(json.loads(digests.read_text()) if digests.exists() else {}))
 event("train", step=3)
 if order in ("die", "hang", "killed"):
     if order == "killed":
@@ -375,6 +377,24 @@ def test_runs_on_other_data_are_not_mixed(
     _, out = bench.run("ar", code=2)
     assert f"error: DATA_PATH='{tmp_path}', but {bench.folder('ar_1337')} was made with" in out
     assert len(bench.calls()) == 1
+
+
+@pytest.mark.parametrize("name", ["data", "tokenizer"])
+def test_runs_on_data_that_was_made_again_are_not_mixed(bench: Bench, name: str) -> None:
+    cfg = tg.Config.from_env(os.environ)[0]
+    ours = sweep.check_text(cfg)
+    (bench.root / "digests").write_text(json.dumps({f"{name}_sha256": ours[name]}))
+    bench.run("ar")
+    assert bench.run("ar")[0]["skipped"] == 1
+    (bench.root / "digests").write_text(json.dumps({f"{name}_sha256": "0" * 64}))
+    end, _ = bench.run("ar", "--seeds", "2", code=1)  # changed while the run read it
+    assert f"{name} of SHA-256 {'0' * 12}, not {ours[name][:12]}" in end["failed"][0]["error"]
+    (log,) = bench.folder("ar_1337").glob("logs/*.jsonl")
+    log.write_text(log.read_text().replace(ours[name], "f" * 64), encoding="utf-8")
+    bench.calls()
+    _, out = bench.run("ar", code=2)
+    assert f"error: log {log} is of another run ({name} of SHA-256 {'f' * 12}, not " in out
+    assert bench.calls() == []
 
 
 def test_one_folder_takes_one_sweep_at_a_time(bench: Bench) -> None:
