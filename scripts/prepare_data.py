@@ -80,7 +80,10 @@ VARIANTS = {"sp1024": 1024, "sp4096": 4096, "sp8192": 8192}  # pieces of the tok
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
     parser = Parser(__doc__)
-    add, glob_help = parser.add_argument, "files: JSONL with a text field, or plain text"
+    add, glob_help = (
+        parser.add_argument,
+        "files: JSON objects with a text field, or plain text; also .gz .xz .bz2 .zst",
+    )
     add("--source", choices=list(SOURCES), default="stdlib", help="where text comes from")
     add("patterns", nargs="*", metavar="GLOB", help=glob_help)
     add("--files", nargs="+", default=[], metavar="GLOB", help="the same as GLOB")

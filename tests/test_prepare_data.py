@@ -684,6 +684,10 @@ def test_a_tokenizer_that_cannot_serve_is_named(
         *arguments, write(tmp_path / "bad.model", "hello")
     )
     assert "is not a SentencePiece model" in fails(*arguments, write(tmp_path / "none.model", ""))
+    damaged = folding_tokenizer.read_bytes().replace(b"\xe2\x96\x81", b"\xe2\xff\x81")
+    assert "damaged.model is not a SentencePiece model ('utf-8' codec" in fails(
+        *arguments, write(tmp_path / "damaged.model", damaged)
+    )
     monkeypatch.setattr(prep, "MAX_VOCAB", 319)
     assert "has 320 pieces, uint16 shards hold at most 319" in fails(
         *arguments, folding_tokenizer, "--vocab-size", 300
