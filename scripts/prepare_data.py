@@ -60,6 +60,7 @@ TOKENIZER = "tokenizer.model"
 STAGING, DOWNLOADS = ".staging", ".download"
 MAX_VOCAB = 65_535  # tokens are uint16
 SHARD_VERSION = 1
+FIXED_PIECES = 261  # of a trained tokenizer, whatever the text
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 SAMPLE_BYTES = 8_000_000  # of training text that a tokenizer is fitted to; trains in seconds
 BATCH_BYTES = 4_000_000  # of text encoded at a time
@@ -421,20 +422,21 @@ def fit_tokenizer(lines: Sequence[str], vocab_size: int, **options: Any) -> byte
 def train_tokenizer(sample: Sequence[str], vocab_size: int) -> bytes:
     """Train a BPE that gives every text back unchanged, and return its model file."""
     lines = list(sample_lines(sample)) or [SPACE_MARK]
+    size = max(vocab_size, FIXED_PIECES)  # which never fit: then the error says how many do
     with contextlib.suppress(RuntimeError):
-        model = fit_tokenizer(lines, vocab_size)
+        model = fit_tokenizer(lines, size)
         if has_space(load_tokenizer(model, "the new tokenizer")):
             return model
     try:
         # Where spaces are rare, they are no piece unless they must be.
-        return fit_tokenizer(lines, vocab_size, required_chars=SPACE_MARK)
+        return fit_tokenizer(lines, size, required_chars=SPACE_MARK)
     except (RuntimeError, OSError) as error:
         fail(f"--vocab-size={vocab_size} does not fit this text: {size_advice(reason(error))}")
 
 
 def size_advice(message: str) -> str:
     """Turn what SentencePiece says of a vocabulary size into the size that fits."""
-    fixed = "261 pieces are fixed (4 control, 256 bytes, newline)"
+    fixed = f"{FIXED_PIECES} pieces are fixed (4 control, 256 bytes, newline)"
     if high := re.search(r"set it to a value <= (\d+)", message):
         return f"it has no more merges; use --vocab-size {high[1]} or less, or add text"
     if low := re.search(r"required_chars\. \d+ vs (\d+)", message):
