@@ -88,8 +88,9 @@ def run_campaign(
         t.folder.mkdir()
         try:
             CAMPAIGNS[name](t)
-        except Exception:
-            t.fault(f"the campaign itself failed: {traceback.format_exc()}")
+        except Exception as error:
+            t.fault(f"the campaign itself failed: {type(error).__name__}: {str(error)[-500:]}")
+            (t.folder / "campaign.txt").write_text(traceback.format_exc(), "utf-8")
             until = 0.0  # what follows would fail, too
         found["tried"] += 1
         found["faults"] += bool(t.faults)

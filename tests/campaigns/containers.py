@@ -155,7 +155,8 @@ def ask_for_more(packed: bytes, t: Try) -> Damaged:
     """Let the settings ask for a larger model than the tensors are."""
     about, tensors = tg.unpack_tensors(packed)
     name = t.draw.choice(SHAPES)
-    about["config"][name] = value = t.draw.choice(HUGE)
+    value = t.draw.choice([value for value in HUGE if value != about["config"][name]])
+    about["config"][name] = value
     return Damaged(f"config.{name} = {value}", tg.pack_tensors(about, tensors), True, True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -52,7 +53,7 @@ class Shot:
             return time.monotonic() >= self.at
         # An unfinished file is there for a millisecond: look as often as the limits allow.
         for _ in range(20):
-            found = sorted(str(p) + str(p.stat().st_ino) for p in temporary_files(self.folder))
+            found = unfinished(self.folder)
             if found and found[0] != self.seen:
                 self.seen = found[0]
                 self.writes -= 1
@@ -61,21 +62,15 @@ class Shot:
         return False
 
 
-def temporary_files(folder: Path) -> list[Path]:
-    """Files that are being written into OUT_DIR: their names end in neither of the known ways."""
+def unfinished(folder: Path) -> list[str]:
+    """Files that are being written into OUT_DIR, each with its inode: they have other names."""
     known = (".ckpt", ".ptz", ".jsonl", ".txt", ".lock")
-    found = list[Path]()
+    found = list[str]()
     for path in (folder / "out", folder / "out" / "checkpoints"):
-        try:
-            entries = [entry for entry in os.scandir(path) if entry.is_file()]
-        except OSError:
-            continue
-        found += [Path(e.path) for e in entries if not e.name.endswith(known) and exists(e.path)]
-    return found
-
-
-def exists(path: str) -> bool:
-    return os.path.exists(path)
+        with contextlib.suppress(OSError):
+            entries = [entry for entry in os.scandir(path) if not entry.is_dir()]
+            found += [f"{e.name} {e.inode()}" for e in entries if not e.name.endswith(known)]
+    return sorted(found)
 
 
 @functools.cache

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import torch._dynamo  # noqa: F401  # the optimizer imports it: 3 s, once here, not in each fork
+
 import train_gpt as tg
 
 PAGE_MIB = resource.getpagesize() / 2**20
@@ -65,10 +67,11 @@ def fork(
     (folder / "stdin").write_bytes(stdin)
     sys.stdout.flush()
     sys.stderr.flush()
+    before = printed(folder)
     pid = os.fork()
     if pid == 0:
         run_child(body, folder, base_environment(folder) | dict(env), limits)
-    return follow(pid, folder, limits, watch)
+    return follow(pid, folder, before, limits, watch)
 
 
 def run_child(
@@ -111,6 +114,7 @@ def spawn(
 ) -> Outcome:
     """Run a command line."""
     folder.mkdir(parents=True, exist_ok=True)
+    before = printed(folder)
     with open(folder / "stdout", "ab") as out, open(folder / "stderr", "ab") as err:
         process = subprocess.Popen(
             argv,
@@ -121,14 +125,20 @@ def spawn(
             stderr=err,
             start_new_session=True,
         )
-    outcome = follow(process.pid, folder, limits, watch)
+    outcome = follow(process.pid, folder, before, limits, watch)
     process.returncode = outcome.status  # it is no longer there to be waited for
     return outcome
 
 
-def follow(pid: int, folder: Path, limits: Limits, watch: Watch | None) -> Outcome:
-    """Wait for a process; end it when it breaks a limit."""
-    before = [len(text(folder / name)) for name in ("stdout", "stderr")]
+def printed(folder: Path) -> list[str]:
+    """What processes of a try have printed: on standard output and on standard error."""
+    return [text(folder / name) for name in ("stdout", "stderr")]
+
+
+def follow(
+    pid: int, folder: Path, before: list[str], limits: Limits, watch: Watch | None
+) -> Outcome:
+    """Wait for a process, of which others printed `before`; end it when it breaks a limit."""
     began, asked = time.monotonic(), 0.0
     ended = ""
     while True:
@@ -137,7 +147,8 @@ def follow(pid: int, folder: Path, limits: Limits, watch: Watch | None) -> Outco
         if waited[0]:
             break
         if watch is not None:
-            watch(pid)
+            with ending(pid):
+                watch(pid)
         if resident_mib(pid) > limits.mib:
             ended = "memory"
             send(pid, signal.SIGKILL)
@@ -149,8 +160,19 @@ def follow(pid: int, folder: Path, limits: Limits, watch: Watch | None) -> Outco
             send(pid, signal.SIGTERM if limits.slow else signal.SIGKILL)
         time.sleep(POLL_SECONDS)
     code = os.waitstatus_to_exitcode(waited[1])
-    out, err = text(folder / "stdout")[before[0] :], text(folder / "stderr")[before[1] :]
+    out, err = (new.removeprefix(old) for new, old in zip(printed(folder), before, strict=True))
     return Outcome(code, passed, waited[2].ru_maxrss / 1024, out, err, ended)
+
+
+@contextlib.contextmanager
+def ending(pid: int) -> Iterator[None]:
+    """Leave no process behind when something fails."""
+    try:
+        yield
+    except BaseException:
+        send(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
 
 
 def text(path: Path) -> str:
