@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 from scripts.common import Parser, fail, in_range, run_command, warn
 from scripts.documents import (
     Document,
-    drop_marks,
     find_files,
     num_other_json,
     read_files,
@@ -295,7 +294,7 @@ def stdlib_corpus(root: Path, max_bytes: int, val_percent: float) -> Corpus:
     for path in stdlib_paths(root):
         found += 1
         try:
-            text = drop_marks(read_bytes(path).decode("utf-8"))
+            text = read_bytes(path).decode("utf-8")
         except UnicodeDecodeError:
             foreign += 1
             continue
