@@ -149,8 +149,8 @@ def speeds(at: Loaded, model: tg.GPT, length: int, count: int) -> dict[str, floa
     start = length - count
     with autocast(at.text.device):
         scored = batch[:, 1:].numel() / seconds(lambda: tg.token_nll_causal(model, batch))
-        first = seconds(lambda: tg.decode_autoregressive(model, ids, start, start + 1).ids)
-        others = seconds(lambda: tg.decode_autoregressive(model, ids, start, length).ids) - first
+        first = seconds(lambda: tg.decode_autoregressive(model, ids, start, start + 1))
+        others = seconds(lambda: tg.decode_autoregressive(model, ids, start, length)) - first
     return {"scored_tok_s": scored, "decoded_tok_s": len(ids) * (count - 1) / max(others, 1e-9)}
 
 

@@ -74,7 +74,7 @@ SCORED_AT_ONCE, SCAN_TOKENS = 32, 1 << 22  # rows; validation tokens searched fo
 BAD_SOURCE = (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError)
 # Tokens/s of the "Mercury in Retrograde" submission on one H100.
 PUBLISHED = {"ar, no cache": 1519, "1 pass": 33315, "2 passes": 52424, "1 pass, infill": 147729}
-Decode = Callable[[Tensor, int], tg.Decoded]  # of excerpts (B, L) and a seed
+Decode = Callable[[Tensor, int], decoding.Decoded]  # of excerpts (B, L) and a seed
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -152,7 +152,7 @@ def plan_jobs(modes: Sequence[str], args: argparse.Namespace) -> list[Job]:
 
     A window takes at most one pass per token.
     """
-    sampling, jobs = tg.Sampling(temperature=args.temperature), []
+    sampling, jobs = decoding.Sampling(temperature=args.temperature), []
     for batch in args.batch:
         for mode in modes:
             settings = decoding.MODES[mode]._replace(sampling=sampling)
@@ -169,7 +169,7 @@ def decoder(at: Bench, settings: Decoding, suffix: bool = False) -> Decode:
     before = slice(at.prefix)
     after = slice(at.prefix + at.target, None if suffix else at.prefix + at.target)
 
-    def decode(rows: Tensor, seed: int) -> tg.Decoded:
+    def decode(rows: Tensor, seed: int) -> decoding.Decoded:
         seeded = settings._replace(sampling=settings.sampling._replace(seed=seed))
         return decoding.infill(at.model, rows[:, before], rows[:, after], at.target, seeded)
 
@@ -178,24 +178,24 @@ def decoder(at: Bench, settings: Decoding, suffix: bool = False) -> Decode:
 
 @torch.no_grad()
 def decode_uncached(
-    model: tg.GPT, prompt: Tensor, count: int, sampling: tg.Sampling = tg.GREEDY
-) -> tg.Decoded:
+    model: tg.GPT, prompt: Tensor, count: int, sampling: decoding.Sampling = decoding.GREEDY
+) -> decoding.Decoded:
     """Continue prompts (B, P) by `count` tokens as mode ar does, but read all for each token."""
-    ids, keys = prompt, tg.row_keys(prompt, sampling.seed)
+    ids, keys = prompt, decoding.row_keys(prompt, sampling.seed)
     for place in range(prompt.shape[1], prompt.shape[1] + count):
         logits = model.forward_causal(ids)[0][:, -1:]
-        token, _ = tg.sample_tokens(logits, sampling, tg.split_key(keys, place))
+        token, _ = decoding.sample_tokens(logits, sampling, tg.split_key(keys, place))
         ids = torch.cat((ids, token), dim=1)
-    return tg.Decoded(ids, torch.full_like(ids[:, :1], count))
+    return decoding.Decoded(ids, torch.full_like(ids[:, :1], count))
 
 
-def decode_all(at: Bench, decode: Decode, batch: int) -> tg.Decoded:
+def decode_all(at: Bench, decode: Decode, batch: int) -> decoding.Decoded:
     """Decode all excerpts, `batch` at a time, each batch with its own seed."""
     parts = [decode(at.rows[i : i + batch], i) for i in range(0, len(at.rows), batch)]
-    return tg.Decoded(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    return decoding.Decoded(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
-def timed(at: Bench, decode: Decode, batch: int) -> tuple[tg.Decoded, dict[str, Any]]:
+def timed(at: Bench, decode: Decode, batch: int) -> tuple[decoding.Decoded, dict[str, Any]]:
     """Decode all excerpts once, then again under the clock; return output (N, L) and speed."""
     found, seconds = decode_all(at, decode, batch), list[float]()
     for _ in range(at.repeats):
@@ -276,7 +276,7 @@ def measure(at: Bench, jobs: Sequence[Job], bar: Any) -> list[dict[str, Any]]:
 def predecessor_decoders(at: Bench) -> dict[str, Decode]:
     """Name the decoders of the predecessor's protocol: greedy, AR without a cache first."""
 
-    def uncached(rows: Tensor, _: int) -> tg.Decoded:
+    def uncached(rows: Tensor, _: int) -> decoding.Decoded:
         return decode_uncached(at.model, rows[:, : at.prefix], at.target)
 
     decoders = {"ar, no cache": uncached, "ar": decoder(at, decoding.MODES["ar"])}

@@ -258,7 +258,7 @@ def decode_left_to_right(batch: Batch, count: int) -> Tensor:
     """Decode `count` tokens of the span from the clean stream, (B, count)."""
     stop = batch.start + count
     found = tg.decode_autoregressive(batch.run.model, batch.rows, batch.start, stop)
-    return found.ids[:, batch.start : stop]
+    return found[:, batch.start : stop]
 
 
 def predict_masked(batch: Batch, window: decoding.Window, masked: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import train_gpt as tg
+from scripts.bench.flops import flops_per_token
 from scripts.common import (
     NONE,
     Parser,
@@ -214,11 +215,11 @@ def peak_mib(run: Any) -> int:
 
 
 def flops_of(program: Any) -> Callable[..., float] | None:
-    """Find how a version of train_gpt.py counts FLOPs per token; None: it does not."""
+    """Find how FLOPs per token of a version of train_gpt.py are counted; None: not known."""
     if hasattr(program, "beside"):  # versions that ran scripts/flops.py
         found: Callable[..., float] | None = program.beside("flops.py", "per_token")
         return found
-    return getattr(program, "flops_per_token", None)
+    return flops_per_token if program is tg else getattr(program, "flops_per_token", None)
 
 
 def mean_flops(per_token: Callable[..., float], cfg: Any, start: float) -> float:

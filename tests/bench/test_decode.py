@@ -74,7 +74,7 @@ def test_every_mode_has_the_passes_its_windows_can_take() -> None:
     assert [job[:2] for job in jobs] == [("ar", 0), *stepped, ("threshold", 0), ("speculative", 0)]
     for job in jobs:
         mode = decoding.MODES[job.mode]
-        sampling = tg.Sampling(temperature=0.5)
+        sampling = decoding.Sampling(temperature=0.5)
         assert job.decoding == mode._replace(sampling=sampling, steps=job.passes or mode.steps)
 
 
@@ -83,7 +83,7 @@ def test_decoding_without_a_cache_gives_the_same(
     temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, prompt = model_of(), random_rows(5, PREFIX, V)
-    sampling = tg.Sampling(temperature=temperature, seed=3)
+    sampling = decoding.Sampling(temperature=temperature, seed=3)
     ar = decoding.Decoding("ar", sampling=sampling)
     expected = decoding.generate(model, prompt, TARGET, ar)
     lengths, real = list[int](), tg.GPT.forward_causal
@@ -118,9 +118,9 @@ def test_speed_is_the_median_over_all_batches_after_a_warm_up(
     at = bench_of(repeats=3)
     monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
 
-    def decode(rows: torch.Tensor, seed: int) -> tg.Decoded:
+    def decode(rows: torch.Tensor, seed: int) -> decoding.Decoded:
         seeds.append(seed)
-        return tg.Decoded(rows, rows[:, :1] * 0 + len(rows))
+        return decoding.Decoded(rows, rows[:, :1] * 0 + len(rows))
 
     found, speed = bench.timed(at, decode, 2)
     assert found.ids.equal(at.rows)
@@ -150,7 +150,9 @@ def test_a_wrong_token_makes_a_row_differ_and_rows_count_alike(
     for changed in outputs[2:]:  # a warm-up and a repeat of each mode
         changed[0, -1] = (changed[0, -1] + 1) % V
     monkeypatch.setattr(
-        bench, "decoder", lambda *a, **k: lambda rows, seed: tg.Decoded(outputs.pop(0), forwards)
+        bench,
+        "decoder",
+        lambda *a, **k: lambda rows, seed: decoding.Decoded(outputs.pop(0), forwards),
     )
     rows = measured(at, ["ar", "speculative"], [1], [4])
     assert [row["identical"] for row in rows] == [1, 0.75]

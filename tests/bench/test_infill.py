@@ -227,7 +227,7 @@ def test_spans_are_filled_as_by_decoding(mode: str, overrides: dict[str, Any]) -
             else:
                 side, passes = key
                 suffix = rows[:, stop : stop + asked.suffix][:, : None if side == WITH else 0]
-                sampling = tg.Sampling(seed=asked.seed)
+                sampling = decoding.Sampling(seed=asked.seed)
                 refine = decoding.Decoding("refine", steps=passes, sampling=sampling)
                 expected = decoding.infill(model, prefix, suffix, span, refine).ids[:, :stop]
             assert ids.equal(expected[:, asked.prefix :]), key

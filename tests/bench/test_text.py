@@ -16,11 +16,15 @@ from scripts.common import Artifact
 from tests.bench import artifacts
 from tests.conftest import CPU, make_run, outcome, randomise, tiny, write_shard
 
+NO_REVISION = ["--revise-examples=0"]
 Main = Callable[[list[str]], int]
 BENCHES: dict[str, tuple[Main, list[str]]] = {
     "context": (context.main, ["ARTIFACT", "--decode-tokens=3"]),
     "decode": (decode.main, ["ARTIFACT", "--prefix=8", "--target=4", "--suffix=4"]),
-    "infill": (infill.main, ["ARTIFACT", "--spans=2", "--passes=1", "--prefix=4", "--suffix=2"]),
+    "infill": (
+        infill.main,
+        ["ARTIFACT", "--spans=2", "--passes=1", "--prefix=4", "--suffix=2", *NO_REVISION],
+    ),
     "likelihood": (likelihood.main, ["--artifact=ARTIFACT"]),
     "export": (export.main, ["CHECKPOINT", "--window=8"]),
 }

@@ -14,6 +14,7 @@ import torch
 
 import train_gpt as tg
 from scripts.bench import train as bench
+from scripts.bench.flops import flops_per_token
 from tests.conftest import CPU, env_of, facts, outcome, settings
 
 
@@ -117,7 +118,7 @@ def test_versions_with_other_names_are_understood(tmp_path: Path) -> None:
     per_token = bench.flops_of(old)
     assert per_token is not None
     assert bench.mean_flops(per_token, cfg, 0.25) == pytest.approx(0.25 * 100 + 0.75 * 107)
-    assert bench.flops_of(tg) is tg.flops_per_token
+    assert bench.flops_of(tg) is flops_per_token
     path.write_text("", encoding="utf-8")
     assert bench.flops_of(bench.load_program(str(path))) is None
 
