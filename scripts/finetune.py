@@ -18,8 +18,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
-import io
 import os
 import sys
 import zlib
@@ -34,7 +34,9 @@ from torch.nn.utils import parametrize
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
 import train_gpt as tg
+from scripts.bench.text import check_manifest
 from scripts.common import (
+    Artifact,
     Parser,
     check_faults,
     fail,
@@ -43,16 +45,15 @@ from scripts.common import (
     run_command,
 )
 
-FORMAT = "text-diffusion-adapter-1"
-MOST_BYTES = 1 << 30  # of an unpacked adapter: more than any needs
+FORMAT = "text-diffusion-adapter-2"
 TRAIN = "train one: python scripts/finetune.py {}"
 # Settings of the model: an adapter must not be trained on another one. The last two, which are no
 # settings of the model, take their defaults.
 MODEL = (
     *tg.SHAPE_SETTINGS,
-    *("rope_base", "rope_scale", "logit_softcap", "self_condition", "diffusion_causal"),
-    *("diffusion_shift", "diffusion_corruption_mode", "train_seq_len"),
-    *("init_from", "diffusion_anneal_frac"),
+    *("time_embed_dim", "look_ahead", "rope_base", "rope_scale", "logit_softcap"),
+    *("self_condition", "diffusion_causal", "diffusion_shift", "diffusion_corruption_mode"),
+    *("train_seq_len", "init_from", "diffusion_anneal_frac"),
 )
 
 
@@ -127,32 +128,19 @@ def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def save_adapter(
-    path: Path, weights: Mapping[str, Tensor], cfg: tg.Config, rank: int, artifact: Path
-) -> int:
-    """Write the trained updates among the weights of a model as fp16; return the file's bytes."""
+def save_adapter(path: Path, weights: tg.Weights, about: Mapping[str, Any]) -> None:
+    """Write the trained updates among the weights of a model as fp16, and what is said about them.
+
+    Raises:
+        UserError: an update is not finite in fp16, or the file cannot be written.
+    """
     mark = ".parametrizations.weight.0."
     updates = {name.replace(mark, "."): w for name, w in weights.items() if mark in name}
     tensors = {name: w.detach().cpu().half() for name, w in updates.items()}
-    about = {"format": FORMAT, "artifact_sha256": sha256_of(artifact), "rank": rank}
-    about["config"] = dataclasses.asdict(cfg)
-    buffer = io.BytesIO()
-    torch.save(about | {"tensors": tensors}, buffer)
-    data = zlib.compress(buffer.getvalue(), 9)
+    if name := tg.first_not_finite(tensors):
+        fail(f"{name} is not finite in fp16, so no adapter was written; lower ADAPTER_LR")
+    data = zlib.compress(tg.pack_tensors({"format": FORMAT, **about}, tensors), 9)
     tg.atomic_write(path, data, "adapter")
-    return len(data)
-
-
-def read_adapter(path: Path) -> dict[str, Any]:
-    """Unpack an adapter without running code of the file."""
-    unpacker = zlib.decompressobj()
-    raw = unpacker.decompress(path.read_bytes(), MOST_BYTES)
-    if not unpacker.eof:
-        raise ValueError("truncated")
-    payload: dict[str, Any] = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    if payload["format"] != FORMAT:
-        raise ValueError(f"its format is not {FORMAT!r}")
-    return payload
 
 
 def check_artifact(path: Path, about: Mapping[str, Any], artifact: Path) -> None:
@@ -164,16 +152,21 @@ def check_artifact(path: Path, about: Mapping[str, Any], artifact: Path) -> None
         fail(f"adapter {path} belongs to another artifact: {hashes}; {remedy}")
 
 
-def unpack_updates(tensors: dict[str, Tensor], own: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+def multiply(
+    tensors: Mapping[str, Tensor], own: Mapping[str, nn.Linear], rank: int
+) -> dict[str, Tensor]:
     """Multiply low-rank factors: the update of each matrix. ValueError: they do not fit."""
-    updates = dict[str, Tensor]()
+    expected, empty = dict[str, Tensor](), functools.partial(torch.empty, dtype=torch.half)
     for name, module in own.items():
-        updates[name] = tensors[f"{name}.lora_b"].float() @ tensors[f"{name}.lora_a"].float()
-        if updates[name].shape != module.weight.shape:
-            raise ValueError(f"its update of {name} does not fit the matrix")
-    if len(tensors) != 2 * len(updates):
-        raise ValueError("it has updates of other matrices")
-    return updates
+        rows, columns = module.weight.shape
+        expected[f"{name}.lora_a"] = empty(rank, columns, device="meta")
+        expected[f"{name}.lora_b"] = empty(rows, rank, device="meta")
+    if unlike := tg.differing_shapes(expected, tensors):
+        raise ValueError(f"its updates of rank {rank} do not fit this model: {unlike}")
+    if unlike := tg.first_not_finite(tensors):
+        raise ValueError(f"{unlike} holds numbers that are not finite")
+    factors = {name: w.float() for name, w in tensors.items()}
+    return {name: factors[f"{name}.lora_b"] @ factors[f"{name}.lora_a"] for name in own}
 
 
 @torch.no_grad()
@@ -181,20 +174,22 @@ def load_adapter(path: Path, model: tg.GPT, artifact: Path) -> dict[str, Any]:
     """Add an adapter's updates to a model that was loaded from `artifact`, in place.
 
     Returns:
-        About the file: rank, config (settings of the fine-tuning), artifact_sha256.
+        About the file: rank, config (settings of the fine-tuning), artifact_sha256, and the
+        SHA-256 digests of data, tokenizer and program.
 
     Raises:
         UserError: the file is missing or damaged, or was trained for another artifact.
     """
     own = dict(matrices(model))
     try:
-        about = read_adapter(path)
-        tensors = about.pop("tensors")
+        about, tensors = tg.unpack_tensors(tg.decompress(path.read_bytes()))
+        if about["format"] != FORMAT:
+            raise ValueError(f"its format is not {FORMAT!r}")
         check_artifact(path, about, artifact)
-        updates = unpack_updates(tensors, own)
+        updates = multiply(tensors, own, about["rank"])
     except tg.UserError:
         raise
-    except Exception as error:  # zlib, zipfile, pickle and torch fail in many ways on foreign bytes
+    except Exception as error:  # zlib, json and torch fail in many ways on foreign bytes
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         rule = f"is missing, damaged or not ours ({why}); copy it again"
         fail(f"adapter {path} {rule}, or {TRAIN.format(artifact)}")
@@ -212,17 +207,11 @@ def fixed_settings(model: tg.GPT, env: Mapping[str, str]) -> dict[str, Any]:
     """Return what the artifact sets; UserError: the environment contradicts it."""
     default, by_default = tg.Config(), MODEL[-2:]
     fixed = {name: getattr(default if name in by_default else model.cfg, name) for name in MODEL}
-    faults = []
-    for name in [name for name in fixed if name.upper() in env]:
-        try:
-            given, kind = env[name.upper()], type(fixed[name])
-            same = given == str(int(fixed[name])) if kind is bool else kind(given) == fixed[name]
-        except ValueError:
-            same = False
-        if not same:
-            rule = f"is the artifact's, {fixed[name]!r}; leave it out"
-            faults.append(f"{name.upper()}={env[name.upper()]!r} {rule}")
-    check_faults(faults)
+    asked = {name: env[name.upper()] for name in MODEL if name.upper() in env}
+    given, _ = tg.parse_settings(asked)
+    wrong = [name for name in asked if name not in given or given[name] != fixed[name]]
+    rule = "is the artifact's, {!r}; leave it out"
+    check_faults(f"{n.upper()}={asked[n]!r} {rule.format(fixed[n])}" for n in wrong)
     return fixed
 
 
@@ -264,39 +253,59 @@ def bound_window(args: argparse.Namespace, cfg: tg.Config) -> int:
     return int(size)
 
 
-class Validation(NamedTuple):
-    """What a model is scored on."""
+class Text(NamedTuple):
+    """What an adapter is trained and scored on."""
 
-    data: tg.TokenLoader
+    train: tg.TokenLoader
+    val: tg.TokenLoader
     counter: tg.ByteCounter
-    window: int  # tokens of a window of the bound
+    facts: dict[str, Any]  # of tg.check_data
+    warnings: list[str]
 
 
-def score(model: tg.GPT, run: tg.Run, val: Validation) -> dict[str, Any]:
+def open_text(artifact: Artifact, cfg: tg.Config) -> Text:
+    """Open the shards of DATA_PATH; UserError: damaged, or not of the artifact's tokenizer."""
+    train, val = tg.TokenLoader(cfg, "train"), tg.TokenLoader(cfg, "val")
+    check_manifest(cfg, artifact.tokenizer_sha256, str(artifact.path))
+    remedy = "name that one, and prepare the text with it"
+    counter = open_tokenizer(artifact, cfg.tokenizer_path, remedy=remedy)
+    return Text(train, val, counter, *tg.check_data(cfg, train, val, counter))
+
+
+def score(model: tg.GPT, run: tg.Run, text: Text, window: int) -> dict[str, Any]:
     """Score the validation split: exact bits per byte, and the bound if there is a denoiser."""
-    exact = tg.evaluate_exact(model, run, val.data, val.counter)
+    exact = tg.evaluate_exact(model, run, text.val, text.counter)
     found: dict[str, Any] = {"val_bpb": exact["bpb"], "bound": None, "bound_se": None}
+    found["val_bpb_source_bytes"] = exact["bpb"] * run.bytes_ratio
     if model.mask_emb is not None:  # RECIPE=ar trains no windows, but changes their predictions
-        bound = tg.evaluate_bound(model, run, val.data, val.counter, val.window)
+        bound = tg.evaluate_bound(model, run, text.val, text.counter, window)
         found |= {"bound": bound["bpb"], "bound_se": bound["standard_error"]}
     return found
 
 
+def log_data(run: tg.Run, text: Text) -> None:
+    """Log facts and warnings about the data; checkpoints of the run carry its identity."""
+    run.log.event("data", **text.facts)
+    for warning in text.warnings:
+        run.log.event("warning", reason=warning)
+    run.identity = {name: text.facts.get(name, tg.program_sha256()) for name in tg.IDENTITY}
+    run.bytes_ratio = text.facts["val_bytes"] / text.facts["source_bytes"]
+
+
 def train_adapter(
-    args: argparse.Namespace, run: tg.Run, model: tg.GPT, val: Validation
+    args: argparse.Namespace, run: tg.Run, model: tg.GPT, text: Text, artifact_sha256: str
 ) -> dict[str, Any]:
     """Train updates and write them; return facts about the run."""
-    loader = tg.TokenLoader(run.cfg, "train")
-    counts = {"train_tokens": loader.total, "val_tokens": val.data.total}
-    run.log.event("data", train_shards=len(loader.paths), **counts)
-    before = score(model.to(run.device), run, val)  # the updates are zero
-    about = {"artifact": str(args.artifact), "sha256": sha256_of(args.artifact)}
-    run.log.event("before", window=val.window, **about, **before)
-    state = tg.TrainState(run.cfg, run, loader, model)
+    before = score(model.to(run.device), run, text, args.window)  # the updates are zero
+    of = {"artifact": str(args.artifact), "sha256": artifact_sha256}
+    run.log.event("before", window=args.window, **of, **before)
+    state = tg.TrainState(run.cfg, run, text.train, model)
     state.resume()
-    tg.train(state, val.data, val.counter)
+    tg.train(state, text.val, text.counter)
     if run.rank == 0:
-        save_adapter(args.out, state.weights(), run.cfg, args.rank, args.artifact)
+        about = {"artifact_sha256": artifact_sha256, "rank": args.rank, **run.identity}
+        config = dataclasses.asdict(run.cfg)
+        save_adapter(args.out, state.weights(), {"config": config, **about})
     run.from_rank0(0.0)  # nobody reads the adapter before it is written
     return {
         "artifact": str(args.artifact),
@@ -307,10 +316,17 @@ def train_adapter(
         "artifact_bytes": args.artifact.stat().st_size,
         "steps": state.step,
         "train_seconds": state.seconds,
-        "window": val.window,
+        "window": args.window,
         "log": str(run.log.path),
+        **run.identity,
         "before": before,
     }
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """Raise UserError, before training, if the adapter cannot be written at --out."""
+    if args.out.is_dir() or (args.out.exists() and args.out.samefile(args.artifact)):
+        fail(f"--out={args.out} must be neither a folder nor the artifact; name another file")
 
 
 def finetune(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]:
@@ -319,25 +335,24 @@ def finetune(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]
     Returns:
         What was measured; empty where this is not rank 0.
     """
-    artifact = load_artifact(args.artifact, torch.device("cpu"))
-    model = artifact.model
+    artifact = load_artifact(args.artifact, tg.CPU)
+    model, sha256 = artifact.model, sha256_of(args.artifact)
+    check_out(args)
     cfg, source = configure(model, env)
-    window, remedy = bound_window(args, cfg), "name that one, and prepare the text with it"
-    tg.TokenLoader(cfg, "train")  # a UserError of the data comes before one of the tokenizer
-    data = tg.TokenLoader(cfg, "val")
-    counter = open_tokenizer(artifact, cfg.tokenizer_path, remedy=remedy)
-    val = Validation(data, counter, window)
+    args.window = bound_window(args, cfg)
+    text = open_text(artifact, cfg)
     # A checkpoint belongs to one artifact and rank.
-    suffix = f"finetune_{sha256_of(args.artifact)[:8]}_r{args.rank}"
-    cfg = dataclasses.replace(cfg, run_id=f"{cfg.path('', '').name}_{suffix}")
+    name = f"{cfg.path('', '').name}_finetune_{sha256[:8]}_r{args.rank}"
+    cfg = dataclasses.replace(cfg, run_id=name)
     add_updates(model, args.rank, cfg.seed)
     model.cfg = cfg
     with tg.Run.start(cfg) as run:
         run.header(source)
-        result = train_adapter(args, run, model, val)
+        log_data(run, text)
+        result = train_adapter(args, run, model, text, sha256)
         tuned = load_artifact(args.artifact, run.device).model
         load_adapter(args.out, tuned, args.artifact)  # the file is scored, not the live model
-        after = score(tuned, run, val)
+        after = score(tuned, run, text, args.window)
         event = {name: value for name, value in result.items() if name != "before"}
         run.log.event("after", **after, **event)
         return result | {"after": after} if run.rank == 0 else {}

@@ -5,8 +5,9 @@ bad input is named.
 from __future__ import annotations
 
 import functools
-import io
+import hashlib
 import json
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,12 @@ import pytest
 import torch
 
 import train_gpt as tg
-from scripts import finetune, sample
+from scripts import decoding, finetune, sample
 from scripts.bench import likelihood
+from tests.bench import artifacts
 from tests.conftest import (
     CPU,
     Called,
-    Recorder,
     Tokenizers,
     env_of,
     facts,
@@ -40,8 +41,7 @@ def export(
     path: Path, data: dict[str, Any], recipe: str = "direct", seed: int = 0, **overrides: Any
 ) -> Path:
     cfg = tiny(recipe, **data, **{"train_seq_len": 64, "train_batch_tokens": 256, **overrides})
-    weights = dict(randomise(tg.GPT(cfg), seed, 0.1).named_parameters())
-    tg.save_artifact(path, weights, cfg, tg.ByteCounter(cfg).sha256, Recorder())
+    artifacts.save(path, dict(randomise(tg.GPT(cfg), seed, 0.1).named_parameters()), cfg)
     return path
 
 
@@ -97,8 +97,9 @@ def updated(artifact: Path, rank: int = 3, seed: int = 5) -> tg.GPT:
     return model
 
 
-def save(path: Path, model: tg.GPT, artifact: Path, rank: int = 3) -> Path:
-    finetune.save_adapter(path, dict(model.named_parameters()), model.cfg, rank, artifact)
+def save(path: Path, model: tg.GPT, artifact: Path) -> Path:
+    about = {"artifact_sha256": finetune.sha256_of(artifact), "rank": 3, "config": {}}
+    finetune.save_adapter(path, dict(model.named_parameters()), about)
     return path
 
 
@@ -192,8 +193,9 @@ def test_an_update_is_b_times_a(artifact: Path) -> None:
 def test_it_goes_on_from_its_checkpoint(call: Callable[..., Called], tmp_path: Path) -> None:
     whole = facts(call("--rank", "2", "--out", "whole.ptz", iterations=6))
     (checkpoint,) = (tmp_path / "out" / "checkpoints").iterdir()
-    saved = torch.load(checkpoint, weights_only=True)
-    assert saved["step"] == 6
+    about, _ = tg.unpack_tensors(checkpoint.read_bytes())
+    assert about["step"] == 6
+    assert {name: about[name] for name in tg.IDENTITY} == {n: whole[n] for n in tg.IDENTITY}
     called = call("--rank", "2", "--out", "again.ptz", iterations=6, resume="auto")
     again = facts(called)
     assert f"resume checkpoint:{checkpoint} step:6" in called[2]
@@ -201,7 +203,7 @@ def test_it_goes_on_from_its_checkpoint(call: Callable[..., Called], tmp_path: P
     assert again["after"] == whole["after"]
     other = facts(call("--rank", "3", iterations=6, resume="auto"))  # another rank is another run
     assert other["log"] != whole["log"]
-    assert len(list((tmp_path / "out" / "checkpoints").iterdir())) == 2
+    assert len(list((tmp_path / "out" / "checkpoints").glob("*_r?.ckpt"))) == 2
 
 
 @pytest.mark.slow
@@ -273,35 +275,71 @@ def test_an_adapter_of_another_artifact_is_refused(
 def test_a_damaged_adapter_is_refused(artifact: Path, tmp_path: Path) -> None:
     path = save(tmp_path / "a.ptz", updated(artifact), artifact)
     whole = path.read_bytes()
-    payload = torch.load(io.BytesIO(zlib.decompress(whole)), weights_only=True)
+    about, tensors = tg.unpack_tensors(tg.decompress(whole))
 
-    def packed(value: Any) -> bytes:
-        buffer = io.BytesIO()
-        torch.save(value, buffer)
-        return zlib.compress(buffer.getvalue())
+    def packed(changed: dict[str, torch.Tensor] = tensors, **more: Any) -> bytes:
+        return zlib.compress(tg.pack_tensors(about | more, changed))
 
-    lacking = {name: w for name, w in payload["tensors"].items() if "c_q" not in name}
-    more = payload["tensors"] | {"x.lora_a": torch.zeros(2)}
-    cut = {name: w[:-1] if "lora_b" in name else w for name, w in payload["tensors"].items()}
-    contents = [
-        whole[:-2],
-        whole[:-9],
-        whole[: len(whole) // 2],
-        b"",
-        b"hello",
-        zlib.compress(b"hello"),
-        packed([1]),
-        packed({}),
-    ]
-    contents += [
-        packed(payload | change)
-        for change in ({"format": "x"}, {"tensors": lacking}, {"tensors": more})
-    ]
-    contents += [packed(payload | {"tensors": cut}), artifact.read_bytes()]
-    for content in contents:
+    def changed(part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> bytes:
+        return packed({name: change(w) if part in name else w for name, w in tensors.items()})
+
+    path.write_bytes(packed())
+    finetune.load_adapter(path, tg.load_artifact(artifact, CPU)[0], artifact)  # as it was
+    lacking = {name: w for name, w in tensors.items() if "c_q" not in name}
+    contents: dict[bytes, str] = {
+        whole[:-2]: "truncated",
+        whole[: len(whole) // 2]: "truncated",
+        whole + b"x": "followed by other bytes",
+        b"": "truncated",
+        b"hello": "",
+        zlib.compress(b"hello"): "checksum",
+        zlib.compress(tg.pack_tensors({}, {})): "format",
+        packed(format="text-diffusion-adapter-1"): FORMAT_RULE,
+        artifact.read_bytes(): FORMAT_RULE,
+        packed(rank=10**12): "updates of rank 1000000000000 do not fit",
+        packed(rank=-1): "",
+        packed(rank="3"): "",
+        packed(artifact_sha256=None): "",
+        packed(lacking): "c_q.lora_a",
+        packed(tensors | {"x.lora_a": torch.zeros(2)}): "do not fit this model: x.lora_a",
+        changed("lora_b", lambda w: w[:-1]): "do not fit",
+        changed("lora_b", lambda w: w.float()): "do not fit",
+        changed(
+            "1.attn.c_q.lora_a", lambda w: w / 0
+        ): "1.attn.c_q.lora_a holds numbers that are not finite",
+    }
+    for content, named in contents.items():
         path.write_bytes(content)
-        assert f"adapter {path} is missing, damaged or not ours" in fault_of(path, artifact)
+        message = fault_of(path, artifact)
+        assert f"adapter {path} is missing, damaged or not ours" in message
+        assert named in message
     assert "No such file" in fault_of(tmp_path / "none.ptz", artifact)
+
+
+FORMAT_RULE = "its format is not 'text-diffusion-adapter-2'"
+
+
+def test_a_flipped_bit_of_an_adapter_is_refused(artifact: Path, tmp_path: Path) -> None:
+    path = save(tmp_path / "a.ptz", updated(artifact), artifact)
+    content = tg.decompress(path.read_bytes())
+    for at in range(0, len(content), 101):
+        flipped = bytearray(content)
+        flipped[at] ^= 1 << at % 8
+        path.write_bytes(zlib.compress(flipped))
+        assert "its checksum does not fit" in fault_of(path, artifact)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_an_update_that_fp16_cannot_hold_is_named(
+    artifact: Path, tmp_path: Path, value: float
+) -> None:
+    model = updated(artifact)
+    with torch.no_grad():
+        named = dict(model.named_parameters())
+        named[f"blocks.1.attn.c_q{MARK}0.lora_b"][2, 1] = value
+    with pytest.raises(tg.UserError, match=r"blocks\.1\.attn\.c_q\.lora_b .* lower ADAPTER_LR"):
+        save(tmp_path / "a.ptz", model, artifact)
+    assert not list(tmp_path.iterdir())
 
 
 # ---- what is refused before training ----
@@ -344,9 +382,9 @@ def test_bad_input_is_named_with_a_remedy(
             ["MODEL_DIM='x' is the artifact's", "INIT_FROM='y' is the artifact"],
         ),
         ({"num_layers": 9, "train_seq_len": 8}, [], ["NUM_LAYERS='9'", "TRAIN_SEQ_LEN='8'"]),
-        ({"adapter_lr": -1}, [], ["ADAPTER_LR=-1.0 must be in [0, inf]"]),
+        ({"adapter_lr": -1}, [], ["ADAPTER_LR=-1.0 must be in [0, 1000]"]),
         ({}, ["--window", "7"], ["--window=7 must divide the 64 tokens"]),
-        ({"recipe": "dirct"}, [], ["RECIPE='dirct' is neither in RECIPES nor in"]),
+        ({"recipe": "dirct"}, [], ["RECIPE='dirct' is", "closest: direct"]),
     ]
     for values, argv, named in cases:
         status, out, err = call(*argv, **values)
@@ -358,6 +396,90 @@ def test_bad_input_is_named_with_a_remedy(
     assert "none.ptz is missing" in err
     assert list(tmp_path.iterdir()) == [empty]  # nothing was written
     assert facts(call(model_dim=16, iterations=1))["steps"] == 1  # what is the same may be said
+
+
+def other_text(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The same shards with one token changed."""
+    shutil.copytree(data["data_path"], folder)
+    path = folder / "tiny_train_000001.bin"
+    content = bytearray(path.read_bytes())
+    content[-2:] = b"\x05\x00"
+    path.write_bytes(content)
+    return {**data, "data_path": str(folder)}
+
+
+def test_a_checkpoint_of_other_text_is_not_resumed(
+    call: Callable[..., Called], data: dict[str, Any], tmp_path: Path
+) -> None:
+    first = facts(call("--out", "a.ptz", iterations=2))
+    other = other_text(data, tmp_path / "other")
+    more = dict(iterations=2, resume="auto", run_id=Path(first["log"]).stem.split("_finetune")[0])
+    status, _, err = call("--out", "b.ptz", **more, **other)
+    assert status == 2
+    for named in ("does not fit", "DATA_SHA256", first["data_sha256"], "RUN_ID"):
+        assert named in err
+    assert not (tmp_path / "b.ptz").exists()
+    assert facts(call("--out", "b.ptz", **more, **data))["after"] == first["after"]
+
+
+def test_an_adapter_says_what_made_it(
+    call: Callable[..., Called], artifact: Path, data: dict[str, Any], tmp_path: Path
+) -> None:
+    found = facts(call("--rank", "2", "--out", "a.ptz", iterations=1))
+    about = finetune.load_adapter(tmp_path / "a.ptz", tg.load_artifact(artifact, CPU)[0], artifact)
+    assert about["artifact_sha256"] == hashlib.sha256(artifact.read_bytes()).hexdigest()
+    tokenizer = Path(data["tokenizer_path"]).read_bytes()
+    assert about["tokenizer_sha256"] == hashlib.sha256(tokenizer).hexdigest()
+    assert about["program_sha256"] == tg.program_sha256()
+    assert about["data_sha256"] == found["data_sha256"] != ""
+    facts(call("--out", "b.ptz", iterations=1, **other_text(data, tmp_path / "other")))
+    other = finetune.load_adapter(tmp_path / "b.ptz", tg.load_artifact(artifact, CPU)[0], artifact)
+    assert other["data_sha256"] != about["data_sha256"]
+
+
+def test_text_of_another_tokenizer_is_refused_before_anything_is_written(
+    call: Callable[..., Called], artifact: Path, data: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = artifacts.write_manifest(data, tmp_path / "foreign", "e" * 64)
+    status, out, err = call(data_path=str(folder))
+    assert (status, out) == (2, "")
+    for named in (f"DATA_PATH={str(folder)!r}", "another tokenizer", "e" * 12, str(artifact)):
+        assert named in err
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_bytes_that_differ_from_the_source_are_a_warning_and_a_second_score(
+    call: Callable[..., Called], data: dict[str, Any], tmp_path: Path
+) -> None:
+    sha256 = hashlib.sha256(Path(data["tokenizer_path"]).read_bytes()).hexdigest()
+    folder = artifacts.write_manifest(data, tmp_path / "ours", sha256)
+    manifest, called = folder / "manifest.json", call(iterations=1)
+    usual = facts(called)["before"]
+    assert "warning" not in called[2]
+    assert usual["val_bpb_source_bytes"] == usual["val_bpb"]
+    (event,) = (line for line in called[2].splitlines() if line.startswith("data "))
+    counted = int(event.split("val_bytes:")[1].split()[0])
+    told = json.loads(manifest.read_text(encoding="utf-8"))
+    told["splits"]["val"]["bytes"] = 2 * counted
+    manifest.write_text(json.dumps(told), encoding="utf-8")
+    called = call(iterations=1, data_path=str(folder))
+    assert f"the source text has {2 * counted:,}" in called[2]
+    found = facts(called)["before"]
+    assert found["val_bpb"] == usual["val_bpb"]
+    assert found["val_bpb_source_bytes"] == pytest.approx(usual["val_bpb"] / 2)
+
+
+def test_neither_a_folder_nor_the_artifact_is_overwritten(
+    call: Callable[..., Called], artifact: Path, tmp_path: Path
+) -> None:
+    before = artifact.read_bytes()
+    (tmp_path / "link.ptz").symlink_to(artifact)
+    for out in (str(tmp_path), str(artifact), "link.ptz"):
+        status, _, err = call("--out", out)
+        assert status == 2
+        assert f"--out={out} must be neither a folder nor the artifact" in err
+    assert artifact.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["link.ptz"]
 
 
 # ---- the other commands ----
@@ -387,9 +509,10 @@ def test_sample_decodes_with_an_adapter(
     assert texts[0] != texts[1]
     at = sample.load(artifact, None, CPU, path)
     ids = [at.tokenizer.bos_id(), *at.tokenizer.encode("def f")]
-    sampling = tg.Sampling(temperature=1.0, end=at.tokenizer.bos_id())
+    sampling = decoding.Sampling(temperature=1.0, end=at.tokenizer.bos_id())
     padded = torch.tensor([ids + [0] * 24])
-    expected = tg.decode_autoregressive(at.model, padded, len(ids), len(ids) + 24, sampling)
+    mode = decoding.MODES["ar"]._replace(sampling=sampling)
+    expected = decoding.decode(at.model, padded, len(ids), len(ids) + 24, mode)
     assert texts[1] == at.tokenizer.decode(expected.ids[0].tolist())
     assert sample.main([*argv, "--adapter", str(tmp_path / "none.ptz")]) == 2
     assert "none.ptz is missing" in capsys.readouterr().err
