@@ -145,10 +145,18 @@ class Corpus:
     limit: int  # lower ranks are held out
     inputs: dict[str, Any]
     skipped: dict[str, int] = field(default_factory=dict)
+    paths: list[Path] = field(default_factory=list)  # that are read again for every use
+    stamps: list[tuple[int, int]] = field(default_factory=list)  # of these, when first read
 
     def is_val(self, key: bytes) -> bool:
         """Is the text with this SHA-256 held out?"""
         return self.rank(key) < self.limit
+
+    def check_unchanged(self) -> None:
+        """Raise UserError if a file is not what it was when its SHA-256 was taken."""
+        for path, stamp in zip(self.paths, self.stamps, strict=True):
+            if stamp_of(path) != stamp:
+                fail(f"{path} changed while it was read; rerun the command when it is complete")
 
     def usable(self) -> Iterator[tuple[Document, bytes]]:
         """Yield every document that has tokens, with the SHA-256 of its text; count the others in
@@ -320,6 +328,15 @@ def stdlib_corpus(root: Path, max_bytes: int, val_percent: float) -> Corpus:
     return Corpus("stdlib", lambda: iter(documents), rank, 10_000, limit, inputs, skipped)
 
 
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Size and time of a file; UserError: it is gone."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        fail(f"{path} cannot be read ({reason(error)}); rerun the command when it is there")
+    return found.st_size, found.st_mtime_ns
+
+
 def file_sha256(path: Path) -> str:
     try:
         with open(path, "rb") as file:
@@ -331,16 +348,18 @@ def file_sha256(path: Path) -> str:
 def files_corpus(patterns: Sequence[str], val_percent: float) -> Corpus:
     """Read files, in the order named: JSON with a document in each object, text with one a file."""
     paths = find_files(patterns)
+    stamps = [stamp_of(path) for path in paths]
     digest = hashlib.sha256("".join(file_sha256(path) for path in paths).encode()).hexdigest()
     inputs = {
         "files": len(paths),
-        "bytes": sum(path.stat().st_size for path in paths),
+        "bytes": sum(size for size, _ in stamps),
         "sha256": digest,
     }
     if others := num_other_json(paths):
         inputs["json_files"] = others  # a program before this one took them for text
     limit = round(256 * val_percent / 100)
     corpus = Corpus("files", lambda: read_files(paths), lambda key: key[0], 256, limit, inputs)
+    corpus.paths, corpus.stamps = paths, stamps
     cut_single(corpus, val_percent)
     return corpus
 
@@ -706,6 +725,7 @@ def build(corpus: Corpus, settings: dict[str, Any], args: argparse.Namespace) ->
         (staging / TOKENIZER).write_bytes(model)
         encoder = Encoder(staging / TOKENIZER, tokenizer, given is None)
         writers = encode_corpus(corpus, encoder, staging, args.shard_tokens)
+        corpus.check_unchanged()
         sha256, size = hashlib.sha256(model).hexdigest(), tokenizer.vocab_size()
         manifest = {
             "settings": settings,

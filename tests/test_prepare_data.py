@@ -582,6 +582,30 @@ def test_equal_documents_cannot_be_told_apart(tmp_path: Path, fails: Callable[..
     assert "no --val-percent tells them apart: add documents" in message
 
 
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_file_that_changes_while_it_is_read_is_named(
+    tmp_path: Path,
+    jsonl: Path,
+    removed: bool,
+    fails: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train = prep.train_tokenizer
+
+    def change(sample: Sequence[str], size: int) -> bytes:
+        with open(jsonl, "a", encoding="utf-8") as file:
+            file.write('{"text": "another line"}\n')
+        if removed:
+            jsonl.unlink()
+        return train(sample, size)
+
+    monkeypatch.setattr(prep, "train_tokenizer", change)
+    out = tmp_path / "out"
+    message = fails("--source", "files", jsonl, "--out", out, "--vocab-size", VOCAB)
+    assert f"{jsonl} {'cannot be read' if removed else 'changed while it was read'}" in message
+    assert not list(out.glob("**/*"))
+
+
 def test_few_file_handles_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(120):
         write(tmp_path / f"{i}.txt", sentence(i))
