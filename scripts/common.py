@@ -156,7 +156,10 @@ def check_outputs(args: argparse.Namespace) -> None:
         UserError: no such folder, a folder in its place, or --plot without matplotlib.
     """
     for name, path in (("out", args.out), ("plot", getattr(args, "plot", None))):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        if path is None:
+            continue
+        folder = path.absolute().parent
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             rule = "must be a file in a folder that exists; make the folder, or name another"
             fail(f"--{name}={path} {rule}")
     if getattr(args, "plot", None) is not None:
@@ -298,12 +301,22 @@ def to_json(result: Mapping[str, Any]) -> str:
 
 
 def write_result(path: Path | None, result: Mapping[str, Any]) -> None:
-    """Write a result to --out, if given; UserError: it cannot be, or a number is not finite."""
-    line = to_json(result)
-    if path is not None:
-        import train_gpt as tg
+    """Write a result to --out, if given.
 
+    Raises:
+        UserError: a number is not finite, or the file cannot be written; then the result is printed.
+    """
+    line = to_json(result)
+    if path is None:
+        return
+    import train_gpt as tg
+
+    try:
         tg.atomic_write(path, f"{line}\n".encode(), "result")
+    except tg.UserError as error:
+        print(line, flush=True)
+        why = getattr(error.__cause__, "strerror", None) or error
+        fail(f"--out={path} cannot be written ({why}); the result is on standard output instead")
 
 
 def error_line(printed: str) -> str:

@@ -195,3 +195,14 @@ def test_errors_and_warnings_are_escaped(capsys: pytest.CaptureFixture[str]) -> 
     process.report_errors("one\x1b\ntwo")
     common.warn("three\x07")
     assert capsys.readouterr().err == "error: one\\x1b\nerror: two\nwarning: three\\x07\n"
+
+
+def test_a_result_that_cannot_be_written_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.json").mkdir()  # made since the options were checked
+    out = tmp_path / "out.json"
+    assert common.run_command(lambda: common.write_result(out, {"hours": 5})) == 2
+    captured = capsys.readouterr()
+    assert captured.out == '{"hours": 5}\n'
+    assert captured.err.startswith(f"error: --out={out} cannot be written (Is a directory)")
