@@ -257,7 +257,7 @@ def draw_options(t: Try) -> list[str]:
     if mode not in ("ar", "speculative") and t.draw.random() < 0.4:
         argv.append(f"--suffix={draw_text(t)}")
     if t.draw.random() < 0.1:
-        argv.append(t.draw.choice(("--edit", "--guard", "--watch")))
+        argv.append(t.draw.choice(("--edit", "--guard", "--watch", "--html=page.html")))
     if not any(part.startswith("--tokens") for part in argv) and "--edit" not in argv:
         argv.append("--tokens=6")
     return argv
@@ -268,10 +268,12 @@ def prompts(t: Try) -> None:
     long = {"train_seq_len": 128, "train_batch_tokens": 256, "micro_batches": 1}
     folder, _ = t.inputs.run("sampler", **long)
     (artifact,) = (folder / "out").glob("*.ptz")
-    prompt, way = draw_text(t), t.draw.choice(("argument", "file", "stdin"))
+    prompt, way = draw_text(t), t.draw.choice((*("argument", "file", "stdin") * 3, "demo"))
     raw = prompt.encode("utf-8", "surrogateescape")
     argv = ["--artifact", str(artifact), "--device", "cpu", "--delay=0", *draw_options(t)]
     argv += [f"--prompt={prompt}"] if way == "argument" else []
+    if way == "demo":
+        argv += ["--demo", str(t.inputs.data)]
     if way == "file":
         (t.folder / "prompt.txt").write_bytes(raw)
         argv += ["--prompt-file", "prompt.txt"]

@@ -12,7 +12,7 @@ from tests.campaigns.tries import Try
 
 # Some settings may rightly make a run long: it is asked to end then. What does not fit into memory
 # is an allocation that fails, as on a machine without so much.
-LIMITS = Limits(seconds=12.0, mib=6000.0, address_mib=4096, slow=True)
+LIMITS = Limits(seconds=8.0, mib=6000.0, address_mib=4096, slow=True)
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 FIELDS = {field.name: field for field in dataclasses.fields(tg.Config)}
 # fmt: off

@@ -100,11 +100,11 @@ class Try:
     def same(self, expected: Mapping[str, Any], what: str) -> None:
         """Compare the result of the try's run with the undamaged run's."""
         found = result(self.folder)
-        for key in sorted(expected.keys() | found.keys()):
-            if expected.get(key) != found.get(key):
-                values = f"{expected.get(key)} undisturbed, {found.get(key)} here"
-                self.fault(f"{what}: another result ({key}: {values})")
-                return
+        differ = [key for key in expected | found if expected.get(key) != found.get(key)]
+        if differ:
+            key = min(differ, key=lambda key: key.startswith("artifact"))
+            values = f"{expected.get(key)} undisturbed, {found.get(key)} here"
+            self.fault(f"{what}: another result ({len(differ)} differ; {key}: {values})")
 
 
 def is_score(event: Mapping[str, Any]) -> bool:
