@@ -304,7 +304,7 @@ def write_result(path: Path | None, result: Mapping[str, Any]) -> None:
     """Write a result to --out, if given.
 
     Raises:
-        UserError: a number is not finite, or the file cannot be written: the result is then printed.
+        UserError: a number is not finite, or the file cannot be written; then it is printed.
     """
     line = to_json(result)
     if path is None:
