@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import subprocess
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ import pytest
 import torch
 
 import train_gpt as tg
+from tests.bench import artifacts
 from tests.conftest import (
     CPU,
-    Recorder,
     make_run,
     random_rows,
     randomise,
@@ -39,13 +40,15 @@ def text(tmp_path: Path) -> dict[str, Any]:
 
 def export(path: Path, cfg: tg.Config, sha256: str = SHA) -> tg.GPT:
     """Write a model of random weights; returned as it is read back."""
-    tg.save_artifact(path, dict(randomise(tg.GPT(cfg)).named_parameters()), cfg, sha256, Recorder())
+    artifacts.save(path, dict(randomise(tg.GPT(cfg)).named_parameters()), cfg, sha256)
     return tg.load_artifact(path, CPU)[0]
 
 
 def begin(cfg: tg.Config) -> tg.TrainState:
-    state = tg.TrainState(cfg, make_run(cfg), tg.TokenLoader(cfg, "train"))
-    state.resume(SHA)
+    run = make_run(cfg)
+    run.identity = {"tokenizer_sha256": SHA}
+    state = tg.TrainState(cfg, run, tg.TokenLoader(cfg, "train"))
+    state.resume()
     return state
 
 
@@ -99,39 +102,58 @@ def test_the_clean_stream_of_an_adapted_model_is_the_artifacts(
     assert not tg.token_nll_causal(state.model, ids).equal(tg.token_nll_causal(given, ids))
 
 
-@pytest.mark.parametrize(
-    ("there", "here", "named"),
-    [
-        (dict(model_dim=32), {}, ["MODEL_DIM is 32 there and 16 here"]),
-        (dict(num_layers=3), {}, ["NUM_LAYERS is 3 there and 2 here"]),
-        (
-            dict(num_heads=4, num_kv_heads=2),
-            {},
-            ["NUM_HEADS is 4 there and 2 here", "NUM_KV_HEADS is 2 there and 1"],
-        ),
-        (dict(mlp_mult=3, vocab_size=60), {}, ["MLP_MULT is 3", "VOCAB_SIZE is 60"]),
-        (dict(tie_embeddings=False), {}, ["TIE_EMBEDDINGS is False there and True here"]),
-        (dict(value_residual=True), {}, ["VALUE_RESIDUAL is True there and False here"]),
-        (dict(bigram_vocab_size=50), {}, ["BIGRAM_VOCAB_SIZE is 50 there and 0 here"]),
-        (dict(time_embed_dim=6, look_ahead=3), {}, ["TIME_EMBED_DIM is 6", "LOOK_AHEAD is 3"]),
-    ],
-)
+# fmt: off
+SHAPES: list[tuple[dict[str, Any], list[str]]] = [
+    (dict(model_dim=32), ["MODEL_DIM 32 -> 16"]),
+    (dict(num_layers=3), ["NUM_LAYERS 3 -> 2"]),
+    (dict(num_heads=4, num_kv_heads=2), ["NUM_HEADS 4 -> 2", "NUM_KV_HEADS 2 -> 1"]),
+    (dict(mlp_mult=3, vocab_size=60), ["MLP_MULT 3 -> 2", "VOCAB_SIZE 60 -> 64"]),
+    (dict(tie_embeddings=False), ["TIE_EMBEDDINGS False -> True"]),
+    (dict(value_residual=True), ["VALUE_RESIDUAL True -> False"]),
+    (dict(bigram_vocab_size=50), ["BIGRAM_VOCAB_SIZE 50 -> 0"]),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("there", "named"), SHAPES)
 def test_another_shape_is_named(
-    there: dict[str, Any],
-    here: dict[str, Any],
-    named: list[str],
-    text: dict[str, Any],
-    tmp_path: Path,
+    there: dict[str, Any], named: list[str], text: dict[str, Any], tmp_path: Path
 ) -> None:
     export(tmp_path / "a.ptz", tiny(**there))
-    message = fault_of(tiny(**text, **here, init_from=str(tmp_path / "a.ptz")))
-    for part in [
-        f"INIT_FROM={str(tmp_path / 'a.ptz')!r} does not fit: ",
-        "set here what holds there",
-        *named,
-    ]:
+    message = fault_of(tiny(**text, init_from=str(tmp_path / "a.ptz")))
+    first = f"INIT_FROM={str(tmp_path / 'a.ptz')!r} does not fit: "
+    for part in [first, "set here what holds there", *named]:
         assert part in message
-    assert message.count(" there and ") == len(there)
+    assert message.count(" -> ") == len(there)
+
+
+@pytest.mark.parametrize(
+    ("there", "named"),
+    [
+        (dict(time_embed_dim=6), "blocks.0.time_proj"),
+        (dict(look_ahead=3), "next_visible_gain"),
+        (dict(look_ahead=3, time_embed_dim=6), "next_visible_gain"),
+    ],
+)
+def test_another_shape_of_what_windows_add_is_named(
+    there: dict[str, Any], named: str, text: dict[str, Any], tmp_path: Path
+) -> None:
+    export(tmp_path / "a.ptz", tiny(**there))
+    cfg = tiny(**text, init_from=str(tmp_path / "a.ptz"))
+    state = tg.TrainState(cfg, make_run(cfg), tg.TokenLoader(cfg, "train"))
+    state.run.identity = {"tokenizer_sha256": SHA}
+    before = {name: w.clone() for name, w in state.tensors.items()}
+    with pytest.raises(tg.UserError, match=f"does not fit: .*{named}.*; set here what"):
+        state.resume()
+    assert all(w.equal(before[name]) for name, w in state.tensors.items())  # none was taken
+
+
+def test_a_refusal_of_an_artifact_names_a_remedy_for_it(
+    text: dict[str, Any], tmp_path: Path
+) -> None:
+    export(tmp_path / "a.ptz", tiny(model_dim=32))
+    message = fault_of(tiny(**text, init_from=str(tmp_path / "a.ptz")))
+    assert "INIT_FROM" in message.rpartition("; ")[2]  # another RUN_ID does not help
 
 
 def test_parts_that_one_of_both_is_without_may_differ(text: dict[str, Any], tmp_path: Path) -> None:
@@ -145,25 +167,58 @@ def test_parts_that_one_of_both_is_without_may_differ(text: dict[str, Any], tmp_
 def test_another_tokenizer_is_named(text: dict[str, Any], tmp_path: Path) -> None:
     export(tmp_path / "a.ptz", tiny(), "e" * 64)
     message = fault_of(tiny(**text, init_from=str(tmp_path / "a.ptz")))
-    assert (
-        "does not fit: SHA-256 of TOKENIZER_PATH is eeeeeeeeeeee there and ffffffffffff here"
-        in message
-    )
+    assert f"does not fit: TOKENIZER_SHA256 {'e' * 64!r} -> {SHA!r}" in message
+
+
+def test_an_artifact_that_does_not_name_its_tokenizer_is_refused(
+    text: dict[str, Any], tmp_path: Path
+) -> None:
+    export(tmp_path / "a.ptz", tiny())
+    about, tensors = tg.unpack_tensors(tg.decompress((tmp_path / "a.ptz").read_bytes()))
+    del about["tokenizer_sha256"]
+    (tmp_path / "a.ptz").write_bytes(zlib.compress(tg.pack_tensors(about, tensors)))
+    assert "TOKENIZER_SHA256 None" in fault_of(tiny(**text, init_from=str(tmp_path / "a.ptz")))
 
 
 def test_a_missing_or_damaged_artifact_is_named_with_a_remedy(
     text: dict[str, Any], tmp_path: Path
 ) -> None:
     cfg = tiny(**text, init_from=str(tmp_path / "a.ptz"))
-    for content in (None, b"hello"):
-        if content:
+    export(tmp_path / "whole.ptz", tiny())
+    whole = (tmp_path / "whole.ptz").read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 4
+    for content in (None, b"hello", b"", whole[:-1], whole + b"x", bytes(flipped)):
+        if content is not None:
             (tmp_path / "a.ptz").write_bytes(content)
         message = fault_of(cfg)
-        for part in (
-            f"INIT_FROM: artifact {tmp_path / 'a.ptz'} is missing, damaged",
-            "RECIPE=ar python train_gpt.py",
-        ):
+        for part in ("INIT_FROM", f"artifact {tmp_path / 'a.ptz'} is missing, damaged", "copy or"):
             assert part in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_no_start(
+    value: float, text: dict[str, Any], tmp_path: Path
+) -> None:
+    export(tmp_path / "a.ptz", tiny())
+    about, tensors = tg.unpack_tensors(tg.decompress((tmp_path / "a.ptz").read_bytes()))
+    tensors["blocks.1.attn.c_q.weight"][3, 1] = value
+    (tmp_path / "a.ptz").write_bytes(zlib.compress(tg.pack_tensors(about, tensors)))
+    message = fault_of(tiny(**text, init_from=str(tmp_path / "a.ptz")))
+    assert "blocks.1.attn.c_q.weight holds numbers that are not finite" in message
+
+
+def test_an_artifact_of_a_larger_model_is_refused_without_its_memory(
+    text: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(tmp_path / "a.ptz", tiny())
+    about, tensors = tg.unpack_tensors(tg.decompress((tmp_path / "a.ptz").read_bytes()))
+    about["config"]["num_layers"] = 10**6
+    (tmp_path / "a.ptz").write_bytes(zlib.compress(tg.pack_tensors(about, tensors)))
+    cfg, own = tiny(**text, init_from=str(tmp_path / "a.ptz")), list[tg.GPT]()
+    own.append(tg.GPT(cfg))
+    monkeypatch.setattr(tg, "GPT", lambda _: own.pop())  # the run's own model, and no other
+    assert "its settings ask for" in fault_of(cfg)
 
 
 def test_a_checkpoint_goes_before_the_artifact_and_does_not_need_it(
@@ -217,7 +272,7 @@ def mask_of(objective: tg.Objective, size: int, now: tg.ScheduleState) -> Any:
     """By what mask windows are read at a moment of a run."""
     seen, plain = list[tg.WindowInput](), objective.model.forward_denoise
 
-    def forward_denoise(window: tg.WindowInput, cache: tg.Cache) -> torch.Tensor:
+    def forward_denoise(window: tg.WindowInput, cache: tg.Cache | None = None) -> torch.Tensor:
         seen.append(window)
         return plain(window, cache)
 
@@ -287,7 +342,7 @@ def test_evaluation_reads_both_ways_whatever_was_annealed(text: dict[str, Any]) 
         model = randomise(tg.GPT(cfg))
         mask = tg.window_mask(16, 8, cfg.diffusion_causal, CPU)
         outputs.append(tg.window_bounds(model, random_rows(2, 17, 64), keys, 8, 2, mask))
-        outputs.append(tg.decode_refine(model, ids, 8, 12).ids)
+        outputs.append(tg.decode_refine(model, ids, 8, 12))
     assert outputs[0].equal(outputs[2])
     assert outputs[1].equal(outputs[3])
 
@@ -311,7 +366,8 @@ def test_an_annealed_run_resumes_to_the_bit(text: dict[str, Any]) -> None:
 
 
 def test_settings_that_leave_nothing_to_anneal_are_refused() -> None:
-    for overrides in (dict(diffusion_start_frac=0.5), dict(diffusion_causal=True)):
+    cases: list[dict[str, Any]] = [dict(diffusion_start_frac=0.5), dict(diffusion_causal=True)]
+    for overrides in cases:
         with pytest.raises(
             tg.UserError, match=r"DIFFUSION_ANNEAL_FRAC=0\.4 leaves nothing to anneal"
         ):
