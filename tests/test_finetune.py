@@ -437,33 +437,41 @@ def test_an_adapter_says_what_made_it(
     assert other["data_sha256"] != about["data_sha256"]
 
 
+def with_manifest(
+    data: dict[str, Any], folder: Path, tokenizer: str = "", num_bytes: int = 0
+) -> str:
+    """Copy a folder of shards, with a manifest as prepare_data.py writes it."""
+    shutil.copytree(data["data_path"], folder)
+    sha256 = tokenizer or finetune.sha256_of(Path(data["tokenizer_path"]))
+    files = {p.name: {"sha256": finetune.sha256_of(p)} for p in folder.glob("*.bin")}
+    about = {"settings": {}, "files": files, "tokenizer": {"sha256": sha256}}
+    about["splits"] = {"val": {"bytes": num_bytes}}
+    (folder / "manifest.json").write_text(json.dumps(about), encoding="utf-8")
+    return str(folder)
+
+
 def test_text_of_another_tokenizer_is_refused_before_anything_is_written(
     call: Callable[..., Called], artifact: Path, data: dict[str, Any], tmp_path: Path
 ) -> None:
-    folder = artifacts.write_manifest(data, tmp_path / "foreign", "e" * 64)
-    status, out, err = call(data_path=str(folder))
+    folder = with_manifest(data, tmp_path / "foreign", "e" * 64)
+    status, out, err = call(data_path=folder)
     assert (status, out) == (2, "")
-    for named in (f"DATA_PATH={str(folder)!r}", "another tokenizer", "e" * 12, str(artifact)):
+    for named in (f"DATA_PATH={folder!r}", "another tokenizer", "e" * 12, str(artifact)):
         assert named in err
-    assert list(tmp_path.iterdir()) == [folder]
+    assert list(tmp_path.iterdir()) == [tmp_path / "foreign"]
 
 
 def test_bytes_that_differ_from_the_source_are_a_warning_and_a_second_score(
     call: Callable[..., Called], data: dict[str, Any], tmp_path: Path
 ) -> None:
-    sha256 = hashlib.sha256(Path(data["tokenizer_path"]).read_bytes()).hexdigest()
-    folder = artifacts.write_manifest(data, tmp_path / "ours", sha256)
-    manifest, called = folder / "manifest.json", call(iterations=1)
+    called = call(iterations=1)
     usual = facts(called)["before"]
     assert "warning" not in called[2]
     assert usual["val_bpb_source_bytes"] == usual["val_bpb"]
     (event,) = (line for line in called[2].splitlines() if line.startswith("data "))
-    counted = int(event.split("val_bytes:")[1].split()[0])
-    told = json.loads(manifest.read_text(encoding="utf-8"))
-    told["splits"]["val"]["bytes"] = 2 * counted
-    manifest.write_text(json.dumps(told), encoding="utf-8")
-    called = call(iterations=1, data_path=str(folder))
-    assert f"the source text has {2 * counted:,}" in called[2]
+    source = 2 * int(event.split("val_bytes:")[1].split()[0])
+    called = call(iterations=1, data_path=with_manifest(data, tmp_path / "ours", "", source))
+    assert f"the source text has {source:,}" in called[2]
     found = facts(called)["before"]
     assert found["val_bpb"] == usual["val_bpb"]
     assert found["val_bpb_source_bytes"] == pytest.approx(usual["val_bpb"] / 2)

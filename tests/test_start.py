@@ -122,7 +122,7 @@ def test_another_shape_is_named(
     export(tmp_path / "a.ptz", tiny(**there))
     message = fault_of(tiny(**text, init_from=str(tmp_path / "a.ptz")))
     first = f"INIT_FROM={str(tmp_path / 'a.ptz')!r} does not fit: "
-    for part in [first, "set here what holds there", *named]:
+    for part in [first, "what holds there", *named]:
         assert part in message
     assert message.count(" -> ") == len(there)
 
@@ -143,7 +143,7 @@ def test_another_shape_of_what_windows_add_is_named(
     state = tg.TrainState(cfg, make_run(cfg), tg.TokenLoader(cfg, "train"))
     state.run.identity = {"tokenizer_sha256": SHA}
     before = {name: w.clone() for name, w in state.tensors.items()}
-    with pytest.raises(tg.UserError, match=f"does not fit: .*{named}.*; set here what"):
+    with pytest.raises(tg.UserError, match=f"does not fit: .*{named}.*; set .*what holds there"):
         state.resume()
     assert all(w.equal(before[name]) for name, w in state.tensors.items())  # none was taken
 
@@ -369,7 +369,7 @@ def test_settings_that_leave_nothing_to_anneal_are_refused() -> None:
     cases: list[dict[str, Any]] = [dict(diffusion_start_frac=0.5), dict(diffusion_causal=True)]
     for overrides in cases:
         with pytest.raises(
-            tg.UserError, match=r"DIFFUSION_ANNEAL_FRAC=0\.4 leaves nothing to anneal"
+            tg.UserError, match=r"DIFFUSION_ANNEAL_FRAC=0\.4.*DIFFUSION_START_FRAC="
         ):
             tiny(**{"diffusion_start_frac": 0.0, **overrides}, diffusion_anneal_frac=0.4)
     tiny(diffusion_anneal_frac=0.6, diffusion_start_frac=0.5)
