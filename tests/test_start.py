@@ -368,9 +368,7 @@ def test_an_annealed_run_resumes_to_the_bit(text: dict[str, Any]) -> None:
 def test_settings_that_leave_nothing_to_anneal_are_refused() -> None:
     cases: list[dict[str, Any]] = [dict(diffusion_start_frac=0.5), dict(diffusion_causal=True)]
     for overrides in cases:
-        with pytest.raises(
-            tg.UserError, match=r"DIFFUSION_ANNEAL_FRAC=0\.4.*DIFFUSION_START_FRAC="
-        ):
+        with pytest.raises(tg.UserError, match=r"ANNEAL_FRAC=0\.4.*START_FRAC="):
             tiny(**{"diffusion_start_frac": 0.0, **overrides}, diffusion_anneal_frac=0.4)
     tiny(diffusion_anneal_frac=0.6, diffusion_start_frac=0.5)
 
