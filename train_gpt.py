@@ -9,12 +9,6 @@ decoding. A noisy window (a block in BD3-LM) is a copy of S consecutive tokens, 
 reads the clean keys and values before it and itself in both directions: denoising, infill,
 parallel decoding.
 
-     1  Settings and recipes            6  Optimizers and schedules
-     2  Run context and log             7  Evaluation and decoding
-     3  Data and bytes                  8  Artifact
-     4  Noise, masks, losses            9  Training
-     5  Model                          10  Main
-
 Shapes: B batch rows, T tokens per row, V vocabulary, D width, L layers, H query heads, G key/value
 heads, C channels per head, W windows per row, S tokens per window, N = W (S + 1) tokens of the
 noisy stream, K Monte Carlo samples. Names: x0 clean tokens, xt corrupted tokens, t noise level in
@@ -42,9 +36,9 @@ import sys
 import time
 import tomllib
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import sentencepiece as spm
@@ -55,38 +49,43 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 try:
+    import fcntl
     import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
+except ImportError:  # Windows: no lock, and no peak memory in the log
+    fcntl = resource = None  # type: ignore[assignment]
+try:
+    import zstandard
+except ImportError:  # the other schemes work without it
+    zstandard = None  # type: ignore[assignment]
 
 
-# ================================================================================================
-# 1  SETTINGS AND RECIPES -- one frozen table; default < recipe < preset < strength < environment
-# ================================================================================================
+# ==== 1  SETTINGS AND RECIPES -- default < recipe < preset < strength < environment ===============
 class UserError(Exception):
     """A fault that the user can repair; printed without a traceback."""
+
+    status = 2  # of the process; 128 + its number if a signal ended it
 
 
 def opt(default: Any, text: str, unit: str = "", *, choices: str = "", **more: Any) -> Any:
     """Declare a setting; a `free` one does not affect training and may differ on RESUME."""
     meta = {"help": text, "unit": unit, "choices": tuple(choices.split())}
-    meta |= {"low": None, "high": math.inf, "free": False} | more
+    meta |= {"low": None, "high": 10**12, "free": False} | more
     return dataclasses.field(default=default, metadata=meta)
 
 
 free = functools.partial(opt, free=True)
 share = functools.partial(opt, low=0, high=1)
-rate = functools.partial(opt, low=0)
-type_hints = functools.cache(get_type_hints)  # evaluating them takes half a millisecond
+beta = functools.partial(opt, low=0, high=0.999999, rate=True)  # at 1 an average never moves
+rate = functools.partial(opt, low=0, high=1000, rate=True)
+natural = functools.partial(opt, low=0)
+LOSS_NAMES = "mean elbo middle score_entropy sedd_uniform consistency"
+SCHEME_NAMES = "int8+zlib int6+zstd int6+lzma"
 
 
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All settings. The environment name is the field in upper case; booleans are 0 or 1.
-
-    UserError names every fault at once, each with value, rule and remedy.
-    """
+    """All settings, in the environment in upper case. UserError names every fault at once."""
 
     recipe: str = free("record", "row of RECIPES or of scripts/study/ladder.toml")
     preset: str = free("auto", "row of PRESETS (hardware size); auto: chosen for this machine")
@@ -113,20 +112,20 @@ class Config:
     rope_scale: float = opt(1.0, "positions are divided by it (arXiv:2306.15595)", low=1)
     qk_gain_init: float = rate(1.5, "initial gain of the normalised queries")
     value_residual: bool = opt(False, "mix in the first layer's values (arXiv:2410.17897)")
-    bigram_vocab_size: int = rate(0, "rows of a hashed embedding of token pairs; 0: none", "rows")
+    bigram_vocab_size: int = natural(0, "rows of a hashed embedding of token pairs", "rows")
     logit_softcap: float = opt(30.0, "logits are cap * tanh(logits / cap)", low=1, high=1000)
-    look_ahead: int = rate(8, "windows: reach of the next visible token as input; 0: off", "tokens")
-    time_embed_dim: int = rate(0, "features of the noise level t; 0: no time input", "features")
+    look_ahead: int = natural(8, "windows: reach of the next visible token as input", "tokens")
+    time_embed_dim: int = natural(0, "features of the noise level t; 0: no time input", "features")
     self_condition: str = opt("none", "the last prediction is an input", choices="none soft commit")
     mercury_self_condition_prob: float = share(0.5, "share of self-conditioned windows")
     mercury_self_condition_fraction: float = share(1.0, "commit: share of tokens replaced")
     iterations: int = opt(20_000, "most optimizer steps", "steps", low=1)
-    max_wallclock_seconds: float = rate(600.0, "training time limit; 0: none", "s")
+    max_wallclock_seconds: float = natural(600.0, "training time limit; 0: none", "s")
     train_batch_tokens: int = opt(524_288, "global batch", "tokens", low=1)
     train_seq_len: int = opt(1024, "tokens per row T", "tokens", low=2)
     micro_batches: int = opt(8, "parts of the global batch; WORLD_SIZE must divide it", low=1)
-    warmup_steps: int = free(1, "passes before the clock starts, to compile", "passes", low=0)
-    warmdown_iters: int = rate(1200, "last steps, with the learning rate falling to 0", "steps")
+    warmup_steps: int = free(1, "passes before the clock, to compile", "passes", low=0, high=1000)
+    warmdown_iters: int = natural(1200, "last steps, with the learning rate falling to 0", "steps")
     warmdown_frac: float = share(0.5, "the warm-down is at most this share of the run")
     train_log_every: int = free(200, "steps between train lines; 0: none", "steps", low=0)
     val_loss_every: int = free(1000, "steps between validations; 0: one at the end", "steps", low=0)
@@ -137,35 +136,32 @@ class Config:
     head_lr: float = rate(0.008, "learning rate of an untied output matrix (Adam)")
     scalar_lr: float = rate(0.04, "learning rate of gains, scales and mixes (Adam)")
     adapter_lr: float = rate(0.003, "learning rate of time, self-conditioning and low-rank weights")
-    muon_momentum: float = share(0.95, "Nesterov momentum")
-    muon_backend_steps: int = opt(5, "Newton-Schulz iterations", low=1)
-    muon_momentum_warmup_start: float = share(0.85, "momentum at step 0")
-    muon_momentum_warmup_steps: int = rate(500, "steps to full momentum", "steps")
+    muon_momentum: float = beta(0.95, "Nesterov momentum")
+    muon_backend_steps: int = opt(5, "Newton-Schulz iterations", low=1, high=100)
+    muon_momentum_warmup_start: float = beta(0.85, "momentum at step 0")
+    muon_momentum_warmup_steps: int = natural(500, "steps to full momentum", "steps")
     muon_weight_decay: float = rate(0.0, "decoupled weight decay of matrices")
-    beta1: float = share(0.9, "Adam beta1")
-    beta2: float = share(0.95, "Adam beta2")
-    adam_eps: float = rate(1e-8, "Adam epsilon")
-    grad_clip_norm: float = rate(0.0, "clip of the global gradient norm; 0: off")
-    ema_decay: float = opt(0.0, "average of weights that is exported; 0: off", low=0, high=0.99999)
+    beta1: float = beta(0.9, "Adam beta1")
+    beta2: float = beta(0.95, "Adam beta2")
+    adam_eps: float = opt(1e-8, "Adam epsilon", low=1e-20, high=1)
+    grad_clip_norm: float = natural(0.0, "clip of the global gradient norm; 0: off")
+    ema_decay: float = beta(0.0, "average of weights that is exported; 0: off")
     mercury_clean_loss_weight: float = rate(1.0, "weight of the clean stream's next-token loss")
     diffusion_loss_weight: float = rate(0.1, "weight of the denoising loss; 0: no denoiser")
-    diffusion_loss: str = opt("elbo", "row of LOSSES", choices="mean elbo middle score_entropy"
-                              " sedd_uniform consistency")
+    diffusion_loss: str = opt("elbo", "row of LOSSES", choices=LOSS_NAMES)
     diffusion_loss_clip: float = opt(10.0, "largest 1/t weight (sedd_uniform: 1/(1-t))", low=1)
-    diffusion_start_step: int = rate(0, "first steps, without the denoising loss", "steps")
+    diffusion_start_step: int = natural(0, "first steps, without the denoising loss", "steps")
     diffusion_start_frac: float = share(0.6, "first share of the run, without the denoising loss")
-    diffusion_passes: int = opt(1, "unrolled denoising passes that carry loss", "passes", low=1)
+    diffusion_passes: int = opt(1, "unrolled denoising passes with loss", "passes", low=1, high=100)
     diffusion_windows: str = opt("8:1,16:1,32:1,64:1", "window sizes S with shares; T: a row")
     diffusion_row_frac: float = opt(0.25, "share of rows with noisy windows", low=1e-6, high=1)
     diffusion_causal: bool = opt(False, "attention inside a window is causal")
     diffusion_anneal_frac: float = share(0.0, "share of the run until windows read both ways")
     diffusion_shift: bool = opt(True, "in a window, too, position i predicts token i + 1")
-    diffusion_corruption_mode: str = opt("mask", "replacement",
-                                         choices="mask uniform hybrid gaussian")
+    diffusion_corruption_mode: str = opt("mask", "", choices="mask uniform hybrid gaussian")
     diffusion_hybrid_mask_prob: float = share(0.5, "hybrid: share of masks")
-    diffusion_regions: str = opt("iid:3,infill:1", "rows of REGIONS with shares: where to corrupt")
-    mercury_task_mode: str = opt("none", "overrides regions",
-                                 choices="none mixed continuation infill")
+    diffusion_regions: str = opt("iid:3,infill:1", "where to corrupt, with shares")
+    mercury_task_mode: str = opt("none", "regions", choices="none mixed continuation infill")
     mercury_continuation_prob: float = share(0.75, "mixed: share of continuation; else infill")
     diffusion_rate: str = opt("uniform", "distribution of t", choices="uniform fixed")
     diffusion_progressive: bool = opt(True, "fixed: t ramps from min to max; 0: t = max")
@@ -175,10 +171,9 @@ class Config:
     diffusion_full_prob: float = share(0.3, "share of windows at t = 1")
     diffusion_span_len: int = opt(8, "spans: tokens per span", "tokens", low=1)
     diffusion_spans_per_seq: int = opt(8, "spans: most spans per window", "spans", low=1)
-    export_scheme: str = free("int8+zlib", "row of SCHEMES, or int6: the smaller int6 scheme",
-                              choices="int8+zlib int6+zstd int6+lzma int6")
+    export_scheme: str = free("int8+zlib", "int6: the smaller", choices=f"int6 {SCHEME_NAMES}")
     nelbo_windows: str = free("1,16,T", "window sizes of nelbo_bpb; empty: none")
-    nelbo_samples: int = free(8, "Monte Carlo samples K per window", "samples", low=2)
+    nelbo_samples: int = free(8, "Monte Carlo samples K per window", low=2, high=100_000)
     nelbo_sequences: int = free(0, "validation rows scored, evenly spaced; 0: all", "rows", low=0)
     eval_stride: int = free(64, "val_bpb_sliding: tokens scored per row; 0: off", "tokens", low=0)
     parallel_eval_examples: int = free(16, "examples per task; 0: no parallel_eval", low=0)
@@ -202,16 +197,24 @@ class Config:
         return self.diffusion_loss_weight > 0
 
     @property
+    def checkpoints(self) -> list[Path]:
+        """The last checkpoint, and the one before it."""
+        return [self.path("checkpoints", suffix) for suffix in (".ckpt", ".previous.ckpt")]
+
+    @property
     def artifact(self) -> Path:
         return Path(self.out_dir, f"final_model.{self.export_scheme[:4]}.ptz")
 
     def sizes(self, text: str) -> list[tuple[int, float]]:
         """Window sizes with their shares; `T` is TRAIN_SEQ_LEN. ValueError: not a list of sizes."""
-        shares = parse_shares(text)
-        return [(self.train_seq_len if size == "T" else int(size), part) for size, part in shares]
+        T, shares = self.train_seq_len, parse_shares(text)
+        found = [(T if size == "T" else int(size), part) for size, part in shares]
+        if any(size < 1 or T % size for size, _ in found):
+            raise ValueError("sizes must divide TRAIN_SEQ_LEN")
+        return found
 
     def regions(self) -> list[tuple[str, float]]:
-        """Rows of REGIONS with their shares. ValueError: not a list of names with shares."""
+        """Regions with their shares. ValueError: not a list of names with shares."""
         p = self.mercury_continuation_prob
         tasks = {"none": self.diffusion_regions, "mixed": f"continuation:{p},infill:{1 - p}"}
         return parse_shares(tasks.get(self.mercury_task_mode, self.mercury_task_mode))
@@ -219,7 +222,7 @@ class Config:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
         """Return settings and the source of each. UserError: names all faults at once."""
-        kinds = type_hints(Config)
+        kinds = [field.name for field in dataclasses.fields(Config)]
         known = {name: env[name.upper()] for name in kinds if name.upper() in env}
         given, faults = parse_settings(known)
         rows, more = choose_rows(env, given)
@@ -241,7 +244,7 @@ class Config:
         """Replace each {NAME} of a setting by NAME=value."""
         return message.format_map({k.upper(): f"{k.upper()}={v!r}" for k, v in vars(self).items()})
 
-    def training_settings(self) -> dict[str, Any]:
+    def training_settings(self) -> Facts:
         fields = dataclasses.fields(self)
         return {f.name: getattr(self, f.name) for f in fields if not f.metadata["free"]}
 
@@ -254,7 +257,7 @@ class Config:
     def table(self, source: Mapping[str, str]) -> str:
         lines = []
         for f in dataclasses.fields(self):
-            value = f"{f.name.upper():32}{getattr(self, f.name)!s:42}{source[f.name]:20}"
+            value = f"{f.name.upper():32}{getattr(self, f.name)!s:42}{source.get(f.name, ''):20}"
             lines.append(f"{value}{f.metadata['unit']:10}{f.metadata['help']}")
         return "\n".join(lines)
 
@@ -273,33 +276,30 @@ def parse_shares(text: str) -> list[tuple[str, float]]:
 
 def parse_counts(text: str) -> list[int]:
     """Read whole numbers from 1, separated by commas. ValueError: something else."""
-    counts = [int(part) for part in text.split(",") if part.strip()]
-    if any(count < 1 for count in counts):
+    counts = [int(name) for name, _ in parse_shares(text)]
+    if min(counts, default=1) < 1:
         raise ValueError("numbers must be 1 or more")
     return counts
 
 
-def parse_value(kind: type, text: str) -> Any:
-    """Read one setting. ValueError: the rule that it breaks."""
-    rules = {bool: "0 or 1", int: "a whole number", float: "a finite number"}
-    with contextlib.suppress(KeyError, ValueError):
-        value = {"0": False, "1": True}[text] if kind is bool else kind(text)
-        if kind is str or math.isfinite(value):
-            return value
-    raise ValueError(rules[kind])
-
-
-def parse_settings(texts: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+def parse_settings(texts: Mapping[str, str]) -> tuple[Facts, list[str]]:
     """Read settings by name; return their values, and what is wrong with others."""
+    rules = {"bool": "0 or 1", "int": "a whole number", "float": "a finite number"}
+    readers: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
+    readers["bool"] = {"0": False, "1": True}.__getitem__
     values, faults = dict[str, Any](), list[str]()
-    kinds = type_hints(Config)
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(Config)}
     for name, text in texts.items():
-        try:
-            values[name] = parse_value(kinds[name], text)
-        except KeyError:
-            faults.append(f"{name} is not a setting; {closest(name, kinds)}")
-        except ValueError as error:
-            faults.append(f"{name.upper()}={text!r} must be {error}")
+        if (kind := kinds.get(name, "")) not in readers:
+            near = difflib.get_close_matches(name, kinds, 3, cutoff=0.4)
+            faults.append(f"{name} is not a setting; closest: {', '.join(near) or 'none'}")
+            continue
+        with contextlib.suppress(KeyError, ValueError, OverflowError):
+            value = readers[kind](text)
+            if kind == "str" or math.isfinite(value):
+                values[name] = value
+        if name not in values:
+            faults.append(f"{name.upper()}={text!r} must be {rules[kind]}")
     return values, faults
 
 
@@ -307,37 +307,39 @@ def near_misses(env: Mapping[str, str]) -> Iterator[str]:
     """Warn about names that are close to a setting's but set nothing."""
     known = [field.name.upper() for field in dataclasses.fields(Config)]
     for key in sorted(env.keys() - known):
-        for name in difflib.get_close_matches(key, known, 1, cutoff=0.85):
+        for name in difflib.get_close_matches(key.upper(), known, 1, cutoff=0.85):
             yield f"{key} is not a setting; did you mean {name}?"
 
 
 def faults_of(c: Config) -> Iterator[str]:
     """Say which settings are out of their limits, and which rules about several do not hold."""
     for field in dataclasses.fields(c):
-        name, value = field.name.upper(), getattr(c, field.name)
-        meta = field.metadata
-        low, high = meta["low"], meta["high"]
+        meta, value = field.metadata, getattr(c, field.name)
+        name, low = f"{field.name.upper()}={value!r}", meta["low"]
         if meta["choices"] and value not in meta["choices"]:
-            yield f"{name}={value!r} must be one of: {', '.join(meta['choices'])}"
-        if low is not None and not low <= value <= high:
-            yield f"{name}={value} must be in [{low}, {high}] ({meta['help']})"
+            yield f"{name} must be one of: {', '.join(meta['choices'])}"
+        if low is not None and not low <= value <= meta["high"]:
+            yield f"{name} must be in [{low}, {meta['high']}] ({meta['help']})"
     for holds, message in RULES:
         try:
             broken = not holds(c)
-        except ZeroDivisionError:  # the zero is out of its own limits
-            broken = False
-        except ValueError:  # a list that does not parse
-            broken = True
+        except (ValueError, ZeroDivisionError) as error:  # zeros are named above
+            broken = isinstance(error, ValueError)  # a list that does not parse
         if broken:
             yield c.fill(message)
 
 
-def are_sizes(c: Config, text: str) -> bool:
-    return all(size > 0 and c.train_seq_len % size == 0 for size, _ in c.sizes(text))
+def furthest(cfg: Config) -> str:
+    """Advise on numbers that explode: name the rate that is furthest from its default."""
+    usual = Config.from_env({"RECIPE": cfg.recipe, "PRESET": cfg.preset})[0]
+    rates = [f.name for f in dataclasses.fields(cfg) if f.metadata.get("rate")]
+    ratios = {k: (getattr(cfg, k) + 1e-3) / (getattr(usual, k) + 1e-3) for k in rates}
+    name = max(["matrix_lr", *rates], key=lambda k: abs(math.log(ratios[k])))
+    values = f"{name.upper()}={getattr(cfg, name)} (default {getattr(usual, name)})"
+    return f"{values} is furthest from its default: move it back, or set GRAD_CLIP_NORM=1"
 
 
 # fmt: off
-REGIONS = ("iid", "spans", "continuation", "infill")
 TRAIN_MODES = {"none": "ar", "mercury": "retrograde"}  # the predecessor's DIFFUSION_TRAIN_MODE
 
 RULES: tuple[tuple[Callable[[Config], object], str], ...] = (  # what must hold; the error if not
@@ -347,34 +349,34 @@ RULES: tuple[tuple[Callable[[Config], object], str], ...] = (  # what must hold;
      "{NUM_HEADS} must be a multiple of {NUM_KV_HEADS}; change either"),
     (lambda c: c.train_batch_tokens % (c.micro_batches * c.train_seq_len) == 0,
      "{TRAIN_BATCH_TOKENS} must be a multiple of {MICRO_BATCHES} x {TRAIN_SEQ_LEN}; change one"),
-    (lambda c: re.fullmatch(r"[\w.-]*", c.run_id),
-     "{RUN_ID} names files; use letters, digits, '.', '_' and '-'"),
-    (lambda c: not c.diffusion or (c.diffusion_windows and are_sizes(c, c.diffusion_windows)),
+    (lambda c: zstandard or c.export_scheme not in ("int6", "int6+zstd"),
+     "{EXPORT_SCHEME} needs zstandard: pip install zstandard, or set EXPORT_SCHEME=int6+lzma"),
+    (lambda c: re.fullmatch(r"[\w.-]{0,100}", c.run_id, re.ASCII),
+     "{RUN_ID} names files; use at most 100 letters, digits, '.', '_' and '-'"),
+    (lambda c: not c.diffusion or c.sizes(c.diffusion_windows),
      "{DIFFUSION_WINDOWS} must be sizes (or T) that divide {TRAIN_SEQ_LEN}: 8:1,T:2"),
-    (lambda c: c.regions() and all(name in REGIONS for name, _ in c.regions()),
+    (lambda c: c.regions() and {*dict(c.regions())} <= {"iid", "spans", "continuation", "infill"},
      "{DIFFUSION_REGIONS} must name iid, spans, continuation, infill: iid:3,infill:1"),
     (lambda c: c.diffusion_loss != "sedd_uniform" or c.diffusion_corruption_mode == "uniform",
-     "{DIFFUSION_LOSS} is for uniform noise, not for {DIFFUSION_CORRUPTION_MODE}; set that to"
-     " uniform, or take score_entropy"),
+     "{DIFFUSION_LOSS} needs uniform noise, not {DIFFUSION_CORRUPTION_MODE}; set that to uniform"),
     (lambda c: c.diffusion_min_mask_ratio <= c.diffusion_max_mask_ratio,
      "{DIFFUSION_MIN_MASK_RATIO} exceeds {DIFFUSION_MAX_MASK_RATIO}; swap them"),
     (lambda c: not c.diffusion_anneal_frac
      or c.diffusion_anneal_frac > c.diffusion_start_frac + c.diffusion_causal,
-     "{DIFFUSION_ANNEAL_FRAC} leaves nothing to anneal: it must exceed {DIFFUSION_START_FRAC},"
-     " without {DIFFUSION_CAUSAL}"),
+     "{DIFFUSION_ANNEAL_FRAC} must exceed {DIFFUSION_START_FRAC}, without {DIFFUSION_CAUSAL}"),
     (lambda c: c.mercury_clean_loss_weight > 0 or c.diffusion,
      "{MERCURY_CLEAN_LOSS_WEIGHT} and {DIFFUSION_LOSS_WEIGHT} train nothing; set one above 0"),
-    (lambda c: are_sizes(c, c.nelbo_windows),
+    (lambda c: [c.sizes(c.nelbo_windows)],
      "{NELBO_WINDOWS} must be sizes (or T) that divide {TRAIN_SEQ_LEN}: 1,16,T"),
-    (lambda c: [parse_counts(c.parallel_eval_steps), parse_counts(c.parallel_eval_span_len)],
-     "{PARALLEL_EVAL_STEPS} and {PARALLEL_EVAL_SPAN_LEN} must list numbers from 1"),
-    (lambda c: not c.parallel_eval_examples or c.train_seq_len >= c.parallel_eval_prefix_len
-     + max(parse_counts(c.parallel_eval_span_len), default=0) + c.parallel_eval_suffix_len,
-     "{PARALLEL_EVAL_PREFIX_LEN}, {PARALLEL_EVAL_SPAN_LEN} and {PARALLEL_EVAL_SUFFIX_LEN} must fit"
-     " {TRAIN_SEQ_LEN}; lower one of them"),
+    (lambda c: parse_counts(c.parallel_eval_steps) and c.parallel_eval_prefix_len
+     + max(parse_counts(c.parallel_eval_span_len)) + c.parallel_eval_suffix_len
+     <= max(c.train_seq_len, (not c.parallel_eval_examples) * 10**9),
+     "{PARALLEL_EVAL_STEPS} and {PARALLEL_EVAL_SPAN_LEN} must list numbers from 1; the longest span"
+     " with {PARALLEL_EVAL_PREFIX_LEN} and {PARALLEL_EVAL_SUFFIX_LEN} must fit {TRAIN_SEQ_LEN}"),
 )
 
-RECIPES: dict[str, dict[str, Any]] = {  # what differs from the defaults; more rows: LADDER_FILE
+Rows = dict[str, dict[str, Any]]  # settings by name of a row
+RECIPES: Rows = {  # what differs from the defaults; more rows: LADDER_FILE
     "record": dict(strength=True),
     "ar_record": dict(strength=True, diffusion_loss_weight=0.0),
     "record_bound": dict(strength=True, diffusion_start_frac=0.3, diffusion_row_frac=1.0,
@@ -398,7 +400,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # what differs from the defaults; more r
         diffusion_full_prob=0.0, look_ahead=0, time_embed_dim=0),
 }
 
-PRESETS: dict[str, dict[str, Any]] = {  # hardware size: model, batch and time, never the objective
+PRESETS: Rows = {  # hardware size: model, batch and time, never the objective
     "8xh100": dict(),
     "1xgpu": dict(train_batch_tokens=131_072, micro_batches=4, val_batch_size=131_072),
     "cpu": dict(
@@ -408,13 +410,11 @@ PRESETS: dict[str, dict[str, Any]] = {  # hardware size: model, batch and time, 
         val_batch_size=8192, val_loss_every=0, nelbo_sequences=256, eval_stride=0),
 }
 
-# What STRENGTH adds to a preset. GPU rows follow what others measured in the challenge (ten layers
-# and a wide MLP, paid for by six bits; token pairs, low rates, long warm-down, weight decay,
-# averaging); this project has not measured them. The cpu row is measured (LOG.md).
-GPU_STRENGTH = dict(
-    export_scheme="int6", value_residual=True, matrix_lr=0.02, tied_embed_lr=0.03,
-    muon_weight_decay=0.04)
-STRENGTHS: dict[str, dict[str, Any]] = {
+# What STRENGTH adds to a preset. GPU rows follow what others measured in the challenge (a larger
+# model, paid for by six bits); this project has not measured them. The cpu row is (LOG.md).
+GPU_STRENGTH = dict(export_scheme="int6", value_residual=True, matrix_lr=0.02, tied_embed_lr=0.03,
+                    muon_weight_decay=0.04)
+STRENGTHS: Rows = {
     "8xh100": dict(
         GPU_STRENGTH, num_layers=10, mlp_mult=3, bigram_vocab_size=2048, warmdown_iters=3000,
         muon_momentum=0.99, muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500,
@@ -429,27 +429,23 @@ STRENGTHS: dict[str, dict[str, Any]] = {
 LADDER_FILE = Path(__file__).with_name("scripts") / "study" / "ladder.toml"  # more recipes
 
 
-def choose_rows(
-    env: Mapping[str, str], given: Mapping[str, Any]
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def choose_rows(env: Mapping[str, str], given: Mapping[str, Any]) -> tuple[Rows, list[str]]:
     """Return the rows of RECIPES, PRESETS and STRENGTHS to apply, in order, and what is unknown."""
-    faults, mode = list[str](), env.get("DIFFUSION_TRAIN_MODE", "")
-    if mode and mode not in TRAIN_MODES:
-        rule = f"must be one of: {', '.join(TRAIN_MODES)}; unset it and name a RECIPE"
-        faults.append(f"DIFFUSION_TRAIN_MODE={mode!r} {rule}")
+    mode = env.get("DIFFUSION_TRAIN_MODE", "")
     recipe = given.get("recipe", TRAIN_MODES.get(mode, "record"))
     recipes = RECIPES if recipe in RECIPES else all_recipes()
-    if recipe not in recipes:
-        known = f"{closest(recipe, recipes)}; known: {', '.join(recipes)}"
-        looked = f"{LADDER_FILE} ({'is' if LADDER_FILE.exists() else 'is not'} there)"
-        faults.append(f"RECIPE={recipe!r} is neither in RECIPES nor in {looked}; {known}")
     gpu = "1xgpu" if env.get("WORLD_SIZE", "1") == "1" else "8xh100"
     machine = gpu if torch.cuda.is_available() and given.get("device") != "cpu" else "cpu"
     preset = given.get("preset", "auto").replace("auto", machine)
+    row, faults = recipes.get(recipe, {}), list[str]()
+    if mode not in ("", *TRAIN_MODES):
+        faults.append(f"DIFFUSION_TRAIN_MODE={mode!r} must be one of: {', '.join(TRAIN_MODES)}")
+    if recipe not in recipes:
+        looked = f"{LADDER_FILE} ({'is' if LADDER_FILE.exists() else 'is not'} there)"
+        where = f"neither in RECIPES nor in {looked}; {closest(recipe, recipes)}"
+        faults.append(f"RECIPE={recipe!r} is {where}")
     if preset not in PRESETS:
-        known = f"{closest(preset, PRESETS)}; known: {', '.join(PRESETS)}"
-        faults.append(f"PRESET={preset!r} is not in PRESETS; {known}")
-    row = recipes.get(recipe, {})
+        faults.append(f"PRESET={preset!r} is not in PRESETS; {closest(preset, PRESETS)}")
     rows = {f"recipe {recipe}": row | {"recipe": recipe}}
     rows[f"preset {preset}"] = PRESETS.get(preset, {}) | {"preset": preset}
     if (row | dict(given)).get("strength"):
@@ -457,58 +453,36 @@ def choose_rows(
     return rows, faults
 
 
-def closest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), 3, cutoff=0.4)
-    return f"closest: {', '.join(near) or 'none'}"
+def closest(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, 3, cutoff=0.4)
+    return f"closest: {', '.join(near) or 'none'}; known: {', '.join(known)}"
 
 
-def read_ladder() -> dict[str, Any]:
-    """Read LADDER_FILE: `rows` by name, and more tables. UserError: the file is damaged."""
+def all_recipes() -> Rows:
+    """Return built-in recipes, and rows of LADDER_FILE over their bases. UserError: damaged."""
+    found, name = dict(RECIPES), "rows"
     try:
-        tables = tomllib.loads(LADDER_FILE.read_text("utf-8")) if LADDER_FILE.exists() else {}
-        return tables | {"rows": {name: dict(row) for name, row in tables.get("rows", {}).items()}}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        remedy = "repair it, or move it away and use built-in recipes"
-        raise UserError(f"{LADDER_FILE} is damaged ({error}); {remedy}") from error
+        text = LADDER_FILE.read_text("utf-8") if LADDER_FILE.exists() else ""
+        for name, row in tomllib.loads(text).get("rows", {}).items():
+            texts = {k: str(int(v) if isinstance(v, bool) else v) for k, v in row.items()}
+            own = {k: v for k, v in texts.items() if k not in ("base", "note", "published")}
+            values, faults = parse_settings(own)
+            if name in RECIPES and values:
+                faults.append("the recipe is built in; rename the row")
+            if faults:
+                raise ValueError("; ".join(faults))
+            found[name] = found[name if name in RECIPES else row["base"]] | values
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        why = f"no base {error} above it" if isinstance(error, KeyError) else str(error)
+        rule = "repair it, or move it away and use built-in recipes"
+        raise UserError(f"{LADDER_FILE}: {name}: {why}; {rule}") from error
+    return found
 
 
-def resolve_row(name: str, rows: Mapping[str, Any], above: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the settings of a recipe: those of its bases and, over them, its own.
-
-    UserError: an unknown base, a circle of bases, an unknown setting or a value of another type.
-    """
-    where = f"{LADDER_FILE}, {' -> '.join([*above, name])}"
-    changed = sorted(rows.get(name, {}).keys() - {"base", "note", "published"})
-    if name in RECIPES and changed:
-        raise UserError(f"{where}: {', '.join(changed)}: the recipe is built in; rename the row")
-    if name in RECIPES:
-        return RECIPES[name]
-    if name not in rows or name in above:
-        rule = f"no such base, or a circle of bases; {closest(name, [*RECIPES, *rows])}"
-        raise UserError(f"{where}: {rule}; the last base must be a built-in recipe")
-    texts = dict[str, str]()
-    for key in changed:
-        value = rows[name][key]
-        texts[key] = str(int(value)) if isinstance(value, bool) else str(value)
-    own, faults = parse_settings(texts)
-    if faults:
-        raise UserError("\n".join(f"{where}: {fault}" for fault in faults))
-    return resolve_row(str(rows[name].get("base")), rows, (*above, name)) | own
-
-
-def all_recipes() -> dict[str, dict[str, Any]]:
-    """Return the settings of built-in recipes and of rows of LADDER_FILE. UserError: faulty."""
-    rows = read_ladder()["rows"]
-    return RECIPES | {name: resolve_row(name, rows) for name in rows}
-
-
-# ================================================================================================
-# 2  RUN CONTEXT AND LOG -- device, precision and ranks, chosen once; one call writes both logs
-# ================================================================================================
+# ==== 2  RUN CONTEXT AND LOG -- device and ranks, chosen once; one call writes both logs ==========
 LINES = {  # lines that other programs parse; other events are printed as `name key:value`
     "train": "step:{step}/{iterations} train_loss:{train_loss:.4f} train_time:{train_ms:.0f}ms"
-    " step_avg:{step_ms:.2f}ms denoise_loss:{denoise_loss:.4f} tok_per_sec:{tok_per_sec:.0f}"
-    " tflop_per_sec:{tflop_per_sec:.3f}",
+    " step_avg:{step_ms:.2f}ms denoise_loss:{denoise_loss:.4f} tok_per_sec:{tok_per_sec:.0f}",
     "val": "step:{step}/{iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f}"
     " train_time:{train_ms:.0f}ms",
     "size": "Total submission size {scheme}: {total_bytes} bytes"
@@ -523,54 +497,88 @@ LINES = {  # lines that other programs parse; other events are printed as `name 
 }
 RESUME_HINT = "the last checkpoint is kept: rerun the command with RESUME=auto"
 CPU = torch.device("cpu")
+Facts = dict[str, Any]  # of an event
+Pair = tuple[Tensor, Tensor]
+Weights = Mapping[str, Tensor]
 
 
 class Log:
-    """Write each event to OUT_DIR/logs/RUN_ID.txt and, for programs, RUN_ID.jsonl; rank 0 only."""
+    """Write events to OUT_DIR/logs/RUN_ID.txt and .jsonl; a file that was lost is written anew."""
 
     def __init__(self, cfg: Config, rank: int, continued: bool) -> None:
-        self.path = cfg.path("logs", ".txt")
-        self.active = rank == 0
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            for old in (self.path, self.path.with_suffix(".jsonl")):
-                if self.active and not continued and old.exists():  # never overwritten
-                    old.rename(old.with_name(f"{old.stem}.{int(old.stat().st_mtime)}{old.suffix}"))
-        except OSError as error:
-            rule = f"cannot be written ({error.strerror}); name another"
-            raise UserError(f"OUT_DIR={cfg.out_dir!r} {rule}") from error
+        self.path, self.active = cfg.path("logs", ".txt"), rank == 0
+        self.kept = {suffix: bytearray() for suffix in (".txt", ".jsonl")}
+        for suffix in self.kept if self.active else ():
+            old = self.path.with_suffix(suffix)
+            if continued and old.exists():
+                self.kept[suffix] += old.read_bytes().rstrip(b"\n") + b"\n"
+            elif old.exists():  # an older log is renamed by its time, over no other file
+                to, number = old, int(old.stat().st_mtime)
+                while to.exists():
+                    to, number = old.with_name(f"{old.stem}.{number}{suffix}"), number + 1
+                old.rename(to)
 
     def write(self, text: str, suffix: str = ".txt", echo: bool = True) -> None:
         if not self.active:
             return
-        path = self.path.with_suffix(suffix)
-        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
-            file.write(text + "\n")  # a full disk must not end the run
-        if echo:
-            tqdm.write(text)
+        path, kept = self.path.with_suffix(suffix), self.kept[suffix]
+        before = len(kept)
+        kept += f"{text}\n".encode(errors="backslashreplace")
+        with contextlib.suppress(OSError):  # a full disk must not end the run
+            intact = path.exists() and path.stat().st_size == before
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "ab" if intact else "wb") as file:
+                file.write(kept[before:] if intact else kept)
+        try:
+            if echo:
+                tqdm.write(text)
+                sys.stdout.flush()
+        except OSError as error:  # nobody reads it, or that disk is full
+            print(f"warning: nothing is printed from here ({error.strerror})", file=sys.stderr)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def event(self, name: str, /, **values: Any) -> None:
         """Write one event as a line for people (LINES) and as JSON, where NaN becomes null."""
         line = LINES.get(name) or name + "".join(f" {key}:{{{key}}}" for key in values)
         self.write(line.format(**values))
-        finite = dict[str, Any]()
-        for key, value in values.items():
-            finite[key] = value if not isinstance(value, float) or math.isfinite(value) else None
+        wrong = [k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
+        finite = values | dict.fromkeys(wrong)
         self.write(json.dumps({"event": name, **finite}, allow_nan=False), ".jsonl", echo=False)
+
+
+def lock_folder(cfg: Config) -> IO[str]:
+    """Hold OUT_DIR until the returned file is closed. UserError: another run holds it."""
+    path, name = Path(cfg.out_dir, "logs", ".lock"), f"OUT_DIR={cfg.out_dir!r}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a", 1, "utf-8")  # noqa: SIM115 -- open as long as it is held
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        rule = f"is in use by {path.read_text().strip()}; stop that run, or set another OUT_DIR"
+        raise UserError(f"{name} {rule}") from error
+    except OSError as error:
+        raise UserError(f"{name} cannot be written ({error.strerror}); name another") from error
+    file.truncate(0)
+    print(time.strftime(f"process {os.getpid()}, started %FT%TZ", time.gmtime()), file=file)
+    return file
 
 
 def launcher_ranks(cfg: Config) -> list[int]:
     """Return RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them. UserError: they do not fit."""
-    texts = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    texts = {name: os.environ.get(name, default) for name, default in texts.items()}
-    if wrong := [f"{name}={text!r}" for name, text in texts.items() if not text.isdecimal()]:
-        rule = "must be a whole number; torchrun sets it, unset it otherwise"
-        raise UserError(f"{', '.join(wrong)} {rule}")
-    world_size = int(texts["WORLD_SIZE"])
-    if world_size < 1 or cfg.micro_batches % world_size:
-        rule = f"must divide MICRO_BATCHES={cfg.micro_batches}; raise MICRO_BATCHES"
-        raise UserError(f"WORLD_SIZE={world_size} {rule}")
-    return [int(text) for text in texts.values()]
+    texts = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if not any(texts.values()):
+        return [0, 1, 0]
+    numbers = [int(text) if re.fullmatch(r"\d{1,8}", text) else -1 for text in texts.values()]
+    if min(numbers) < 0 or max(numbers[0], numbers[2]) >= numbers[1]:
+        found = ", ".join(f"{name}={text!r}" for name, text in texts.items())
+        rule = "must be whole numbers, ranks below WORLD_SIZE; torchrun sets them, else unset them"
+        raise UserError(f"{found} {rule}")
+    if cfg.micro_batches % numbers[1]:
+        rule = cfg.fill("must divide {MICRO_BATCHES}; raise it")
+        raise UserError(f"WORLD_SIZE={numbers[1]} {rule}")
+    return numbers
 
 
 def choose_device(cfg: Config, local_rank: int) -> torch.device:
@@ -585,22 +593,30 @@ def choose_device(cfg: Config, local_rank: int) -> torch.device:
 
 
 def use_compile(cfg: Config, device: torch.device) -> bool:
-    """Decide on torch.compile. UserError: asked for on a CPU, without a C++ compiler."""
-    compilers = [os.environ.get("CXX", "g++"), "clang++"]
-    if cfg.compile == "1" and device.type == "cpu" and not any(map(shutil.which, compilers)):
-        rule = f"needs a C++ compiler ({' or '.join(compilers)}); install one, or set COMPILE=0"
-        raise UserError(f"COMPILE=1 {rule}")
-    return cfg.compile == "1" or (cfg.compile == "auto" and device.type == "cuda")
+    """Decide on torch.compile, which needs a C++ compiler on a CPU."""
+    if device.type == "cuda":
+        return cfg.compile != "0"
+    found = map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))
+    return cfg.compile == "1" and any(found)
 
 
 def machine_name(device: torch.device) -> str:
     """Name a GPU, or the processor with its number of cores: `AMD EPYC, 2 cores`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.machine()
-    with contextlib.suppress(OSError, IndexError):
-        name = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
-    return f"{name}, {os.cpu_count()} cores"
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"{[*names, platform.machine()][0]}, {os.cpu_count()} cores"
+
+
+class LostRank(RuntimeError):
+    """A transfer between ranks failed."""
+
+
+def interrupt(number: int, frame: object) -> None:
+    """Handle a signal as Ctrl-C; a second one does not disturb the end of the run."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 @dataclasses.dataclass
@@ -613,37 +629,34 @@ class Run:
     device: torch.device
     log: Log
     control: dist.ProcessGroup | None = None  # gloo: decisions of the host, without a device sync
+    peers: list[tuple[str, int]] = dataclasses.field(default_factory=list)  # (host, process)
     compile: bool = False
+    identity: dict[str, str] = dataclasses.field(default_factory=dict)  # IDENTITY: hashes
+    bytes_ratio: float = 1.0  # bytes that the tokenizer's table counts over those of the source
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # of each timed part
 
     @classmethod
     @contextlib.contextmanager
     def start(cls, cfg: Config) -> Iterator[Run]:
-        """Choose the device, join the process group, and leave it on any exit.
-
-        UserError: launcher variables or devices do not fit; a signal ended the run; a rank is lost.
-        """
+        """Choose the device, hold OUT_DIR, join the process group, and leave both on any exit."""
         rank, *others = launcher_ranks(cfg)
         device = choose_device(cfg, others[1])
-        continued = cfg.resume == "auto" and cfg.path("checkpoints", ".pt").exists()
-        run = cls(cfg, rank, others[0], device, Log(cfg, rank, continued))
-        run.compile = use_compile(cfg, device)
-        # SIGTERM ends a run as Ctrl-C does.
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            run.open()
-            yield run
-        except UserError as error:
-            run.log.event("error", reason=str(error))
-            raise
-        except KeyboardInterrupt:
-            raise UserError(f"rank {run.rank}: ended by a signal; {RESUME_HINT}") from None
-        except dist.DistError as error:
-            raise run.lost_rank(error) from error
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-            if run.world_size > 1 and dist.is_initialized():
-                dist.destroy_process_group()
+        with contextlib.ExitStack() as stack:
+            if rank == 0:
+                stack.enter_context(lock_folder(cfg))
+            continued = cfg.resume == "auto" and any(path.exists() for path in cfg.checkpoints)
+            run = cls(cfg, rank, others[0], device, Log(cfg, rank, continued))
+            run.compile = use_compile(cfg, device)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                stack.callback(signal.signal, number, signal.signal(number, interrupt))
+            stack.callback(lambda: dist.is_initialized() and dist.destroy_process_group())
+            try:
+                run.open()
+                yield run
+            except BaseException as error:
+                if (fault := run.explain(error)) is not None:
+                    run.log.event("error", reason=str(fault))
+                raise fault or error from None
 
     def open(self) -> None:
         """Set the precision of this process and join the others."""
@@ -656,10 +669,33 @@ class Run:
             device_id = self.device if cuda else None
             dist.init_process_group("nccl" if cuda else "gloo", device_id=device_id)
             self.control = dist.new_group(backend="gloo") if cuda else dist.group.WORLD
+            here = platform.node() if os.path.exists("/proc/self/exe") else ""  # Linux
+            self.peers = [("", 0)] * self.world_size
+            dist.all_gather_object(self.peers, (here, os.getpid()), group=self.control)
 
-    def lost_rank(self, error: Exception) -> UserError:
-        why = f"rank {self.rank} lost another rank, which probably died ({str(error)[:200]!r})"
-        return UserError(f"{why}; {RESUME_HINT}")
+    def explain(self, error: BaseException) -> UserError | None:
+        """Turn what ended the run into an error for the user."""
+        if isinstance(error, UserError):
+            return error
+        text, lost = " ".join(str(error).split())[:200], ""
+        for rank, peer in enumerate(self.peers):
+            if peer[0] == platform.node() and not os.path.exists(f"/proc/{peer[1]}/exe"):
+                lost += f"rank {rank} (process {peer[1]}) "
+        if isinstance(error, KeyboardInterrupt):
+            why = f"ended by {text or 'a signal'}" + f", {lost}is gone" * bool(lost)
+        elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate" in text:
+            sizes = self.cfg.fill("{TRAIN_BATCH_TOKENS}, {VAL_BATCH_SIZE} or {MODEL_DIM}")
+            why = f"out of memory ({text}); lower {sizes}, or raise MICRO_BATCHES"
+        elif isinstance(error, dist.DistError | LostRank):
+            why = f"lost {lost or 'another rank, which says why '}({text})"
+        elif isinstance(error, OSError):
+            why = text
+        else:  # a fault of the program
+            return None
+        fault = UserError(f"rank {self.rank}: {why}; {RESUME_HINT}")
+        if isinstance(error, KeyboardInterrupt):
+            fault.status = 128 + getattr(signal, text or "SIGINT")
+        return fault
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Compute in bf16 on CUDA, in fp32 on CPU (where bf16 matrix products are emulated)."""
@@ -677,44 +713,53 @@ class Run:
         yield
         self.seconds[name] = self.clock() - began
 
+    @contextlib.contextmanager
+    def exchange(self) -> Iterator[None]:
+        """Mark a transfer between ranks: what fails in it is the loss of a rank."""
+        try:
+            yield
+        except RuntimeError as error:  # gloo and NCCL raise it when a peer is gone
+            raise LostRank(str(error)) from error
+
     def sum(self, values: Tensor) -> Tensor:
         """Add a tensor over all ranks, in place."""
         if self.world_size > 1:
-            try:
+            with self.exchange():
                 dist.all_reduce(values)
-            except RuntimeError as error:  # gloo and NCCL raise it when a peer is gone
-                raise self.lost_rank(error) from error
         return values
 
     def from_rank0(self, value: float) -> float:
         """Give every rank rank 0's number, so that all decide the same on time; also a barrier."""
         box = torch.tensor([value], dtype=torch.float64)
         if self.control is not None:
-            try:
+            with self.exchange():
                 dist.broadcast(box, 0, group=self.control)
-            except RuntimeError as error:
-                raise self.lost_rank(error) from error
         return box.item()
 
     def header(self, source: Mapping[str, str]) -> None:
         """Begin the log with the program itself, the machine, versions, kernels and settings."""
         code = Path(__file__).read_text(encoding="utf-8")
         self.log.write(code + "=" * 100, echo=False)
-        facts = {"time": time.strftime("%FT%TZ", time.gmtime()), "command": " ".join(sys.argv)}
-        facts |= {"machine": machine_name(self.device), "device": str(self.device)}
-        facts |= {"python": sys.version.split()[0], "torch": torch.__version__}
-        facts |= {"sha256": hashlib.sha256(code.encode()).hexdigest()}
-        facts |= {"precision": "bf16" if self.device.type == "cuda" else "fp32"}
-        counts = {"world_size": self.world_size, "threads": torch.get_num_threads()}
-        self.log.event("header", **facts, **counts, compile=self.compile)
-        values = dataclasses.asdict(self.cfg)
-        self.log.event("config", table=self.cfg.table(source), values=values, source=dict(source))
+        facts: Facts = dict(time=time.strftime("%FT%TZ", time.gmtime()), command=" ".join(sys.argv))
+        facts |= dict(machine=machine_name(self.device), device=str(self.device))
+        facts |= dict(python=sys.version.split()[0], torch=torch.__version__)
+        facts |= dict(precision="bf16" if self.device.type == "cuda" else "fp32")
+        facts |= dict(world_size=self.world_size, threads=torch.get_num_threads())
+        self.log.event("header", **facts, compile=self.compile, sha256=program_sha256())
+        shown = {"table": self.cfg.table(source), "source": dict(source)}
+        self.log.event("config", **shown, values=vars(self.cfg))
+        if self.cfg.compile == "1" and not self.compile:
+            self.log.event("warning", reason="COMPILE=1 finds no C++ compiler: nothing is compiled")
         for warning in near_misses(os.environ):
             self.log.event("warning", reason=warning)
 
 
-def atomic_write(path: Path, data: bytes, what: str) -> None:
-    """Replace a file as a whole; the old one stays on failure. UserError: why it failed."""
+def program_sha256() -> str:
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def atomic_write(path: Path, data: bytes, what: str, keep: Path | None = None) -> None:
+    """Replace a file as a whole; the old one stays on failure, and as `keep` on success."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -722,80 +767,86 @@ def atomic_write(path: Path, data: bytes, what: str) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        why = (
-            f"was not written ({error.strerror}); the old one is intact; free space or set OUT_DIR"
-        )
-        raise UserError(f"{what} {path} of {len(data):,} bytes {why}") from error
+        why = f"({error.strerror}); the old one is intact; free space or set OUT_DIR"
+        raise UserError(f"{what} {path} of {len(data):,} bytes was not written {why}") from error
 
 
-# ================================================================================================
-# 3  DATA AND BYTES -- shards, the order of training tokens, and the bytes that a token stands for
-# ================================================================================================
+# ==== 3  DATA AND BYTES -- shards, and the bytes of text that a token stands for ==================
 SHARD_MAGIC = 20240520  # the challenge's format: a header of 256 int32, then uint16 tokens
-SHARD_VERSION, SHARD_HEADER = 1, 256
-SCAN_TOKENS = 1 << 28  # ids of up to this many tokens are checked before training; others when read
+SHARD_HEADER = 256
+SCAN_TOKENS = 1 << 28  # up to this many tokens are read once before training
+END_TOKENS = 1 << 15  # of larger splits, so many at both ends of each shard
+SPACE_MARK = "\u2581"  # stands for a space inside SentencePiece
+BYTES_TOLERANCE = 0.001  # bytes that val_bpb counts may differ so much from those of the source
 PREPARE = "python scripts/prepare_data.py"
 Tokens = np.typing.NDArray[Any]
 
 
 class TokenLoader:
-    """One endless stream of tokens over all shards of a split; its state is `position`.
-
-    Every row has a fixed place in the stream, for any number of ranks. UserError: no shards,
-    damaged ones, token ids outside the vocabulary, too few tokens.
+    """One endless stream of tokens over all shards of a split, in which every row has its place. A
+    shard is opened when it is read, and must be the same file each time. UserError: no shards,
+    damaged or changed ones, token ids outside the vocabulary, too few tokens.
     """
 
     def __init__(self, cfg: Config, split: str) -> None:
-        self.vocab_size = cfg.vocab_size
-        self.position = 0
+        self.vocab_size, name = cfg.vocab_size, f"DATA_PATH={cfg.data_path!r}"
         self.paths = sorted(p for p in Path(cfg.data_path).glob(f"*_{split}_*.bin") if p.is_file())
         if not self.paths:
             rule = f"holds no *_{split}_*.bin; name another folder, or run: {PREPARE}"
-            raise UserError(f"DATA_PATH={cfg.data_path!r} {rule}")
-        self.shards = [self.open_shard(path) for path in self.paths]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
+            raise UserError(f"{name} {rule}")
+        self.stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
+        self.counts = [self.count_tokens(i) for i in range(len(self.paths))]
+        self.ends = np.cumsum(self.counts)
         self.total = int(self.ends[-1])
         if self.total <= cfg.train_seq_len:
-            held = f"the {self.total:,} {split} tokens of DATA_PATH={cfg.data_path!r}"
-            rule = f"is longer than {held}; lower it, or prepare more text"
-            raise UserError(f"TRAIN_SEQ_LEN={cfg.train_seq_len} {rule}")
-        for i in range(len(self.shards) if self.total <= SCAN_TOKENS else 1):
-            self.check(self.shards[i], i)
+            rule = f"is longer than the {self.total:,} {split} tokens of {name}; prepare more text"
+            raise UserError(f"TRAIN_SEQ_LEN={cfg.train_seq_len} {rule}, or lower it")
+        self.whole, self.hashes = self.total <= SCAN_TOKENS, dict[str, str]()
+        for i, count in enumerate(self.counts):  # of a large split only both ends of each shard
+            digest = hashlib.sha256(self.read(i, 0, SHARD_HEADER, header=True).tobytes())
+            for start in (0,) if self.whole else (0, max(count - END_TOKENS, 0)):
+                digest.update(self.read(i, start, count if self.whole else END_TOKENS).tobytes())
+            self.hashes[self.paths[i].name] = digest.hexdigest()
 
-    @staticmethod
-    def open_shard(path: Path) -> Tokens:
-        """Map a shard's tokens, (tokens,) uint16, after a check of its header and size."""
-        header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER)
-        found = [header.size, *header[:2].tolist()]
-        rule = [SHARD_HEADER, SHARD_MAGIC, SHARD_VERSION]
+    def read(self, shard: int, start: int, count: int, header: bool = False) -> Tokens:
+        """Read tokens of a shard, (count,) uint16, or its header, (256,) int32."""
+        path, dtype = self.paths[shard], "<i4" if header else "<u2"
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            file.seek(0 if header else SHARD_HEADER * 4 + 2 * start)
+            tokens = np.fromfile(file, dtype, count)
+        if (status.st_size, status.st_mtime_ns) != self.stamps[shard]:
+            rule = "restore it and rerun with RESUME=auto, or begin anew with another RUN_ID"
+            raise UserError(f"{path} changed while this run read it; {rule}")
+        if not header and tokens.size and (worst := int(tokens.max())) >= self.vocab_size:
+            raise UserError(f"{path} holds token {worst}; VOCAB_SIZE={self.vocab_size} is too low")
+        return tokens
+
+    def count_tokens(self, shard: int) -> int:
+        """Check the header and the size of a shard."""
+        path, header = self.paths[shard], self.read(shard, 0, SHARD_HEADER, header=True)
+        found, rule = [header.size, *header[:2].tolist()], [SHARD_HEADER, SHARD_MAGIC, 1]
         if found != rule:
             why = f"its header is {found}, not {rule}; build it again: {PREPARE}"
             raise UserError(f"{path} is not a token shard: {why}")
-        count = int(header[2])
-        held = (path.stat().st_size - SHARD_HEADER * 4) / 2
+        count, held = int(header[2]), (self.stamps[shard][0] - SHARD_HEADER * 4) / 2
         if count < 1 or held != count:
-            why = f"announces {count:,} tokens but holds {held:,}"
-            raise UserError(f"{path} {why}: truncated; copy or build it again")
-        return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER * 4, shape=(count,))
-
-    def check(self, tokens: Tokens, shard: int) -> None:
-        if tokens.size and (worst := int(tokens.max())) >= self.vocab_size:
-            rule = f"holds token {worst}; VOCAB_SIZE={self.vocab_size} must be above it"
-            raise UserError(f"{self.paths[shard]} {rule}")
+            raise UserError(f"{path} announces {count} tokens but holds {held}; build it again")
+        return count
 
     def rows(self, start: int, num_rows: int, seq_len: int, device: torch.device = CPU) -> Tensor:
         """Read rows of T + 1 tokens that overlap by one, (num_rows, T + 1) int64."""
         parts, count = list[Tokens](), num_rows * seq_len + 1
         while count:
-            start %= self.total
-            i = int(np.searchsorted(self.ends, start, side="right"))
-            offset = start - int(self.ends[i])  # negative: counted from the shard's end
-            parts.append(self.shards[i][offset:][:count])
-            self.check(parts[-1], i)
+            i = int(np.searchsorted(self.ends, start % self.total, side="right"))
+            left = int(self.ends[i]) - start % self.total  # tokens up to the shard's end
+            parts.append(self.read(i, self.counts[i] - left, min(count, left)))
             start += len(parts[-1])
             count -= len(parts[-1])
         flat = torch.from_numpy(np.concatenate(parts).astype(np.int64))
@@ -805,26 +856,29 @@ class TokenLoader:
 
 
 class ByteCounter:
-    """Count the bytes of text that tokens stand for, exactly as the challenge does.
-
-    A piece counts its UTF-8 bytes, a byte token 1; control, unknown and unused tokens count 0. The
-    space that opens a piece counts unless the tokenizer drops it after such a boundary. On whole
-    documents the sum is len(decode(tokens).encode()). UserError: no tokenizer, or another size.
+    """Count the bytes of text that tokens stand for, exactly as the challenge does. A piece counts
+    its UTF-8 bytes, a byte token 1; control, unknown and unused tokens count 0. The space that
+    opens a piece counts unless the tokenizer drops it after such a boundary. On whole documents the
+    sum is len(decode(tokens).encode()). UserError: no tokenizer, or another size.
     """
 
     def __init__(self, cfg: Config) -> None:
         path, name = Path(cfg.tokenizer_path), f"TOKENIZER_PATH={cfg.tokenizer_path!r}"
         try:
-            self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-            self.tokenizer = spm.SentencePieceProcessor(model_file=str(path))
+            model = path.read_bytes()
+            self.tokenizer = spm.SentencePieceProcessor(model_proto=model or b"empty")
             size = self.tokenizer.vocab_size()
-        except (RuntimeError, OSError) as error:
+            pieces = [self.spelling(i) for i in range(size)]
+        except (RuntimeError, OSError, ValueError) as error:
             remedy = f"name one, or run: {PREPARE}"
             raise UserError(f"{name} is no SentencePiece model ({error}); {remedy}") from error
-        if size != cfg.vocab_size:
-            rule = f"but {name} has {size} pieces; use the tokenizer of the shards"
-            raise UserError(f"VOCAB_SIZE={cfg.vocab_size} {rule}")
-        pieces = [self.spelling(i) for i in range(size)]
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        no_space = self.tokenizer.is_unknown(self.tokenizer.piece_to_id(SPACE_MARK))
+        faults = [f"has {size} pieces, not VOCAB_SIZE={cfg.vocab_size}"] * (size != cfg.vocab_size)
+        faults += ["has no BOS piece, which opens documents"] * (self.tokenizer.bos_id() < 0)
+        faults += ["has no piece for a space: it counts three bytes for one"] * no_space
+        if faults:
+            raise UserError(f"{name} {faults[0]}; name the tokenizer of the shards")
         # A tokenizer that keeps indentation spells the space of a first piece, too.
         spaced = [i for i, piece in enumerate(pieces) if piece[:1] == " " != piece[1:2]]
         drops = not any(self.tokenizer.decode([i]).startswith(" ") for i in spaced)
@@ -837,7 +891,7 @@ class ByteCounter:
         sp = self.tokenizer
         if sp.is_control(token) or sp.is_unknown(token) or sp.is_unused(token):
             return ""
-        return "?" if sp.is_byte(token) else str(sp.id_to_piece(token)).replace("\u2581", " ")
+        return "?" if sp.is_byte(token) else str(sp.id_to_piece(token)).replace(SPACE_MARK, " ")
 
     def count(self, prev: Tensor, target: Tensor) -> Tensor:
         """Bytes of each target token given the token before it: equal shapes, int64, on the CPU."""
@@ -845,13 +899,62 @@ class ByteCounter:
 
 
 def bits_per_byte(sum_nats: float, sum_bytes: float) -> float:
-    """Divide a sum of nats by a sum of bytes, in bits: the only such division in the project."""
+    """Divide nats by bytes, in bits: the only such division. UserError: not a finite score."""
+    if not math.isfinite(sum_nats):
+        raise UserError(f"the score is not finite ({sum_nats} nats): the weights do not fit fp16")
     return sum_nats / math.log(2) / sum_bytes
 
 
-# ================================================================================================
-# 4  NOISE, MASKS, LOSSES -- pure functions of tensors; nothing here knows about devices or ranks
-# ================================================================================================
+def read_manifest(cfg: Config) -> Facts:
+    """Return what the manifest beside the shards says of them, if any. UserError: damaged."""
+    path = Path(cfg.data_path, "manifest.json")
+    try:
+        found = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        if "settings" not in found:  # another program's
+            return {}
+        files = {name: str(row["sha256"]) for name, row in found["files"].items()}
+        num_bytes = int(found["splits"]["val"].get("bytes", 0))
+        return dict(files=files, tokenizer=str(found["tokenizer"]["sha256"]), bytes=num_bytes)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); build it again: {PREPARE}") from error
+
+
+def check_data(
+    cfg: Config, train: TokenLoader, val: TokenLoader, counter: ByteCounter
+) -> tuple[Facts, list[str]]:
+    """Return facts about the data and warnings. UserError: no text, or of another tokenizer."""
+    folder, name = f"DATA_PATH={cfg.data_path!r}", f"TOKENIZER_PATH={cfg.tokenizer_path!r}"
+    manifest, hashes = read_manifest(cfg), train.hashes | val.hashes
+    theirs, source = manifest.get("tokenizer"), manifest.get("bytes")
+    counted, warnings = 0, list[str]()
+    listed = manifest.get("files", hashes) if train.whole else hashes
+    if theirs and theirs != counter.sha256:
+        which = f"SHA-256 {theirs[:12]}, not {counter.sha256[:12]} of {name}"
+        raise UserError(f"{folder} was made with another tokenizer ({which}); name that one")
+    if changed := [key for key in hashes | listed if hashes.get(key) != listed.get(key)]:
+        rule = "are not as its manifest.json says; build them again, or move that file away"
+        raise UserError(f"{folder}: {', '.join(changed[:3])} {rule}")
+    for start in range(0, val.total - 1, 1 << 22):
+        row = val.rows(start, 1, min(1 << 22, val.total - 1 - start))[0]
+        counted += int(counter.count(row[:-1], row[1:]).sum())
+    if not counted:
+        raise UserError(f"{folder} has no byte of text in its validation split; prepare more text")
+    flat, sp = val.rows(0, 1, min(val.total, 4096) - 1)[0].numpy(), counter.tokenizer
+    ids = max(np.split(flat, np.flatnonzero(flat == sp.bos_id())), key=len).tolist()[1:]
+    half = len(ids) // 2  # the longest document there, which may be cut
+    if not theirs and sp.encode(sp.decode(ids))[:half] != ids[:half]:
+        rule = "a document of it does not come back when decoded and encoded again"
+        warnings.append(f"{folder} may be of another tokenizer than {name}: {rule}")
+    if source and abs(counted / source - 1) > BYTES_TOLERANCE:
+        rule = f"val_bpb counts {counted:,} bytes, as the challenge does; the source text has"
+        warnings.append(f"{rule} {source:,}: {name} changes it; both scores are logged")
+    facts: Facts = dict(train_tokens=train.total, val_tokens=val.total, val_bytes=counted)
+    facts |= dict(train_shards=len(train.paths), source_bytes=source or counted)
+    facts["data_sha256"] = hashlib.sha256(str(hashes).encode()).hexdigest()
+    return {**facts, "tokenizer_sha256": counter.sha256}, warnings
+
+
+# ==== 4  NOISE, MASKS, LOSSES -- pure functions of tensors ========================================
 # Constants of splitmix64 (Steele et al. 2014) as signed int64.
 SPLITMIX_GAMMA = -0x61C8864680B583EB
 SPLITMIX_MUL1, SPLITMIX_MUL2 = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
@@ -893,10 +996,8 @@ class Corruption(NamedTuple):
 
 
 def noise_level(cfg: Config, keys: Tensor, window_index: Tensor, ramp: float) -> Tensor:
-    """Choose t of each window, (B, W) float32 in (0, 1]; a share DIFFUSION_FULL_PROB is at 1.
-
-    The uniform rate steps by the golden ratio with `window_index` (B, W), so that any run of
-    windows covers [min, max]. `ramp` is the share done of a fixed, progressive t.
+    """Choose t of each window, (B, W) float32 in (0, 1]. The uniform rate steps by the golden ratio
+    with `window_index` (B, W): any run of windows covers [min, max]. `ramp`: share done of it.
     """
     low, high = cfg.diffusion_min_mask_ratio, cfg.diffusion_max_mask_ratio
     u = (window_index.double() * GOLDEN_RATIO).frac().float()  # in [0, 1), so t stays above `low`
@@ -907,13 +1008,13 @@ def noise_level(cfg: Config, keys: Tensor, window_index: Tensor, ramp: float) ->
 
 
 def region_mask(name: str, t: Tensor, keys: Tensor, size: int, cfg: Config) -> Tensor:
-    """Mark the tokens to corrupt in each window, (B, W, S) bool, for one of REGIONS at t (B, W)."""
+    """Mark the tokens to corrupt in each window, (B, W, S) bool, for one region at t (B, W)."""
     if name == "iid":
         return random_uniform(keys, size) < t[..., None]
     length = (t * size).round().clamp(1, size).long()[..., None]  # (B, W, 1)
     i = torch.arange(size, device=t.device)
     if name == "spans":  # until they make up `length`; fewer tokens where they overlap
-        span, most = min(cfg.diffusion_span_len, size), cfg.diffusion_spans_per_seq
+        span, most = min(cfg.diffusion_span_len, size), min(cfg.diffusion_spans_per_seq, size)
         starts = (random_uniform(keys, most) * (size - span + 1)).long()[..., None]  # (B, W, n, 1)
         wanted = torch.arange(most, device=t.device) * span < length  # (B, W, n)
         return ((i >= starts) & (i < starts + span) & wanted[..., None]).any(dim=-2)
@@ -941,10 +1042,9 @@ def corrupt(x0: Tensor, t: Tensor, keys: Tensor, cfg: Config) -> Corruption:
 def apply_noise(
     x0: Tensor, corrupted: Tensor, t: Tensor, keys: Tensor, cfg: Config, mask_share: float
 ) -> Corruption:
-    """Replace marked tokens of x0 (B, W, S) by [MASK] (a share `mask_share`) or random tokens.
-
-    All masked or all random: arXiv:2107.03006; a share of each: arXiv:2503.04482. Mode gaussian
-    draws noise for the embeddings instead; what would be masked becomes pure noise there.
+    """Replace marked tokens of x0 (B, W, S) by [MASK] (a share `mask_share`) or random tokens. All
+    masked or all random: arXiv:2107.03006; a share of each: arXiv:2503.04482. Mode gaussian draws
+    noise for the embeddings instead; what would be masked becomes pure noise there.
     """
     mode, size = cfg.diffusion_corruption_mode, x0.shape[-1]
     if mode == "gaussian":
@@ -963,7 +1063,6 @@ def attention_rule(
     first: Callable[[Tensor], Tensor], size: int, before: int, causal: bool
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the rule (query, key) to bool of windows of `size` tokens, each after a clean token.
-
     The windows' own keys follow `before` clean keys. Window w reads the keys before its clean
     token, at place `first(w)`, and itself: in both directions, or backwards only if `causal`.
     """
@@ -979,9 +1078,8 @@ def attention_rule(
 
 
 def window_mask(seq_len: int, size: int, causal: bool, device: torch.device) -> Tensor:
-    """Return which keys of [clean; noisy] each noisy query reads, (N, T + N) bool.
-
-    The windows tile a row: window w covers tokens w S + 1 .. w S + S, after the clean token w S.
+    """Return which keys of [clean; noisy] each noisy query reads, (N, T + N) bool. The windows tile
+    a row: window w covers tokens w S + 1 .. w S + S, after the clean token w S.
     """
     rule = attention_rule(lambda w: w * size, size, seq_len, causal)
     queries = torch.arange(seq_len // size * (size + 1), device=device)
@@ -997,11 +1095,10 @@ def anneal_mask(mask: Tensor, chance: float, seed: str) -> Tensor:
     return mask & (earlier | drawn).to(mask.device)
 
 
-def next_visible(visible: Tensor, positions: Tensor, reach: int) -> tuple[Tensor, Tensor]:
-    """Find the next visible token after each token of windows, visible (B, N) bool.
-
-    Returns its index and its distance, both (B, N) int64. Distance 0: none within `reach` in the
-    same window, or both this token and the next are visible: attention reads it already.
+def next_visible(visible: Tensor, positions: Tensor, reach: int) -> Pair:
+    """Find the next visible token after each token of windows, visible (B, N) bool. Returns its
+    index and its distance, both (B, N) int64. Distance 0: none within `reach` in the same window,
+    or both this token and the next are visible: attention reads it already.
     """
     num = visible.shape[1]
     i = torch.arange(num, device=visible.device)
@@ -1038,10 +1135,9 @@ def token_nll(logits: Tensor, x0: Tensor, *_: object) -> Tensor:
 
 def score_entropy(logits: Tensor, x0: Tensor, *_: object) -> Tensor:
     """Denoising score entropy of absorbing noise, times t, at masked tokens: (..., V) to (...).
-
-    Logits are log scores up to log V. With scores exp(l_y) (1 - t) / t and true ratios [y = x0]
-    (1 - t) / t, SEDD sums (sum_y exp(l_y) - l_x0 - 1) / t over t. Its minimum, where exp(l) is the
-    posterior, is the cross-entropy over t. Source: arXiv:2310.16834.
+    Logits are log scores up to log V. With scores exp(l_y) (1 - t) / t and true ratios
+    [y = x0] (1 - t) / t, SEDD sums (sum_y exp(l_y) - l_x0 - 1) / t over t. Its minimum, where
+    exp(l) is the posterior, is the cross-entropy over t. Source: arXiv:2310.16834.
     """
     log_score = logits - math.log(logits.shape[-1])  # zero logits are a normalised score
     return log_score.exp().sum(-1) - log_score.gather(-1, x0[..., None])[..., 0] - 1
@@ -1049,7 +1145,6 @@ def score_entropy(logits: Tensor, x0: Tensor, *_: object) -> Tensor:
 
 def sedd_uniform(logits: Tensor, x0: Tensor, clean: Tensor, noisy: Corruption) -> Tensor:
     """Denoising score entropy of uniform noise, times 1 - t, at every token: (..., V) to (...).
-
     p(y | x0) is (1 - t) [y = x0] + t / V, and sigma'(t) / V = 1 / ((1 - t) V) the rate of changes.
     The score of y is p(y) / p(xt): the mean of p(y | x0) / p(xt | x0) over the softmax of the
     logits. Source: arXiv:2310.16834.
@@ -1062,12 +1157,6 @@ def sedd_uniform(logits: Tensor, x0: Tensor, clean: Tensor, noisy: Corruption) -
     score, true = (1 - own) + own / kept + p * (kept - 1)  # meaningless at y = xt
     entropy: Tensor = score - true + true * (true / score).log()
     return entropy.scatter(-1, here, 0.0).mean(-1)
-
-
-def clean_divergence(logits: Tensor, x0: Tensor, clean: Tensor, noisy: Corruption) -> Tensor:
-    """KL divergence from the clean stream's prediction of the same tokens: (..., V) to (...)."""
-    ours, theirs = logits.log_softmax(-1), clean.log_softmax(-1)
-    return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
 
 
 class Loss(NamedTuple):
@@ -1087,7 +1176,10 @@ LOSSES: dict[str, Loss] = {
     "score_entropy": Loss(score_entropy, lambda t, clip: (1 / t).clamp_max(clip)),
     "sedd_uniform": Loss(sedd_uniform, lambda t, clip: (1 / (1 - t)).clamp_max(clip),
                          include_visible=True),
-    "consistency": Loss(clean_divergence, lambda t, _: torch.ones_like(t), normalize=True),
+    "consistency": Loss(  # KL divergence from the clean stream's prediction of the same tokens
+        lambda logits, x0, clean, noisy: F.kl_div(
+            logits.log_softmax(-1), clean.log_softmax(-1), reduction="none", log_target=True
+        ).sum(-1), lambda t, _: torch.ones_like(t), normalize=True),
 }
 # fmt: on
 
@@ -1104,9 +1196,7 @@ def denoising_loss(
     return total / (weight.sum().clamp_min(1e-6) if loss.normalize else weight.numel())
 
 
-# ================================================================================================
-# 5  MODEL -- one trunk; the causal and the denoising pass are two ways through it
-# ================================================================================================
+# ==== 5  MODEL -- one trunk; the causal and the denoising pass are two ways through it ============
 class Cache(NamedTuple):
     """What a pass leaves for later ones: fresh, or static buffers whose places are positions."""
 
@@ -1146,7 +1236,7 @@ class Layout(NamedTuple):
     cache: Cache | None = None
     cache_positions: Tensor | None = None  # (B, N) as in WindowInput
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> Pair:
         """Join keys and values (B, G, N, C) with those of the cache; static buffers change."""
         if self.cache is None:
             return k, v
@@ -1157,7 +1247,7 @@ class Layout(NamedTuple):
         return keys.scatter_(2, index, k), values.scatter_(2, index, v)
 
 
-Residual = tuple[Tensor, Tensor] | None  # shares (2,) of own and first values; the first layer's
+Mix = Pair | None  # shares (2,) of own values and those of the first layer; the latter
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -1200,11 +1290,9 @@ class Attention(nn.Module):
         self.c_k = nn.Linear(dim, kv_dim, bias=False)
         self.c_v = nn.Linear(dim, kv_dim, bias=False)
         self.proj = nn.Linear(dim, dim, bias=False)
-        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
+        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), float(cfg.qk_gain_init)))
 
-    def forward(
-        self, x: Tensor, layout: Layout, layer: int, residual: Residual
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, x: Tensor, layout: Layout, layer: int, residual: Mix) -> tuple[Tensor, Pair]:
         """Return the output (B, N, D), and these tokens' keys and values (B, G, N, C)."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q = self.c_q(x).view(heads).transpose(1, 2)  # (B, H, N, C)
@@ -1242,8 +1330,8 @@ class Block(nn.Module):
         self.time_proj = nn.Parameter(torch.zeros(4 * dim, features)) if features else None
 
     def forward(
-        self, x: Tensor, emb0: Tensor, layout: Layout, layer: int, residual: Residual
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        self, x: Tensor, emb0: Tensor, layout: Layout, layer: int, residual: Mix
+    ) -> tuple[Tensor, Pair]:
         x = self.resid_mix[0] * x + self.resid_mix[1] * emb0
         mods = None  # scale and shift of both branches
         if layout.time is not None and self.time_proj is not None:
@@ -1294,16 +1382,13 @@ class GPT(nn.Module):
                 bound = p.shape[1] ** -0.5
                 nn.init.uniform_(p, -bound, bound, generator=shared)
 
-    def add_bigrams(
-        self, emb: Tensor, ids: Tensor, positions: Tensor, cache: Cache | None
-    ) -> Tensor:
-        """Add to tokens (B, N, D) a hashed embedding of each with the one before.
-
-        Nothing is added where either is [MASK] or there is none before. What precedes the first of
-        consecutive positions is read from the cache. Source: arXiv:1709.03933.
+    def add_bigrams(self, x: Tensor, ids: Tensor, positions: Tensor, cache: Cache | None) -> Tensor:
+        """Add to tokens (B, N, D) a hashed embedding of each with the one before. Nothing is added
+        where either is [MASK] or there is none before. What precedes the first of consecutive
+        positions is read from the cache. Source: arXiv:1709.03933.
         """
         if self.bigram_embedding is None:
-            return emb
+            return x
         mask_id, places = self.cfg.vocab_size, positions.expand(ids.shape)
         before = F.pad(ids[:, :-1], (1, 0), value=mask_id)
         if cache is not None:
@@ -1313,7 +1398,7 @@ class GPT(nn.Module):
             before = before.masked_fill(places == 0, mask_id)
         rows = split_key(before, ids) % len(self.bigram_embedding)
         both_known = (before < mask_id) & (ids < mask_id)
-        return emb + F.embedding(rows, self.bigram_embedding) * both_known[..., None]
+        return x + F.embedding(rows, self.bigram_embedding) * both_known[..., None]
 
     def add_next_visible(self, emb: Tensor, visible: Tensor, positions: Tensor) -> Tensor:
         """Add to tokens (B, N, D) the next visible token of their window, by its distance."""
@@ -1333,7 +1418,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if num <= i < 2 * num:
                 x = x + self.skip_weights[i - num] * outputs[2 * num - 1 - i]
-            residual: Residual = None
+            residual: Mix = None
             if self.value_mix is not None and i > 0:
                 residual = self.value_mix[i - 1], values[0]
             x, kv = block(x, emb0, layout, i, residual)
@@ -1349,7 +1434,6 @@ class GPT(nn.Module):
         self, ids: Tensor, cache: Cache | None = None, positions: Tensor | None = None
     ) -> tuple[Tensor, Cache]:
         """Read tokens (B, T) causally: logits (B, T, V) float32; position i predicts token i + 1.
-
         Without a cache the tokens begin the text, and a fresh cache of them is returned. With
         static buffers they are written at `positions` (B, T), and read what stands up to there.
         """
@@ -1372,16 +1456,18 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
         return CausalLoss(loss, logits.detach(), cache)
 
-    def embed_windows(self, window: WindowInput, cache: Cache | None) -> tuple[Tensor, Tensor]:
+    def embed_windows(self, window: WindowInput, cache: Cache | None) -> Pair:
         """Embed windows: tokens (B, N, D), and features of their noise level (B, N, F)."""
         assert self.mask_emb is not None, "a denoising pass needs a model built with diffusion on"
         cfg, noisy = self.cfg, window.noisy
         ids = torch.cat((window.before, noisy.xt), dim=-1)  # (B, W, S + 1)
         emb = rms_norm(F.embedding(ids, torch.cat((self.tok_emb, self.mask_emb[None]))))
-        if noisy.noise is not None:
-            emb = mix_noise(emb, noisy)
-            # A bigram would tell the token.
-            ids = ids.masked_fill(F.pad(noisy.corrupted, (1, 0)), cfg.vocab_size)
+        if noisy.noise is not None:  # arXiv:2205.14217; none for the clean token before a window
+            level, noise = noisy.t[..., None, None], F.pad(noisy.noise, (0, 0, 1, 0))
+            mixed = rms_norm((1 - level).sqrt() * emb + level.sqrt() * noise)
+            corrupted = F.pad(noisy.corrupted, (1, 0))
+            emb = torch.where(corrupted[..., None], mixed, emb)
+            ids = ids.masked_fill(corrupted, cfg.vocab_size)  # a bigram would tell the token
         gate = F.pad(noisy.possibly_corrupted, (1, 0))[..., None].to(emb.dtype)
         if self.self_cond is not None and window.previous is not None:
             emb = emb + F.pad(F.linear(window.previous, self.self_cond), (0, 0, 1, 0)) * gate
@@ -1404,17 +1490,47 @@ class GPT(nn.Module):
         return logits.narrow(2, int(not self.cfg.diffusion_shift), size)
 
 
+def count_parameters(cfg: Config) -> int:
+    """Count the parameters of GPT(cfg) without building it."""
+    dim, layers = cfg.model_dim, cfg.num_layers
+    features = cfg.time_embed_dim if cfg.diffusion else 0
+    reach = cfg.look_ahead if cfg.diffusion and not cfg.diffusion_causal else 0
+    matrices = 2 * dim * (dim + cfg.num_kv_heads * cfg.head_dim) + 2 * cfg.mlp_mult * dim * dim
+    layer = matrices + cfg.num_heads + 4 * dim * (1 + features)
+    rows = cfg.vocab_size * (2 - cfg.tie_embeddings) + cfg.bigram_vocab_size + layers // 2
+    rows += cfg.diffusion * (1 + dim * (cfg.self_condition == "soft")) + reach + dim * (reach > 0)
+    return layers * layer + rows * dim + cfg.value_residual * 2 * (layers - 1)
+
+
+def check_memory(cfg: Config, device: torch.device, val_tokens: int) -> None:
+    """Raise UserError if a low estimate of what a run needs exceeds the memory of this machine."""
+    T, held = cfg.train_seq_len, [math.inf]
+    if device.type == "cuda":
+        held.append(torch.cuda.get_device_properties(device).total_memory)
+    else:
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # not on every system
+            held.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+            held.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    sizes = cfg.sizes(cfg.diffusion_windows) if cfg.diffusion else []
+    noisy = max((T // size * (size + 1) for size, _ in sizes), default=0)
+    tokens, logits = cfg.train_batch_tokens // cfg.micro_batches, 4 * cfg.vocab_size
+    needs = {
+        "{MODEL_DIM}, {NUM_LAYERS}, {MLP_MULT}, {BIGRAM_VOCAB_SIZE}, {TIME_EMBED_DIM} or"
+        " {LOOK_AHEAD}": 16 * count_parameters(cfg),
+        "{TRAIN_BATCH_TOKENS} or raise {MICRO_BATCHES}": tokens
+        * (2 * logits + 4 * cfg.num_layers * cfg.model_dim),
+        "{TRAIN_SEQ_LEN} or {DIFFUSION_WINDOWS}": noisy * (T + noisy),
+        "{VAL_BATCH_SIZE}": min(cfg.val_batch_size, val_tokens) * logits,
+        "{PARALLEL_EVAL_EXAMPLES}": cfg.parallel_eval_examples * logits,
+    }
+    name = max(needs, key=lambda name: needs[name])
+    if needs[name] > min(held):
+        sizes_text = f"{needs[name] / 2**30:,.1f} GiB, {device} has {min(held) / 2**30:,.1f}"
+        raise UserError(f"out of memory: at least {sizes_text}; lower {cfg.fill(name)}")
+
+
 def optional_zeros(rows: int, columns: int) -> nn.Parameter | None:
     return nn.Parameter(torch.zeros(rows, columns)) if rows else None
-
-
-def mix_noise(emb: Tensor, noisy: Corruption) -> Tensor:
-    """Mix embeddings (B, W, S + 1, D) of corrupted tokens with noise (arXiv:2205.14217)."""
-    assert noisy.noise is not None
-    level = noisy.t[..., None, None]
-    noise = F.pad(noisy.noise, (0, 0, 1, 0))  # none for the clean token before a window
-    mixed = rms_norm((1 - level).sqrt() * emb + level.sqrt() * noise)
-    return torch.where(F.pad(noisy.corrupted, (1, 0))[..., None], mixed, emb)
 
 
 def expected_embedding(model: GPT, logits: Tensor) -> Tensor:
@@ -1423,9 +1539,7 @@ def expected_embedding(model: GPT, logits: Tensor) -> Tensor:
     return logits.softmax(-1).to(table.dtype) @ rms_norm(table)
 
 
-# ================================================================================================
-# 6  OPTIMIZERS AND SCHEDULES -- parameter groups, their rates, and where in a run a step is
-# ================================================================================================
+# ==== 6  OPTIMIZERS AND SCHEDULES -- parameter groups, their rates, and where in a run a step is ==
 # A parameter goes to the first row that takes it: name, test, learning rate. Muon trains matrices.
 ADAPTERS = ("time_proj", "self_cond", "lora_a", "lora_b")
 # fmt: off
@@ -1442,21 +1556,19 @@ GROUPS: tuple[tuple[str, Callable[[str, Tensor], bool], Callable[[Config], float
 
 
 def assign_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Give every parameter to exactly one row of GROUPS. ValueError: none takes it."""
+    """Give every parameter to the first row of GROUPS that takes it. ValueError: none does."""
     groups: dict[str, list[nn.Parameter]] = {name: [] for name, *_ in GROUPS}
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
         takers = [group for group, takes, _ in GROUPS if takes(name, p)]
         if not takers:  # it would never be trained
             raise ValueError(f"no row of GROUPS takes {name} {tuple(p.shape)}; add one")
-        groups[takers[0]].append(p)
+        if p.requires_grad:
+            groups[takers[0]].append(p)
     return groups
 
 
 def orthogonalize(g: Tensor, steps: int) -> Tensor:
     """Move singular values of (n, rows, cols) towards 1 by quintic Newton-Schulz iterations.
-
     Computes in bf16 on CUDA, in fp32 on CPU. Source: Jordan 2024, kellerjordan.github.io/posts/muon
     """
     a, b = 3.4445, -4.7750
@@ -1498,10 +1610,8 @@ class ScheduleState(NamedTuple):
 
     @classmethod
     def at(cls, cfg: Config, step: int, seconds: float) -> ScheduleState:
-        """Take as the run's length the fewer of ITERATIONS and what fits the time limit so far.
-
-        The rate falls linearly to 0 over the last WARMDOWN_ITERS steps, at most WARMDOWN_FRAC of
-        the run.
+        """Take as the run's length the fewer of ITERATIONS and what fits the time limit so far. The
+        rate falls to 0 over the last WARMDOWN_ITERS steps, at most WARMDOWN_FRAC of the run.
         """
         left = float(max(cfg.iterations - step, 0))
         if cfg.max_wallclock_seconds > 0 and step > 0:
@@ -1512,32 +1622,7 @@ class ScheduleState(NamedTuple):
         return cls(step, step / max(step + left, 1), factor)
 
 
-def flops_per_token(cfg: Config, size: int = 0) -> float:
-    """Count floating-point operations of one training step per token of the batch, both passes.
-
-    A weight takes 6 per token; attention 12 per layer, channel and key that is read, masked keys
-    not counted (arXiv:2204.02311, appendix B). Windows of `size` tokens (0: none) ride on a share
-    of the rows: S + 1 tokens each, once per pass, a third of that where a pass has no gradient.
-    """
-    dim, T = cfg.model_dim, cfg.train_seq_len
-    layer = 2 * dim * dim + 2 * dim * cfg.num_kv_heads * cfg.head_dim + 2 * cfg.mlp_mult * dim * dim
-    weights = cfg.num_layers * layer + cfg.vocab_size * dim
-    key = 12 * cfg.num_layers * dim
-    total = 6 * weights + key * (T + 1) / 2
-    if size:
-        own = (size + 2) / 2 if cfg.diffusion_causal else size + 1
-        passes = cfg.diffusion_passes + (cfg.self_condition != "none") / 3
-        next_visible_weights = dim * dim if cfg.look_ahead and not cfg.diffusion_causal else 0
-        token = 6 * (weights + next_visible_weights) + key * ((T - size) / 2 + own)
-        rows = cfg.train_batch_tokens // cfg.micro_batches // T
-        row_share = max(round(rows * cfg.diffusion_row_frac), 1) / rows
-        total += row_share * passes * (size + 1) / size * token
-    return total
-
-
-# ================================================================================================
-# 7  EVALUATION AND DECODING -- exact score, diffusion bound, and the two basic ways to decode
-# ================================================================================================
+# ==== 7  EVALUATION AND DECODING -- exact score, diffusion bound, two basic ways to decode ========
 @torch.no_grad()
 def token_nll_causal(model: GPT, ids: Tensor) -> Tensor:
     """Nats of every token but the first given all before it: (B, T) to (B, T - 1) fp32."""
@@ -1549,12 +1634,10 @@ def window_bounds(
     model: GPT, rows: Tensor, keys: Tensor, size: int, samples: int, mask: Tensor
 ) -> Tensor:
     """Sample upper bounds of the windows' negative log-likelihood: (K, B, W) float64 nats.
-
-    The chain rule in a random order of a window's S tokens: for m = S .. 1 still masked, the nats
-    of the next. With m uniform and stratified over samples, S / m * (sum of masked nats) is
-    unbiased for an upper bound (Jensen, over orders) from all t = m / S; exact at S = 1. Windows
-    follow left to right. Rows are (B, T + 1), keys (B, W). Sources: arXiv:1310.1757,
-    arXiv:2110.02037.
+    By the chain rule in a random order of a window's S tokens, with m = S .. 1 still masked: m is
+    uniform and stratified over samples, and S / m * (sum of masked nats) unbiased for an upper
+    bound (Jensen, over orders); exact at S = 1. Windows follow left to right. Rows are (B, T + 1),
+    keys (B, W). Sources: arXiv:1310.1757, arXiv:2110.02037.
     """
     windows = split_into_windows(rows, size)
     x0 = windows.x0
@@ -1572,9 +1655,7 @@ def window_bounds(
     return torch.stack(estimates)
 
 
-def validation_batches(
-    run: Run, val: TokenLoader, starts: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
+def validation_batches(run: Run, val: TokenLoader, starts: Tensor) -> Iterator[Pair]:
     """Yield this rank's share of rows at `starts` (n,): numbers (B,), tokens (B, T + 1)."""
     T = run.cfg.train_seq_len
     mine = torch.arange(len(starts))[run.rank :: run.world_size]
@@ -1586,11 +1667,9 @@ def validation_batches(
 
 def evaluate_exact(
     model: GPT, run: Run, val: TokenLoader, counter: ByteCounter, stride: int = 0
-) -> dict[str, Any]:
-    """Score the validation split by the chain rule, left to right; ranks share the rows.
-
-    Without a stride rows follow each other; with one they overlap, and all but the first score
-    their last `stride` tokens. Returns loss (nats per token), bpb, tokens, bytes, stride.
+) -> Facts:
+    """Score the validation split by the chain rule, left to right; ranks share the rows. With a
+    stride rows overlap, and all but the first score their last `stride` tokens.
     """
     T = run.cfg.train_seq_len
     step = min(stride or T, T)
@@ -1603,17 +1682,15 @@ def evaluate_exact(
             nats = token_nll_causal(model, rows.to(run.device))
         total = (nats.double() * scored.to(run.device)).sum(-1).sum()
         sums += torch.stack([total, scored.sum().to(sums), num_bytes.to(sums)])
-    nats_sum = run.sum(sums).tolist()[0]
-    tokens, total_bytes = sums[1:].tolist()
-    scores = {"loss": nats_sum / tokens, "bpb": bits_per_byte(nats_sum, total_bytes)}
-    return scores | {"tokens": int(tokens), "bytes": int(total_bytes), "stride": step}
+    found = run.sum(sums).tolist()
+    scores = {"loss": found[0] / found[1], "bpb": bits_per_byte(found[0], found[2])}
+    return scores | {"tokens": int(found[1]), "bytes": int(found[2]), "stride": step}
 
 
 def evaluate_bound(
     model: GPT, run: Run, val: TokenLoader, counter: ByteCounter, size: int
-) -> dict[str, Any]:
+) -> Facts:
     """Bound the diffusion likelihood over windows of `size` in NELBO_SEQUENCES validation rows.
-
     Returns loss (nats per token), bpb, its standard error (0 at size 1: exact), K, tokens, bytes.
     """
     cfg, T = run.cfg, run.cfg.train_seq_len
@@ -1622,7 +1699,7 @@ def evaluate_bound(
     numbers = torch.arange(num_rows) * total // num_rows  # evenly spaced rows
     samples = cfg.nelbo_samples if size > 1 else 1
     mask = window_mask(T, size, cfg.diffusion_causal, run.device)
-    sums = torch.zeros(4, dtype=torch.float64, device=run.device)  # nats, variance, tokens, bytes
+    sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # nats, variance, bytes
     for index, rows in validation_batches(run, val, numbers * T):
         num_bytes = counter.count(rows[:, :-1], rows[:, 1:]).sum().to(sums)
         keys = split_key(numbers[index][:, None], cfg.eval_seed, torch.arange(T // size))
@@ -1630,65 +1707,11 @@ def evaluate_bound(
         with run.autocast():
             nats = window_bounds(model, rows, keys, size, samples, mask).sum(-1)  # (K, B)
         variance = nats.var(dim=0).sum() / samples if samples > 1 else sums.new_zeros(())
-        tokens = sums.new_tensor(rows[:, 1:].numel())
-        sums += torch.stack([nats.mean(0).sum(), variance, tokens, num_bytes])
-    mean, spread = run.sum(sums).tolist()[:2]
-    count, total_bytes = sums[2:].tolist()
-    scores = {"loss": mean / count, "bpb": bits_per_byte(mean, total_bytes)}
-    scores["standard_error"] = bits_per_byte(spread**0.5, total_bytes)
-    return scores | {"samples": samples, "tokens": int(count), "bytes": int(total_bytes)}
-
-
-class Sampling(NamedTuple):
-    """How a token is chosen from logits."""
-
-    temperature: float = 0.0  # 0: greedy
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    seed: int = 0
-    end: int = -1  # a row stops at this token and repeats it to its end; -1: none
-
-
-GREEDY = Sampling()
-
-
-class Decoded(NamedTuple):
-    ids: Tensor  # (B, L) int64
-    forwards: Tensor  # (B, 1) int64 passes until each row was done, without the one over the prompt
-
-
-def sample_tokens(logits: Tensor, sampling: Sampling, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose tokens (B, n) from logits (B, n, V) with keys (B, n); also their log-probabilities."""
-    if sampling.temperature <= 0:
-        best = logits.max(dim=-1)
-        return best.indices, (best.values - logits.logsumexp(-1)).double()
-    log_p, V = logits.double().log_softmax(-1), logits.shape[-1]
-    scores = log_p / sampling.temperature
-    if sampling.top_k or sampling.top_p < 1:
-        ranked, order = scores.sort(dim=-1, descending=True)
-        p = ranked.softmax(-1)
-        out = p.cumsum(-1) - p >= sampling.top_p  # a token stays if those before it leave room
-        out |= torch.arange(V, device=logits.device) >= (sampling.top_k or V)
-        scores = scores.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -math.inf)
-    # Gumbel noise in fp32 would cut off the tail of the distribution (arXiv:2409.02908).
-    u = random_uniform(keys, V, torch.float64).clamp(1e-300, 1 - 1e-16)
-    tokens = (scores - torch.log(-torch.log(u))).argmax(-1)
-    return tokens, log_p.gather(-1, tokens[..., None])[..., 0]
-
-
-def check_span(model: GPT, ids: Tensor, start: int, stop: int, denoise: bool) -> None:
-    """Raise UserError if tokens [start, stop) of rows (B, L) cannot be decoded by this model."""
-    if not 1 <= start <= stop <= ids.shape[1]:
-        rule = f"must lie in 1..{ids.shape[1]}: a token (BOS will do) comes before it"
-        raise UserError(f"span {start}..{stop} {rule}")
-    if denoise and model.mask_emb is None:
-        rule = "decode it with mode ar, which reads no text after the span"
-        raise UserError(f"this model has no trained denoiser (DIFFUSION_LOSS_WEIGHT=0); {rule}")
-
-
-def row_keys(ids: Tensor, seed: int) -> Tensor:
-    """Randomness of each row, (B, 1): noise depends on row and position only."""
-    return split_key(torch.arange(len(ids), device=ids.device)[:, None], seed)
+        sums += torch.stack([nats.mean(0).sum(), variance, num_bytes])
+    found = run.sum(sums).tolist()
+    scores = {"loss": found[0] / (num_rows * T), "bpb": bits_per_byte(found[0], found[2])}
+    scores["standard_error"] = bits_per_byte(found[1] ** 0.5, found[2])
+    return scores | {"samples": samples, "tokens": num_rows * T, "bytes": int(found[2])}
 
 
 def fill_cache(model: GPT, ids: Tensor, room: int) -> Cache:
@@ -1700,27 +1723,14 @@ def fill_cache(model: GPT, ids: Tensor, room: int) -> Cache:
 
 
 @torch.no_grad()
-def decode_autoregressive(
-    model: GPT, ids: Tensor, start: int, stop: int, sampling: Sampling = GREEDY
-) -> Decoded:
-    """Decode tokens [start, stop) of rows (B, L) left to right. UserError: no such span."""
-    check_span(model, ids, start, stop, denoise=False)
-    x, keys = ids.clone(), row_keys(ids, sampling.seed)
-    ended = torch.zeros_like(keys, dtype=torch.bool)
-    forwards = torch.zeros_like(keys)
-    cache = fill_cache(model, x[:, :start], stop - start)
-    for place in range(start, stop if len(ids) else start):
-        last = torch.full_like(keys, place - 1)
+def decode_autoregressive(model: GPT, ids: Tensor, start: int, stop: int) -> Tensor:
+    """Decode tokens [start, stop) of rows (B, L) greedily, left to right, 1 <= start: (B, L)."""
+    x, cache = ids.clone(), fill_cache(model, ids[:, :start], stop - start)
+    for place in range(start, stop):
+        last = torch.full_like(x[:, :1], place - 1)
         logits = model.forward_causal(x[:, place - 1 : place], cache, last)[0]
-        token, _ = sample_tokens(logits, sampling, split_key(keys, place))
-        x[:, place : place + 1] = torch.where(ended, sampling.end, token)
-        forwards += ~ended
-        if sampling.end >= 0:
-            ended |= token == sampling.end
-            if bool(ended.all()):
-                x[:, place:stop] = sampling.end
-                break
-    return Decoded(x, forwards)
+        x[:, place] = logits[:, 0].argmax(-1)
+    return x
 
 
 def corrupt_for_decoding(
@@ -1744,18 +1754,13 @@ def unmask_confident(masked: Tensor, log_p: Tensor, remaining: Tensor) -> Tensor
 
 
 @torch.no_grad()
-def decode_refine(
-    model: GPT, ids: Tensor, start: int, stop: int, num_steps: int = 8, sampling: Sampling = GREEDY
-) -> Decoded:
-    """Decode tokens [start, stop) of rows (B, L) as one window, in at most `num_steps` passes.
-
-    Each pass accepts the most confident tokens (arXiv:1904.09324). The window reads the text
-    before the span causally, and the span and the text after it in both directions. UserError: no
-    such span, or no denoiser.
+def decode_refine(model: GPT, ids: Tensor, start: int, stop: int, num_steps: int = 8) -> Tensor:
+    """Decode tokens [start, stop) of rows (B, L) as one window in at most `num_steps` passes, each
+    of which accepts the most confident tokens (arXiv:1904.09324). The window reads the text before
+    causally, and the span and the text after it in both directions.
     """
-    check_span(model, ids, start, stop, denoise=True)
     cfg, size = model.cfg, ids.shape[1] - start  # tokens of the window: the span and its suffix
-    x, keys = ids.clone(), row_keys(ids, sampling.seed)
+    x, rows = ids.clone(), torch.arange(len(ids), device=ids.device)[:, None]
     positions = torch.arange(start - 1, ids.shape[1], device=ids.device)
     masked = (positions[1:] < stop).expand(len(ids), -1)  # (B, S)
     total = masked.sum(1, keepdim=True)
@@ -1763,34 +1768,23 @@ def decode_refine(
     queries = torch.arange(size + 1, device=ids.device)
     mask = rule(queries[:, None], torch.arange(start + size + 1, device=ids.device))
     cache = model.forward_causal(x[:, :start])[1]
-    passes, previous = min(num_steps, stop - start), None
-    for step in range(passes):
-        t, noise_keys = masked.sum(1, keepdim=True) / size, split_key(keys, start - 1, step)
-        noisy = corrupt_for_decoding(x[:, None, start:], masked[:, None], t, noise_keys, cfg)
+    previous = None
+    for step in range(min(num_steps, stop - start)):
+        t, keys = masked.sum(1, keepdim=True) / size, split_key(rows, 0, start - 1, step)
+        noisy = corrupt_for_decoding(x[:, None, start:], masked[:, None], t, keys, cfg)
         before = x[:, None, start - 1 : start]
         logits = model.forward_denoise(WindowInput(before, noisy, positions, mask, previous), cache)
         if cfg.self_condition == "soft":
             previous = expected_embedding(model, logits)
-        tokens, log_p = sample_tokens(logits[:, 0], sampling, split_key(keys, positions[1:]))
+        log_p, tokens = logits[:, 0].log_softmax(-1).max(-1)
         x[:, start:] = torch.where(masked, tokens, x[:, start:])
         masked = unmask_confident(masked, log_p, num_still_masked(total, step + 1, num_steps))
-    return Decoded(repeat_end(x, start, stop, sampling.end), torch.full_like(keys, passes))
-
-
-def repeat_end(x: Tensor, start: int, stop: int, end: int) -> Tensor:
-    """Repeat the first `end` token of the span [start, stop) up to its end."""
-    if end < 0:
-        return x
-    ended = (x[:, start:stop] == end).cumsum(1) > 0
-    span = x[:, start:stop].masked_fill(ended, end)
-    return torch.cat((x[:, :start], span, x[:, stop:]), dim=1)
+    return x
 
 
 def evaluate_parallel(model: GPT, run: Run, val: TokenLoader) -> None:
     """Decode spans of validation text by the predecessor's protocol, in N passes and left to right.
-
-    Greedy; by default 16 examples, prefix 128, span 64, suffix 64. Speeds are medians of 3 after a
-    warm-up; token_acc and exact_seq are the accuracies of tokens and of whole spans.
+    Speeds are medians of 3 after a warm-up; token_acc and exact_seq: of tokens and whole spans.
     """
     cfg = run.cfg
     count, start = cfg.parallel_eval_examples, cfg.parallel_eval_prefix_len
@@ -1807,42 +1801,33 @@ def evaluate_parallel(model: GPT, run: Run, val: TokenLoader) -> None:
             run.log.event("parallel_eval", task=task, span=span, **found)
 
 
-def time_decoding(
-    model: GPT, run: Run, ids: Tensor, start: int, stop: int, num_steps: int
-) -> dict[str, Any]:
+def time_decoding(model: GPT, run: Run, ids: Tensor, start: int, stop: int, steps: int) -> Facts:
     """Decode the true spans [start, stop) of rows (B, L) again: accuracy and speed."""
     seconds = []
     for _ in range(4):
         began = run.clock()
         with run.autocast():
-            if num_steps:
-                out = decode_refine(model, ids, start, stop, num_steps)
+            if steps:
+                out = decode_refine(model, ids, start, stop, steps)
             else:
                 out = decode_autoregressive(model, ids, start, stop)
         seconds.append(run.clock() - began)
-    correct = (out.ids == ids)[:, start:stop].float()
+    correct, forwards = (out == ids)[:, start:stop].float(), steps or stop - start
     found = {"token_acc": correct.mean().item(), "exact_seq": correct.amin(-1).mean().item()}
     found |= {"tokens": correct.numel(), "tok_per_sec": correct.numel() / sorted(seconds[1:])[1]}
-    found |= {"steps": num_steps or stop - start, "forwards": int(out.forwards.max())}
-    return found | {"mode": "refine" if num_steps else "ar_cached"}
+    return found | dict(steps=forwards, forwards=forwards, mode="refine" if steps else "ar_cached")
 
 
-# ================================================================================================
-# 8  ARTIFACT -- integer rows and fp16 rest, compressed, its settings inside; size = code + model
-# ================================================================================================
+# ==== 8  ARTIFACT -- integer rows and fp16 rest, compressed, its settings inside ==================
 SIZE_LIMIT = 16_000_000  # bytes of code + model that the challenge allows
 EVALUATION_SECONDS = 600  # that it allows for all scores
-ARTIFACT_FORMAT = "text-diffusion-int8-zlib-2"
+IDENTITY = ("data_sha256", "tokenizer_sha256", "program_sha256")  # of checkpoints and artifacts
+ARTIFACT_FORMAT = "text-diffusion-3"
+SCALE = ":scale"  # ends the name of the scales of an integer tensor
 KEEP_FLOAT_NUMEL = 65_536  # tensors of up to this many numbers stay fp16
-LARGEST_PAYLOAD = 1 << 31  # bytes after decompression: more than any artifact needs
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 XZ_MAGIC = b"\xfd7zXZ"
-
-
-def zstd_compress(data: bytes) -> bytes:
-    import zstandard  # here, so that the other schemes work without it
-
-    return zstandard.ZstdCompressor(level=22).compress(data)
+LZMA_PRESET = 9 | lzma.PRESET_EXTREME
 
 
 class Scheme(NamedTuple):
@@ -1856,10 +1841,8 @@ class Scheme(NamedTuple):
 INT6_LEVELS = (31, 27, 23, 19, 15)
 SCHEMES = {
     "int8+zlib": Scheme((127, 111, 95, 79, 63), 0, functools.partial(zlib.compress, level=9)),
-    "int6+zstd": Scheme(INT6_LEVELS, 127, zstd_compress),
-    "int6+lzma": Scheme(
-        INT6_LEVELS, 127, functools.partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME)
-    ),
+    "int6+zstd": Scheme(INT6_LEVELS, 127, lambda d: zstandard.ZstdCompressor(22).compress(d)),
+    "int6+lzma": Scheme(INT6_LEVELS, 127, functools.partial(lzma.compress, preset=LZMA_PRESET)),
 }
 
 
@@ -1868,55 +1851,77 @@ def schemes_of(name: str) -> list[str]:
     return [scheme for scheme in SCHEMES if scheme == name or scheme.startswith(f"{name}+")]
 
 
-def check_libraries(cfg: Config) -> None:
-    """Raise UserError if EXPORT_SCHEME needs a library that is not installed."""
-    try:
-        for name in schemes_of(cfg.export_scheme):
-            SCHEMES[name].compress(b"")
-    except ImportError as error:
-        rule = f"needs {error.name}: pip install {error.name}, or set EXPORT_SCHEME=int6+lzma"
-        raise UserError(f"EXPORT_SCHEME={cfg.export_scheme!r} {rule}") from error
+def pack_tensors(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+    """Write tensors with what JSON can say about them, preceded by size and SHA-256 of all."""
+    rows, data = list[tuple[str, str, tuple[int, ...]]](), list[bytes]()
+    for name, w in tensors.items():
+        array = w.detach().cpu().numpy()
+        rows.append((name, array.dtype.str, array.shape))
+        data.append(array.tobytes())
+    header = json.dumps({"about": about, "tensors": rows}).encode()
+    body = b"".join([len(header).to_bytes(8, "little"), header, *data])
+    return len(body).to_bytes(8, "little") + hashlib.sha256(body).digest() + body
 
 
-def quantize_rows(w: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+def unpack_tensors(packed: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what pack_tensors wrote. Exception (of many kinds): damaged, or not ours."""
+    size, digest = int.from_bytes(packed[:8], "little"), packed[8:40]
+    body = memoryview(packed)[40:]
+    if len(body) != size or hashlib.sha256(body).digest() != digest:
+        raise ValueError("its checksum does not fit: bytes are missing, added or changed")
+    at = 8 + int.from_bytes(body[:8], "little")
+    header: Any = json.loads(bytes(body[8:at]))
+    rows, tensors = header["tensors"], dict[str, Tensor]()
+    for row in rows:  # name, dtype, shape
+        array = np.frombuffer(body, row[1], math.prod(row[2]), at).reshape(row[2])
+        tensors[str(row[0])] = torch.from_numpy(array.copy())
+        at += array.nbytes
+    if at != len(body) or [list(w.shape) for w in tensors.values()] != [row[2] for row in rows]:
+        raise ValueError("it names a tensor twice, or holds more or less than its tensors")
+    return dict(header["about"]), tensors
+
+
+def first_not_finite(tensors: Weights) -> str:
+    """Name the first tensor that holds a number that is not finite; empty: none."""
+    return next((name for name, w in tensors.items() if not bool(w.isfinite().all())), "")
+
+
+def differing_shapes(ours: Weights, theirs: Weights) -> str:
+    """Name the first tensors that one side lacks or that differ in shape or dtype; empty: none."""
+    kinds = [{name: (w.dtype, w.shape) for name, w in side.items()} for side in (ours, theirs)]
+    names = [name for name in kinds[0] | kinds[1] if kinds[0].get(name) != kinds[1].get(name)]
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+
+
+def quantize_rows(w: Tensor, levels: int) -> Pair:
     """Round rows of (rows, cols) to integers in [-levels, levels] times fp16 scales (rows,)."""
-    scale = (w.float().abs().amax(dim=1) / levels).clamp(2.0**-24, 65504.0).half()
+    scale = (w.float().abs().amax(dim=1) / levels).clamp_min(2.0**-24).half()
     q = (w.float() / scale.float()[:, None]).round().clamp(-levels, levels)
     return q.to(torch.int8), scale
 
 
-def pack(
-    weights: Mapping[str, Tensor], cfg: Config, tokenizer_sha256: str, scheme: Scheme, place: int
-) -> bytes:
-    """Round weights at levels number `place` and compress them, with settings and tokenizer."""
-    tensors, scales = dict[str, Tensor](), dict[str, Tensor]()
+def pack(weights: Weights, about: Mapping[str, Any], scheme: Scheme, place: int) -> bytes:
+    """Round weights at levels number `place` and compress them. UserError: not finite in fp16."""
+    tensors = dict[str, Tensor]()
     for name, w in weights.items():
-        tensors[name] = w.detach().cpu().half()
         if w.ndim == 2 and w.numel() > KEEP_FLOAT_NUMEL:
             is_embedding = name in ("tok_emb", "lm_head")
-            largest = scheme.embedding_levels if is_embedding else 0
-            tensors[name], scales[name] = quantize_rows(
-                w.detach().cpu(), largest or scheme.levels[place]
-            )
-    about = {"format": ARTIFACT_FORMAT, "config": dataclasses.asdict(cfg)}
-    about["tokenizer_sha256"] = tokenizer_sha256
-    buffer = io.BytesIO()
-    torch.save(about | {"tensors": tensors, "scales": scales}, buffer)
-    return scheme.compress(buffer.getvalue())
+            largest = is_embedding * scheme.embedding_levels or scheme.levels[place]
+            tensors[name], tensors[name + SCALE] = quantize_rows(w.detach().cpu(), largest)
+        else:
+            tensors[name] = w.detach().cpu().half()
+    if name := first_not_finite(tensors):
+        advice = furthest(Config(**about["config"]))
+        raise UserError(f"weight {name} is not finite in fp16; {advice}")
+    return scheme.compress(pack_tensors({"format": ARTIFACT_FORMAT, **about}, tensors))
 
 
-def save_artifact(
-    path: Path, weights: Mapping[str, Tensor], cfg: Config, tokenizer_sha256: str, log: Log
-) -> str:
-    """Write the artifact with the finest levels that fit; return its scheme, the smallest.
-
-    UserError: no levels fit, or the file cannot be written.
-    """
-    code, schemes = Path(__file__).stat().st_size, schemes_of(cfg.export_scheme)
+def save_artifact(path: Path, weights: Weights, run: Run) -> str:
+    """Write the artifact at the finest levels that fit; return its scheme. UserError: none fit."""
+    about = {"config": dataclasses.asdict(run.cfg), **run.identity}
+    code, schemes = Path(__file__).stat().st_size, schemes_of(run.cfg.export_scheme)
     for place in range(len(INT6_LEVELS)):
-        found = dict[str, bytes]()
-        for name in schemes:
-            found[name] = pack(weights, cfg, tokenizer_sha256, SCHEMES[name], place)
+        found = {name: pack(weights, about, SCHEMES[name], place) for name in schemes}
         name = min(schemes, key=lambda scheme: len(found[scheme]))
         total = code + len(found[name])
         if total <= SIZE_LIMIT:
@@ -1924,67 +1929,85 @@ def save_artifact(
     atomic_write(path, found[name], "artifact")
     if len(schemes) > 1:
         sizes = {scheme: len(data) for scheme, data in found.items()}
-        log.event("export_scheme", smallest=name, model_bytes=sizes)
+        run.log.event("export_scheme", smallest=name, model_bytes=sizes)
     levels = SCHEMES[name].levels[place]
     parts = {"total_bytes": total, "code_bytes": code, "model_bytes": len(found[name])}
-    log.event("size", scheme=name, levels=levels, **parts, limit_bytes=SIZE_LIMIT)
+    run.log.event("size", scheme=name, levels=levels, **parts, limit_bytes=SIZE_LIMIT)
     if total > SIZE_LIMIT:
-        what = f"code {code:,} + model {len(found[name]):,} bytes ({name}, levels {levels})"
+        rule = f"exceeds {SIZE_LIMIT:,}, of which {code:,} are code ({name}, levels {levels})"
         remedy = "RESUME=auto EXPORT_SCHEME=int6, or lower NUM_LAYERS or BIGRAM_VOCAB_SIZE"
-        raise UserError(f"submission of {total:,} bytes exceeds {SIZE_LIMIT:,}: {what}; {remedy}")
+        raise UserError(f"submission of {total:,} bytes {rule}; {remedy}")
     return name
 
 
 def decompress(data: bytes) -> bytes:
-    """Undo any scheme, known by the data's first bytes. ValueError: truncated."""
+    """Undo any scheme, up to the size that stands first. ValueError: another size, or damaged."""
+    unpacker: Any = zlib.decompressobj()
     if data.startswith(ZSTD_MAGIC):
-        import zstandard
+        if zstandard is None:
+            raise ValueError("it needs zstandard: pip install zstandard")
+        unpacker = zstandard.ZstdDecompressor().decompressobj()
+    elif data.startswith(XZ_MAGIC):
+        unpacker = lzma.LZMADecompressor()
+    raw, most = bytearray(), (1 << 26) + 64 * len(data)
+    for start in range(0, len(data), 1024):  # of which a hostile file makes 32 MB at most
+        raw += unpacker.decompress(data[start : start + 1024])
+        most = min(most, 40 + int.from_bytes(raw[:8], "little")) if len(raw) >= 8 else most
+        if unpacker.eof or len(raw) > most:
+            break
+    if not unpacker.eof or unpacker.unused_data or start + 1024 < len(data):
+        raise ValueError("truncated, followed by other bytes, or too large")
+    return bytes(raw)
 
-        raw = zstandard.ZstdDecompressor().stream_reader(data).read(LARGEST_PAYLOAD)
-        complete = len(raw) == zstandard.frame_content_size(data)
-    else:
-        unpacker = lzma.LZMADecompressor() if data.startswith(XZ_MAGIC) else zlib.decompressobj()
-        raw = unpacker.decompress(data, LARGEST_PAYLOAD)
-        complete = unpacker.eof
-    if not complete:
-        raise ValueError("truncated")
-    return raw
 
-
-def load_artifact(path: Path, device: torch.device) -> tuple[GPT, str]:
-    """Rebuild a model (settings: model.cfg) and its tokenizer's sha256; no code of the file runs.
-
-    UserError: the file is missing, damaged or not ours, or its library is not installed.
-    """
+def read_artifact(path: Path, what: str = "artifact") -> tuple[Facts, dict[str, Tensor]]:
+    """Return settings and identity of an artifact, and its float32 weights. UserError: damaged."""
     try:
-        raw = decompress(path.read_bytes())
-        payload = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-        if payload["format"] != ARTIFACT_FORMAT:
+        about, tensors = unpack_tensors(decompress(path.read_bytes()))
+        if about["format"] != ARTIFACT_FORMAT:
             raise ValueError(f"its format is not {ARTIFACT_FORMAT!r}")
-        weights = {name: w.float() for name, w in payload["tensors"].items()}
-        for name, scale in payload["scales"].items():
-            weights[name] = weights[name] * scale.float()[:, None]
-        model = GPT(Config(**payload["config"]))
-        model.load_state_dict(weights, strict=True)
-        return model.to(device).eval(), str(payload["tokenizer_sha256"])
-    except ImportError as error:
-        raise UserError(f"artifact {path} needs zstandard ({error}); pip install it") from error
-    except Exception as error:  # zlib, zipfile, pickle and torch fail in many ways on foreign bytes
+        kinds = {n: torch.int8 if n + SCALE in tensors else torch.half for n in tensors}
+        other = [name for name, w in tensors.items() if w.dtype != kinds[name]]
+        if name := "".join(other[:1]) or first_not_finite(tensors):
+            raise ValueError(f"{name} holds numbers that are not finite, or of another type")
+        weights = {name: w.float() for name, w in tensors.items() if not name.endswith(SCALE)}
+        for name in tensors.keys() - weights.keys():
+            w = weights[name.removesuffix(SCALE)]
+            w *= tensors[name].float().view(len(w), 1)
+        types = {n: (type(getattr(Config, n)), type(v)) for n, v in about["config"].items()}
+        if wrong := [n for n, kind in types.items() if len({*kind}) > 1 and kind != (float, int)]:
+            raise ValueError(f"settings of another type: {wrong}")
+        about["config"] = Config(**about["config"])
+        asked, held = count_parameters(about["config"]), sum(map(Tensor.numel, weights.values()))
+        if asked != held:
+            raise ValueError(f"its settings ask for {asked:,} parameters, it holds {held:,}")
+        return about, weights
+    except Exception as error:  # zlib, json and torch fail in many ways on foreign bytes
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         rule = f"is missing, damaged or not ours ({why}); copy or export it again"
-        raise UserError(f"artifact {path} {rule}") from error
+        raise UserError(f"{what} {path} {rule}") from error
 
 
-# ================================================================================================
-# 9  TRAINING -- one loop for every recipe; all that changes is in TrainState
-# ================================================================================================
-CHECKPOINT_FIELDS = ("momenta", "ema", "step", "seconds", "flops")  # of TrainState
-# Settings that an artifact must share with a run that starts from it; the last two if both use them
-# fmt: off
-SHAPE_SETTINGS = (
-    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult",
-    "tie_embeddings", "value_residual", "bigram_vocab_size", "time_embed_dim", "look_ahead")
-# fmt: on
+def load_artifact(path: Path, device: torch.device) -> tuple[GPT, dict[str, str]]:
+    """Rebuild a model (settings: model.cfg); return it and its identity. UserError: damaged."""
+    about, weights = read_artifact(path)
+    model = GPT(about["config"])
+    if unlike := differing_shapes(dict(model.named_parameters()), weights):
+        raise UserError(f"artifact {path} lacks or has other tensors: {unlike}; export it again")
+    model.load_state_dict(weights)
+    return model.to(device).eval(), {name: str(about.get(name, "")) for name in IDENTITY}
+
+
+# ==== 9  TRAINING -- one loop for every recipe; all that changes is in TrainState =================
+# Settings that an artifact must share with a run that starts from it.
+SHAPE_SETTINGS = ["vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult"]
+SHAPE_SETTINGS += ["tie_embeddings", "value_residual", "bigram_vocab_size"]
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Say which of the new values differ from the old ones; empty: none."""
+    names = [name for name in new if old.get(name) != new[name]]
+    return "; ".join(f"{name.upper()} {old.get(name)!r} -> {new[name]!r}" for name in names)
 
 
 class TrainState:
@@ -1993,26 +2016,27 @@ class TrainState:
     def __init__(self, cfg: Config, run: Run, loader: TokenLoader, model: GPT | None = None):
         self.cfg, self.run = cfg, run
         self.loader, self.step = loader, 0
-        self.seconds, self.flops = 0.0, 0.0
+        self.seconds = 0.0
         self.model = (model or GPT(cfg)).to(run.device)
         groups = assign_groups(self.model)
-        rates = {name: rate_of(cfg) for name, _, rate_of in GROUPS}
-        adam = []
-        for name, params in groups.items():
-            if params and name != "matrix":
-                adam.append(dict(params=params, lr=0.0, base_lr=rates[name]))
-        betas = (cfg.beta1, cfg.beta2)
-        self.adam = torch.optim.Adam(adam, betas=betas, eps=cfg.adam_eps, fused=True)
+        rates = [(groups[name], rate_of(cfg)) for name, _, rate_of in GROUPS[:-1]]
+        adam: list[Facts] = [dict(params=p, lr=0.0, base_lr=rate) for p, rate in rates if p]
+        self.adam = torch.optim.Adam(adam, 0.0, (cfg.beta1, cfg.beta2), cfg.adam_eps, fused=True)
+        names = {p: name for name, p in self.model.named_parameters()}
+        self.tensors = {name: p.detach() for p, name in names.items()}  # all that a step changes
+        for p in [p for group in adam for p in group["params"]]:
+            state = {"step": torch.zeros((), device=p.device)}
+            state |= {kind: torch.zeros_like(p) for kind in ("exp_avg", "exp_avg_sq")}
+            self.adam.state[p] = state
+            self.tensors |= {f"{names[p]}:{kind}": w for kind, w in state.items()}
         self.matrices = groups["matrix"]
-        self.momenta = [torch.zeros_like(p) for p in groups["matrix"]]
-        self.ema = list[Tensor]()
-        self.begin_average()
+        self.momenta = [torch.zeros_like(p) for p in self.matrices]
+        named = zip(self.matrices, self.momenta, strict=True)
+        self.tensors |= {f"{names[p]}:momentum": w for p, w in named}
+        self.ema = [p.detach().clone() for p in names if cfg.ema_decay]
+        self.tensors |= zip([f"{name}:ema" for name in names.values()], self.ema, strict=False)
         counts = {name: sum(p.numel() for p in params) for name, params in groups.items()}
         run.log.event("model", model_params=sum(counts.values()), **counts)
-
-    def begin_average(self) -> None:
-        if self.cfg.ema_decay:
-            self.ema = [p.detach().clone() for p in self.model.parameters()]
 
     def update(self, now: ScheduleState) -> None:
         """Apply the gradients and clear them; average the weights if EMA_DECAY says so."""
@@ -2033,93 +2057,82 @@ class TrainState:
 
     def weights(self) -> dict[str, Tensor]:
         """Weights to export, by name: the average if there is one."""
-        names = [name for name, _ in self.model.named_parameters()]
-        return dict(zip(names, self.ema or self.model.parameters(), strict=True))
+        own = [name for name, _ in self.model.named_parameters()]
+        return {name: self.tensors.get(f"{name}:ema", self.tensors[name]) for name in own}
 
     def log(self, event: str, values: dict[str, Any]) -> None:
         tokens = self.cfg.train_batch_tokens * self.step
         ms = max(self.seconds, 1e-9) * 1e3
         pace = {"train_ms": ms, "step_ms": ms / max(self.step, 1), "tok_per_sec": tokens / ms * 1e3}
-        pace["tflop_per_sec"] = self.flops / ms / 1e9
-        iterations = self.cfg.iterations
-        self.run.log.event(event, step=self.step, iterations=iterations, **values, **pace)
+        pace |= {"step": self.step, "iterations": self.cfg.iterations}
+        self.run.log.event(event, **values, **pace)
 
     def save(self) -> None:
-        """Write the checkpoint atomically (rank 0); a failure is logged and the old one stays.
-
-        UserError: weights are not finite.
-        """
-        path = self.cfg.path("checkpoints", ".pt")
-        sums = torch.stack([p.detach().sum() for p in self.model.parameters()])
-        if not math.isfinite(sums.sum().item()):
-            rule = f"not finite at step {self.step}; lower MATRIX_LR; last checkpoint: {path}"
-            raise UserError(f"weights are {rule}")
-        if self.run.rank > 0:
-            return
-        state = {name: getattr(self, name) for name in CHECKPOINT_FIELDS}
-        state |= {"model": self.model.state_dict(), "adam": self.adam.state_dict()}
-        state |= {"config": dataclasses.asdict(self.cfg), "position": self.loader.position}
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
+        """Write the checkpoint (rank 0) beside the last one. UserError: weights are not finite."""
+        new, old = self.cfg.checkpoints
+        if name := first_not_finite(self.tensors):
+            rule = f"is not finite at step {self.step}; {furthest(self.cfg)}"
+            raise UserError(f"{name} {rule}; last checkpoint: {new}")
+        about = {"config": dataclasses.asdict(self.cfg), "step": self.step}
+        about |= {"seconds": float(self.seconds), **self.run.identity}
         try:
-            atomic_write(path, buffer.getvalue(), "checkpoint")
+            if self.run.rank == 0:
+                atomic_write(new, pack_tensors(about, self.tensors), "checkpoint", keep=old)
         except UserError as error:
             self.run.log.event("warning", reason=str(error))
 
-    def resume(self, tokenizer_sha256: str = "") -> None:
-        """Continue from the checkpoint if RESUME=auto, else start from INIT_FROM if it is set.
+    def resume(self) -> None:
+        """Continue from a checkpoint, or start from INIT_FROM. UserError: damaged, or no fit."""
+        paths = [path for path in self.cfg.checkpoints if path.exists()]
+        if self.cfg.resume == "auto" and paths:
+            self.load(paths)
+        elif self.cfg.init_from:
+            start_from_artifact(self)
 
-        UserError: the checkpoint is damaged, or has other training settings (named).
-        """
-        path = self.cfg.path("checkpoints", ".pt")
-        if self.cfg.resume != "auto" or not path.exists():
-            if self.cfg.init_from:
-                start_from_artifact(self, tokenizer_sha256)
-            return
-        new = self.cfg.training_settings()
+    def load(self, paths: Sequence[Path]) -> None:
+        """Take over the first of some checkpoints."""
+        path, ours = paths[0], self.run.identity
         try:
-            saved = torch.load(path, map_location=self.run.device, weights_only=True)
-            old = saved["config"]
-        except Exception as error:  # torch raises many kinds on damaged files
-            raise UserError(f"checkpoint {path} is damaged ({error}); move it away") from error
-        changed = [f"{k.upper()} {old.get(k)!r} -> {new[k]!r}" for k in new if old.get(k) != new[k]]
-        if changed:
-            rule = f"has other settings: {'; '.join(changed)}; restore them, or change RUN_ID"
-            raise UserError(f"RESUME: {path} {rule}")
-        self.model.load_state_dict(saved["model"])
-        self.adam.load_state_dict(saved["adam"])
-        for name in CHECKPOINT_FIELDS:
-            setattr(self, name, saved[name])
-        self.loader.position = saved["position"]
-        event = {"checkpoint": str(path), "step": self.step, "train_seconds": self.seconds}
-        self.run.log.event("resume", **event)
+            about, saved = unpack_tensors(path.read_bytes())
+            old, wrong = dict(about["config"]), first_not_finite(saved)
+            step, seconds = about["step"], about["seconds"]
+            right = (type(step), type(seconds), wrong) == (int, float, "") and seconds >= 0
+            if not right or not 0 <= step <= old["iterations"]:
+                raise ValueError(f"step {step!r}, {seconds!r} s, {wrong}")
+        except Exception as error:  # json, numpy and torch raise many kinds on damaged files
+            then = "resume from the one before" if paths[1:] else "begin anew"
+            why = f"is damaged ({error}); move it away to {then}"
+            raise UserError(f"checkpoint {path} {why}") from error
+        asked = {n: ours[n] for n in IDENTITY[:2] if n in ours} | self.cfg.training_settings()
+        self.take_over("RUN_ID", str(path), changes(old | about, asked), saved, self.tensors)
+        self.step, self.seconds = step, seconds
+        self.run.log.event("resume", checkpoint=str(path), step=step, train_seconds=seconds)
+        if about.get("program_sha256") != ours.get("program_sha256"):
+            self.run.log.event("warning", reason=f"{path} was written by another train_gpt.py")
+
+    @staticmethod
+    def take_over(name: str, path: str, changed: str, theirs: Weights, ours: Weights) -> None:
+        """Copy tensors of a file to ours. UserError: other settings, names or shapes (named)."""
+        if differ := changed or differing_shapes(ours, theirs):
+            rule = f"set what holds there, or change {name}"
+            raise UserError(f"{path} does not fit: {differ}; {rule}")
+        for key, w in ours.items():
+            w.copy_(theirs[key])
 
 
-def start_from_artifact(state: TrainState, tokenizer_sha256: str) -> None:
-    """Take those weights of the artifact INIT_FROM that this model has, too; others stay fresh.
-
-    UserError: the artifact is missing or damaged, or of another tokenizer or shape (named).
-    """
-    cfg = state.cfg
-    try:
-        model, sha256 = load_artifact(Path(cfg.init_from), state.run.device)
-    except UserError as error:
-        raise UserError(f"INIT_FROM: {error}; make one: RECIPE=ar python train_gpt.py") from error
-    differ = []
-    for name in SHAPE_SETTINGS:
-        theirs, ours = getattr(model.cfg, name), getattr(cfg, name)
-        both = theirs and ours and model.cfg.diffusion and cfg.diffusion
-        if theirs != ours and (name not in SHAPE_SETTINGS[-2:] or both):
-            differ.append(f"{name.upper()} is {theirs} there and {ours} here")
-    if sha256 != tokenizer_sha256:
-        hashes = f"{sha256[:12]} there and {tokenizer_sha256[:12]} here"
-        differ.append(f"SHA-256 of TOKENIZER_PATH is {hashes}")
-    if differ:
-        rule = f"does not fit: {'; '.join(differ)}; set here what holds there"
-        raise UserError(f"INIT_FROM={cfg.init_from!r} {rule}")
-    missing = state.model.load_state_dict(model.state_dict(), strict=False).missing_keys
-    state.begin_average()
-    state.run.log.event("init_from", artifact=cfg.init_from, fresh=len(missing))
+def start_from_artifact(state: TrainState) -> None:
+    """Take the weights of INIT_FROM that this model has. UserError: damaged, or does not fit."""
+    cfg, own = state.cfg, state.tensors
+    about, weights = read_artifact(Path(cfg.init_from), "INIT_FROM: artifact")
+    asked = {name: getattr(cfg, name) for name in SHAPE_SETTINGS}
+    asked["tokenizer_sha256"] = state.run.identity.get("tokenizer_sha256")
+    shared = {name: w for name, w in weights.items() if name in own}
+    averages = {f"{name}:ema": w for name, w in shared.items() if f"{name}:ema" in own}
+    theirs, differ = shared | averages, changes(vars(about["config"]) | about, asked)
+    ours = {name: own[name] for name in theirs}
+    state.take_over("INIT_FROM", cfg.init_from, differ, theirs, ours)
+    fresh = len(state.weights()) - len(shared)
+    state.run.log.event("init_from", artifact=cfg.init_from, fresh=fresh)
 
 
 class Objective:
@@ -2138,13 +2151,8 @@ class Objective:
         causal = cfg.diffusion_causal
         self.masks = {s: window_mask(cfg.train_seq_len, s, causal, run.device) for s in sizes}
 
-    def __call__(
-        self, rows: Tensor, part: int, size: int, now: ScheduleState
-    ) -> tuple[Tensor, Tensor]:
-        """Return the loss of part `part` of a batch, rows (B, T + 1), and both of its terms (2,).
-
-        Windows have `size` tokens; 0: there are none.
-        """
+    def __call__(self, rows: Tensor, part: int, size: int, now: ScheduleState) -> Pair:
+        """Return the loss of rows (B, T + 1) of a part, and its terms (2,); size 0: no windows."""
         cfg, clean = self.cfg, self.next_token_loss(rows)
         if not size:
             return clean.loss, torch.stack((clean.loss.detach(), torch.zeros_like(clean.loss)))
@@ -2159,11 +2167,8 @@ class Objective:
             mask = anneal_mask(mask, chance, f"anneal {cfg.seed} {now.step} {size}")
         window = WindowInput(windows.before, noisy, windows.positions, mask)
         predictions = self.denoise(window, clean.cache.first_rows(count), keys)
-        losses = []
-        for logits in predictions:
-            loss = denoising_loss(logits, clean_logits, windows.x0, noisy, cfg)
-            losses.append(loss / len(predictions))
-        loss = torch.stack(losses).sum()
+        losses = [denoising_loss(p, clean_logits, windows.x0, noisy, cfg) for p in predictions]
+        loss = torch.stack(losses).mean()
         total = cfg.mercury_clean_loss_weight * clean.loss + cfg.diffusion_loss_weight * loss
         return total, torch.stack((clean.loss, loss)).detach()
 
@@ -2179,10 +2184,9 @@ class Objective:
         return keys, corrupt(x0, t, keys, cfg)
 
     def denoise(self, window: WindowInput, cache: Cache, keys: Tensor) -> list[Tensor]:
-        """Unroll DIFFUSION_PASSES over windows; each pass reads what the last one predicted.
-
-        With self-conditioning (arXiv:2208.04202) one more pass comes first, without gradient.
-        Returns logits (B, W, S, V) of passes that carry loss.
+        """Unroll DIFFUSION_PASSES over windows; each pass reads what the last one predicted. With
+        self-conditioning (arXiv:2208.04202) one more pass comes first, without gradient. Returns
+        logits (B, W, S, V) of passes that carry loss.
         """
         cfg, found = self.cfg, list[Tensor]()
         for i in range(0 if cfg.self_condition == "none" else -1, cfg.diffusion_passes):
@@ -2196,9 +2200,8 @@ class Objective:
 
 
 def feed_back(model: GPT, window: WindowInput, logits: Tensor, keys: Tensor) -> WindowInput:
-    """Give a prediction (B, W, S, V) to the next pass, in a share of the windows.
-
-    Mode soft feeds back expected embeddings; else predicted tokens replace corrupted ones (commit).
+    """Give a prediction (B, W, S, V) to the next pass, in a share of the windows. Mode soft feeds
+    back expected embeddings; else predicted tokens replace corrupted ones (commit).
     """
     cfg, noisy = model.cfg, window.noisy
     prob = 1.0 if cfg.self_condition == "none" else cfg.mercury_self_condition_prob
@@ -2228,19 +2231,17 @@ def train_step(state: TrainState, objective: Objective, now: ScheduleState) -> T
     num_rows = cfg.train_batch_tokens // cfg.micro_batches // T
     sums = torch.zeros(2, device=run.device)
     for part in range(run.rank, cfg.micro_batches, run.world_size):
-        position = state.loader.position + part * num_rows * T
+        position = now.step * cfg.train_batch_tokens + part * num_rows * T
         rows = state.loader.rows(position, num_rows, T, run.device)
         size = window_size(cfg, now, part)
         with run.autocast():
             loss, terms = objective(rows, part, size, now)
         (loss / cfg.micro_batches).backward()  # type: ignore[no-untyped-call]
-        state.flops += flops_per_token(cfg, size) * rows[:, 1:].numel()
         sums += terms / cfg.micro_batches
     if run.world_size > 1:  # one transfer for all gradients
         grads = [p.grad for p in state.model.parameters() if p.grad is not None]
         flat = run.sum(nn.utils.parameters_to_vector(grads))
         nn.utils.vector_to_parameters(flat, grads)
-    state.loader.position += cfg.train_batch_tokens
     state.update(now)
     return sums
 
@@ -2251,12 +2252,8 @@ def check_finite(state: TrainState, sums: Tensor) -> dict[str, float]:
     ar_loss, window_loss = state.run.sum(sums.clone()).tolist()
     if math.isfinite(ar_loss + window_loss):
         return {"train_loss": ar_loss, "denoise_loss": window_loss}
-    remedy = "lower {MATRIX_LR} or {TIED_EMBED_LR}, or set GRAD_CLIP_NORM=1"
-    if math.isfinite(ar_loss):
-        remedy = "lower {DIFFUSION_LOSS_WEIGHT} or {DIFFUSION_LOSS_CLIP}"
-    terms = f"next-token {ar_loss}, denoising {window_loss}"
-    found = f"loss is not finite at step {state.step} ({terms}); {cfg.fill(remedy)}"
-    raise UserError(f"{found}; last checkpoint, if any: {cfg.path('checkpoints', '.pt')}")
+    found = f"loss is not finite at step {state.step} ({ar_loss}, denoising {window_loss})"
+    raise UserError(f"{found}; {furthest(cfg)}; last checkpoint, if any: {cfg.checkpoints[0]}")
 
 
 def warm_up(state: TrainState, objective: Objective) -> None:
@@ -2312,15 +2309,15 @@ def train(state: TrainState, val: TokenLoader, counter: ByteCounter) -> None:
     state.log("val", evaluate_exact(state.model, run, val, counter))
 
 
-# ================================================================================================
-# 10  MAIN -- settings, data, train, export, reload, evaluate
-# ================================================================================================
+# ==== 10  MAIN -- settings, data, train, export, reload, evaluate =================================
 def evaluate(run: Run, model: GPT, val: TokenLoader, counter: ByteCounter, scheme: str) -> None:
     """Log every score of the reloaded artifact."""
     cfg, split = run.cfg, (run, val, counter)
     with run.timed("val_bpb"):
         exact = evaluate_exact(model, *split)
     run.log.event("final", name=scheme.replace("+", "_"), scheme=scheme, **exact)
+    if abs(run.bytes_ratio - 1) > BYTES_TOLERANCE:
+        run.log.event("val_bpb_source_bytes", bpb=exact["bpb"] * run.bytes_ratio)
     if cfg.eval_stride:
         with run.timed("val_bpb_sliding"):
             sliding = evaluate_exact(model, *split, cfg.eval_stride)
@@ -2335,66 +2332,69 @@ def evaluate(run: Run, model: GPT, val: TokenLoader, counter: ByteCounter, schem
         run.from_rank0(0.0)  # the others wait
 
 
-def log_timing(run: Run, train_seconds: float) -> None:
-    """Log seconds of training, export and each score, and the sum of scores against the limit."""
-    total = sum(run.seconds.values()) - run.seconds["export"]
-    seconds = {"train": train_seconds} | run.seconds | {"evaluation": total}
-    found = {f"{name}_seconds": round(value, 2) for name, value in seconds.items()}
-    run.log.event("timing", **found, evaluation_limit_seconds=EVALUATION_SECONDS)
-    if total > EVALUATION_SECONDS:
-        rule = (
-            f"the challenge allows {EVALUATION_SECONDS}; raise EVAL_STRIDE or lower NELBO_SAMPLES"
-        )
-        run.log.event("warning", reason=f"evaluation took {total:.0f} s; {rule}")
-
-
-def peak_memory_mib(device: torch.device) -> int | None:
-    """Peak memory of the device on CUDA, else of this process; None where the system hides it."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() // 2**20
-    if resource is None:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # KiB on Linux
+def prepare_streams() -> None:
+    """Let closed streams and narrow encodings (LC_ALL=C) not end a run."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, io.StringIO())
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def execute(run: Run, loader: TokenLoader, val: TokenLoader, counter: ByteCounter) -> None:
     """Train, export, and score the reloaded artifact."""
     cfg = run.cfg
-    counts = {"train_tokens": loader.total, "val_tokens": val.total}
-    run.log.event("data", **counts, train_shards=len(loader.paths))
+    facts, warnings = check_data(cfg, loader, val, counter)
+    run.log.event("data", **facts)
+    for warning in warnings:
+        run.log.event("warning", reason=warning)
+    run.identity = {name: facts.get(name, program_sha256()) for name in IDENTITY}
+    run.bytes_ratio = facts["val_bytes"] / facts["source_bytes"]
+    check_memory(cfg, run.device, val.total)
     state = TrainState(cfg, run, loader)
-    state.resume(counter.sha256)
+    state.resume()
     train(state, val, counter)
     scheme = ""
     with run.timed("export"):
         if run.rank == 0:
-            scheme = save_artifact(cfg.artifact, state.weights(), cfg, counter.sha256, run.log)
+            scheme = save_artifact(cfg.artifact, state.weights(), run)
         run.from_rank0(0.0)  # nobody reads the artifact before it is written
     model, _ = load_artifact(cfg.artifact, run.device)  # what is scored and decoded is the file
     evaluate(run, model, val, counter, scheme)
-    log_timing(run, state.seconds)
-    files = {"artifact": str(cfg.artifact), "log": str(run.log.path)}
-    memory = peak_memory_mib(run.device)
-    cost = {"steps": state.step, "train_seconds": state.seconds, "peak_memory_mib": memory}
-    run.log.event("done", **files, **cost)
+    total = sum(run.seconds.values()) - run.seconds["export"]
+    seconds = {"train": state.seconds, **run.seconds, "evaluation": total}
+    found = {f"{name}_seconds": round(value, 2) for name, value in seconds.items()}
+    run.log.event("timing", **found, evaluation_limit_seconds=EVALUATION_SECONDS)
+    if total > EVALUATION_SECONDS:
+        run.log.event("warning", reason=f"evaluation took {total:.0f} s: raise EVAL_STRIDE")
+    memory = resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # Linux: KiB
+    memory = memory if run.device.type == "cpu" else torch.cuda.max_memory_allocated() // 2**20
+    files = {"artifact": str(cfg.artifact), "log": str(run.log.path), "steps": state.step}
+    run.log.event("done", **files, train_seconds=state.seconds, peak_memory_mib=memory)
 
 
-def main() -> int:
-    """Run the program; return 0, or 2 after an error that the user can repair."""
+def main(argv: Sequence[str] = ()) -> int:
+    """Run the program; return 0, 2 after an error that the user can repair, 130 after a signal."""
+    prepare_streams()
     try:
+        if {"-h", "--help"} & set(argv):
+            print(f"{__doc__}\n{Config().table({})}")
+            return 0
+        if argv:
+            raise UserError(f"{argv[0]!r}: settings are environment variables; --help lists them")
         cfg, source = Config.from_env(os.environ)
-        check_libraries(cfg)
         loader, val = TokenLoader(cfg, "train"), TokenLoader(cfg, "val")
         counter = ByteCounter(cfg)
         with Run.start(cfg) as run:
             run.header(source)
             execute(run, loader, val, counter)
-    except (UserError, OSError) as error:
-        lines = [f"error: {line}" for line in str(error).splitlines()]
-        print("\n".join(lines), file=sys.stderr, flush=True)
-        return 2
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        text = (str(error) or "interrupted before training").replace("\n", "\nerror: ")
+        print(f"error: {text}", file=sys.stderr)
+        return getattr(error, "status", 130 if isinstance(error, KeyboardInterrupt) else 2)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

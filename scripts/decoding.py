@@ -53,6 +53,19 @@ WHOLE_SPAN = 1 << 30  # tokens: more than any span
 Watch = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
+class Sampling(NamedTuple):
+    """How a token is chosen from logits."""
+
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    seed: int = 0
+    end: int = -1  # a row stops at this token and repeats it to its end; -1: none
+
+
+GREEDY = Sampling()
+
+
 class Decoding(NamedTuple):
     """How to decode; a setting that the mode does not use has no effect."""
 
@@ -63,7 +76,7 @@ class Decoding(NamedTuple):
     remask_threshold: float = 0.0  # tokens less probable than this (causal stream) are remasked
     lookup_ngram: int = 0  # speculative: tokens to look up in the text; 0: no prompt lookup
     longest_draft: int = 16  # speculative: most draft tokens per pass
-    sampling: tg.Sampling = tg.GREEDY
+    sampling: Sampling = GREEDY
 
 
 MODES = {
@@ -95,9 +108,26 @@ def check_decoding(decoding: Decoding) -> None:
         raise tg.UserError(f"steps={decoding.steps} must be at least 1")
 
 
+def check_span(model: tg.GPT, ids: Tensor, start: int, stop: int, denoise: bool) -> None:
+    """Raise UserError if tokens [start, stop) of rows (B, L) cannot be decoded by this model."""
+    if not 1 <= start <= stop <= ids.shape[1]:
+        rule = f"must lie in 1..{ids.shape[1]}: a token (BOS will do) comes before it"
+        raise tg.UserError(f"span {start}..{stop} {rule}")
+    if denoise and model.mask_emb is None:
+        rule = "decode it with mode ar, which reads no text after the span"
+        raise tg.UserError(f"this model has no trained denoiser (DIFFUSION_LOSS_WEIGHT=0); {rule}")
+
+
 # ==============================================================================
 # 2  STATE -- what a decoding needs, and how far each row is
 # ==============================================================================
+class Decoded(NamedTuple):
+    """Rows with their spans filled."""
+
+    ids: Tensor  # (B, L) int64
+    forwards: Tensor  # (B, 1) int64 passes until each row was done, without the one over the prompt
+
+
 class Task(NamedTuple):
     """Fill tokens [start, stop) of rows (B, L)."""
 
@@ -107,6 +137,30 @@ class Task(NamedTuple):
     stop: int
     decoding: Decoding
     watch: Watch | None = None
+
+
+def sample_tokens(logits: Tensor, sampling: Sampling, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose tokens (B, n) from logits (B, n, V) with keys (B, n); also their log-probabilities."""
+    if sampling.temperature <= 0:
+        best = logits.max(dim=-1)
+        return best.indices, (best.values - logits.logsumexp(-1)).double()
+    log_p, V = logits.double().log_softmax(-1), logits.shape[-1]
+    scores = log_p / sampling.temperature
+    if sampling.top_k or sampling.top_p < 1:
+        ranked, order = scores.sort(dim=-1, descending=True)
+        p = ranked.softmax(-1)
+        out = p.cumsum(-1) - p >= sampling.top_p  # a token stays if those before it leave room
+        out |= torch.arange(V, device=logits.device) >= (sampling.top_k or V)
+        scores = scores.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -math.inf)
+    # Gumbel noise in fp32 would cut off the tail of the distribution (arXiv:2409.02908).
+    u = tg.random_uniform(keys, V, torch.float64).clamp(1e-300, 1 - 1e-16)
+    tokens = (scores - torch.log(-torch.log(u))).argmax(-1)
+    return tokens, log_p.gather(-1, tokens[..., None])[..., 0]
+
+
+def row_keys(ids: Tensor, seed: int) -> Tensor:
+    """Randomness of each row, (B, 1): noise depends on row and position only."""
+    return tg.split_key(torch.arange(len(ids), device=ids.device)[:, None], seed)
 
 
 class Run(NamedTuple):
@@ -121,7 +175,7 @@ class Run(NamedTuple):
     def sample(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Choose tokens at positions (B, n) from logits (B, n, V), and their log-probabilities."""
         keys = tg.split_key(self.keys, positions)
-        return tg.sample_tokens(logits, self.decoding.sampling, keys)
+        return sample_tokens(logits, self.decoding.sampling, keys)
 
 
 class Window(NamedTuple):
@@ -191,16 +245,16 @@ class Rows:
             self.done = torch.where(ended.any(1, keepdim=True), self.task.stop, self.done)
         self.done = self.done.clamp(max=self.task.stop)
 
-    def decoded(self) -> tg.Decoded:
+    def decoded(self) -> Decoded:
         stop = self.task.stop
         ids = torch.cat((self.tokens[:, :stop], self.task.ids[:, stop:]), dim=1)
-        return tg.Decoded(ids, self.forwards)
+        return Decoded(ids, self.forwards)
 
 
 def start_run(task: Task, room: int) -> Run:
     """Read the prompt into buffers with `room` more places."""
     cache = tg.fill_cache(task.model, task.ids[:, : task.start], room)
-    keys = tg.row_keys(task.ids, task.decoding.sampling.seed)
+    keys = row_keys(task.ids, task.decoding.sampling.seed)
     return Run(task.model, task.decoding, cache, keys, task.watch)
 
 
@@ -540,16 +594,33 @@ def add_lookups(rows: Rows, drafts: Tensor, rate: AcceptanceRate) -> tuple[Tenso
 # ==============================================================================
 # 6  LOOPS -- one for each family of modes
 # ==============================================================================
-def decode_ar(task: Task) -> tg.Decoded:
-    """Decode left to right, one token per pass: train_gpt's decoder, unless passes are watched."""
-    if task.watch is None:
-        sampling = task.decoding.sampling
-        return tg.decode_autoregressive(task.model, task.ids, task.start, task.stop, sampling)
-    without_drafts = task.decoding._replace(window=0, lookup_ngram=0)
-    return decode_speculative(task._replace(decoding=without_drafts))
+def decode_ar(task: Task) -> Decoded:
+    """Decode left to right, one token per pass."""
+    if task.watch is not None:
+        without_drafts = task.decoding._replace(window=0, lookup_ngram=0)
+        return decode_speculative(task._replace(decoding=without_drafts))
+    x, run, end = (
+        task.ids.clone(),
+        start_run(task, task.stop - task.start),
+        task.decoding.sampling.end,
+    )
+    ended = torch.zeros_like(run.keys, dtype=torch.bool)
+    forwards = torch.zeros_like(run.keys)
+    for place in range(task.start, task.stop if len(x) else task.start):
+        last = torch.full_like(run.keys, place - 1)
+        logits = task.model.forward_causal(x[:, place - 1 : place], run.cache, last)[0]
+        token, _ = run.sample(logits, last + 1)
+        x[:, place : place + 1] = torch.where(ended, end, token)
+        forwards += ~ended
+        if end >= 0:
+            ended |= token == end
+            if bool(ended.all()):
+                x[:, place : task.stop] = end
+                break
+    return Decoded(x, forwards)
 
 
-def decode_speculative(task: Task) -> tg.Decoded:
+def decode_speculative(task: Task) -> Decoded:
     """Decode left to right; each pass verifies a draft and keeps what the causal stream chooses.
 
     The output is that of mode ar. A draft comes from the text where the row's last tokens occurred
@@ -585,7 +656,7 @@ def decode_speculative(task: Task) -> tg.Decoded:
 Fill = Callable[[Run, Window, Tensor], tuple[Window, Tensor]]
 
 
-def decode_blocks(task: Task, fill: Fill = fill_window) -> tg.Decoded:
+def decode_blocks(task: Task, fill: Fill = fill_window) -> Decoded:
     """Fill windows left to right, into the cache; the last one reads the text after the span."""
     run, rows = start_windows(task)
     while rows.unfinished():
@@ -597,12 +668,12 @@ def decode_blocks(task: Task, fill: Fill = fill_window) -> tg.Decoded:
     return rows.decoded()
 
 
-def decode_refine_cached(task: Task) -> tg.Decoded:
+def decode_refine_cached(task: Task) -> Decoded:
     """Fill windows by passes over changed tokens only: approximate."""
     return decode_blocks(task, fill_window_cached)
 
 
-def decode_remask(task: Task) -> tg.Decoded:
+def decode_remask(task: Task) -> Decoded:
     """Fill windows left to right, and revise each once."""
     run, rows = start_windows(task)
     while rows.unfinished():
@@ -613,7 +684,7 @@ def decode_remask(task: Task) -> tg.Decoded:
     return rows.decoded()
 
 
-def decode_revise(task: Task) -> tg.Decoded:
+def decode_revise(task: Task) -> Decoded:
     """Revise the tokens of the span, window by window."""
     run, rows = start_windows(task)
     while rows.unfinished():
@@ -622,14 +693,14 @@ def decode_revise(task: Task) -> tg.Decoded:
     return rows.decoded()
 
 
-def decode_draft_refine(task: Task) -> tg.Decoded:
+def decode_draft_refine(task: Task) -> Decoded:
     """Draft the span left to right, then revise it."""
     draft = decode_ar(task)
     revised = decode_revise(task._replace(ids=draft.ids))
-    return tg.Decoded(revised.ids, draft.forwards + revised.forwards)
+    return Decoded(revised.ids, draft.forwards + revised.forwards)
 
 
-LOOPS: dict[str, Callable[[Task], tg.Decoded]] = {
+LOOPS: dict[str, Callable[[Task], Decoded]] = {
     "ar": decode_ar,
     "refine": decode_blocks,
     "refine_cached": decode_refine_cached,
@@ -650,7 +721,7 @@ def decode(
     stop: int,
     decoding: Decoding,
     watch: Watch | None = None,
-) -> tg.Decoded:
+) -> Decoded:
     """Fill tokens [start, stop) of rows (B, L). Windows read the text after the span.
 
     Raises:
@@ -658,13 +729,13 @@ def decode(
             the model does not have.
     """
     check_decoding(decoding)
-    tg.check_span(model, ids, start, stop, needs_denoiser(decoding))
+    check_span(model, ids, start, stop, needs_denoiser(decoding))
     return LOOPS[decoding.mode](Task(model, ids, start, stop, decoding, watch))
 
 
 def generate(
     model: tg.GPT, prompt: Tensor, count: int, decoding: Decoding = MODES["ar"]
-) -> tg.Decoded:
+) -> Decoded:
     """Continue prompts (B, P) by `count` tokens."""
     start = prompt.shape[1]
     return decode(model, F.pad(prompt, (0, count)), start, start + count, decoding)
@@ -672,7 +743,7 @@ def generate(
 
 def infill(
     model: tg.GPT, prefix: Tensor, suffix: Tensor, count: int, decoding: Decoding = MODES["refine"]
-) -> tg.Decoded:
+) -> Decoded:
     """Fill `count` tokens between prefixes (B, P) and suffixes (B, Q)."""
     ids, start = torch.cat((F.pad(prefix, (0, count)), suffix), dim=1), prefix.shape[1]
     return decode(model, ids, start, start + count, decoding)
@@ -685,7 +756,7 @@ def edit(
     stop: int,
     decoding: Decoding = MODES["draft_refine"],
     watch: Watch | None = None,
-) -> tg.Decoded:
+) -> Decoded:
     """Revise tokens [start, stop) of rows (B, L): fill those below `remask_threshold` again."""
     return decode(model, ids, start, stop, decoding._replace(mode="edit"), watch)
 
@@ -735,7 +806,7 @@ LIMITS = Limits()
 
 
 class Guarded(NamedTuple):
-    decoded: tg.Decoded  # a row that fell back counts the passes of both decodings
+    decoded: Decoded  # a row that fell back counts the passes of both decodings
     fell_back: Tensor  # (B,) bool
     quality: Quality  # of the returned rows; a row that fell back is not judged again
 
@@ -802,7 +873,7 @@ def guard(task: Task, limits: Limits = LIMITS) -> Guarded:
         ar = MODES["ar"]._replace(sampling=decoding.sampling)
         fallback = decode(model, task.ids, task.start, task.stop, ar)
         merged = torch.where(bad[:, None], fallback.ids, decoded.ids)
-        decoded = tg.Decoded(merged, decoded.forwards + bad[:, None] * fallback.forwards)
+        decoded = Decoded(merged, decoded.forwards + bad[:, None] * fallback.forwards)
         found = quality(model, merged, task.start, task.stop, end)
     return Guarded(decoded, bad, found)
 
@@ -841,7 +912,7 @@ class Choice(NamedTuple):
 
 
 def candidates(
-    denoiser: bool, suffix: bool, span: int, sampling: tg.Sampling = tg.GREEDY
+    denoiser: bool, suffix: bool, span: int, sampling: Sampling = GREEDY
 ) -> list[Decoding]:
     """List settings to try: only those that need no denoiser, or that read text after the span."""
     rows = list[Decoding]()
@@ -896,7 +967,7 @@ def choose(
     start: int,
     stop: int,
     target: Target,
-    sampling: tg.Sampling = tg.GREEDY,
+    sampling: Sampling = GREEDY,
 ) -> Choice:
     """Mode auto: try all candidates on rows (B, L) and `select` one.
 

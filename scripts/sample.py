@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     import torch
     from rich.text import Text
 
-    from scripts.decoding import Decoding
-    from train_gpt import GPT, Config, Sampling
+    from scripts.decoding import Decoding, Sampling
+    from train_gpt import GPT, Config
 
 from scripts.common import (
     Parser,
@@ -386,11 +386,10 @@ def choose_mode(
 
 def settle(at: Loaded, job: Job, ids: torch.Tensor, args: argparse.Namespace) -> Settings:
     """Choose the mode and its settings; UserError: they need a denoiser and there is none."""
-    import train_gpt as tg
-    from scripts.decoding import MODES, needs_denoiser
+    from scripts.decoding import MODES, Sampling, needs_denoiser
 
     mode = mode_of(args, job)
-    sampling = tg.Sampling(**{name: getattr(args, name) for name in SAMPLING})
+    sampling = Sampling(**{name: getattr(args, name) for name in SAMPLING})
     if not job.suffix and not job.draft:
         # A continuation ends where the model begins another document.
         sampling = sampling._replace(end=at.tokenizer.bos_id())

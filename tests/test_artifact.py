@@ -70,7 +70,7 @@ def fault_of(path: Path) -> str:
         tg.load_artifact(path, CPU)
     message = str(caught.value)
     assert message.startswith(f"artifact {path} ")
-    assert "copy or export it again" in message
+    assert "export it again" in message
     return message
 
 

@@ -113,13 +113,13 @@ def test_all_faults_are_reported_at_once() -> None:
         "SEED='1.5' must be a whole number",
         "MATRIX_LR='nan' must be a finite number",
         "DIFFUSION_CAUSAL='maybe' must be 0 or 1",
-        "NUM_LAYERS=0 must be in [1, inf]",
+        "NUM_LAYERS=0 must be in [1, 1000000000000]",
         "DIFFUSION_LOSS='elbow' must be one of: mean, elbo, middle, score_entropy, sedd_uniform, "
         "consistency",
         "DIFFUSION_WINDOWS='7' must be sizes (or T) that divide TRAIN_SEQ_LEN=256",
         "MODEL_DIM=160 must be a multiple of 2 x NUM_HEADS=3",
         "NUM_HEADS=3 must be a multiple of NUM_KV_HEADS=2",
-        "BETA1=1.5 must be in [0, 1]",
+        "BETA1=1.5 must be in [0, 0.999999]",
     ):
         assert sum(fault.startswith(expected) for fault in faults) == 1, expected
     assert len(faults) == 10
@@ -154,7 +154,7 @@ def test_a_near_miss_is_warned_about(wrong: str, meant: str) -> None:
 )
 def test_every_limit_holds(name: str, low: float, high: float) -> None:
     step = 1 if isinstance(getattr(tiny(), name), int) else 0.5
-    for bad in [low - step] + ([high + step] if high < float("inf") else []):
+    for bad in (low - step, high + step, float("nan")):
         with pytest.raises(tg.UserError) as caught:
             tiny(**{name: bad})
         assert f"{name.upper()}={bad} must be in [{low}, {high}]" in str(caught.value)
@@ -194,6 +194,7 @@ def test_every_limit_holds(name: str, low: float, high: float) -> None:
         ({"parallel_eval_steps": "1,0"}, ("PARALLEL_EVAL_STEPS='1,0'",)),
         ({"parallel_eval_span_len": "9"}, ("PARALLEL_EVAL_PREFIX_LEN=4", "TRAIN_SEQ_LEN=16")),
         ({"run_id": "../x"}, ("RUN_ID='../x'",)),
+        ({"run_id": "x" * 101}, ("RUN_ID='xxx", "at most 100")),
     ],
 )
 def test_settings_that_do_not_fit_together_are_named(
@@ -222,6 +223,7 @@ def test_the_predecessors_commands_run_its_recipe() -> None:
         }
         assert legacy == dataclasses.replace(recipe, **spans)
     assert [*tg.near_misses(LEGACY)] == []
+    assert [*tg.near_misses({"seed": "42"})] == ["seed is not a setting; did you mean SEED?"]
     (fault,) = faults_of(DIFFUSION_TRAIN_MODE="mercuri")
     assert fault.startswith("DIFFUSION_TRAIN_MODE='mercuri' must be one of: none, mercury")
     assert tg.Config.from_env({"DIFFUSION_TRAIN_MODE": "none"})[0].recipe == "ar"
@@ -267,17 +269,17 @@ def rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_a_row_of_the_ladder_is_a_recipe(rows: Path) -> None:
     rows.write_text(
         """
+[rows.middle]
+base = "ar"
+mercury_clean_loss_weight = 0.1
+diffusion_loss_weight = 0.25
+diffusion_windows = "8"
 [rows.top]
 base = "middle"
 note = "what it is"
 published = { "1" = 2.0 }
 diffusion_causal = true
 diffusion_loss_weight = 0.5
-[rows.middle]
-base = "ar"
-mercury_clean_loss_weight = 0.1
-diffusion_loss_weight = 0.25
-diffusion_windows = "8"
 """,
         encoding="utf-8",
     )
@@ -300,30 +302,20 @@ diffusion_windows = "8"
 
 
 FAULTY = {  # rows, and what is said where the row called `x` is asked for
-    "[rows.x": "{file} is damaged (",
-    "rows = 5": "{file} is damaged (",
-    "[rows]\nx = 5": "{file} is damaged (",
-    "[rows.direct]\nmatrix_lr = 0.5": (
-        "{file}, direct: matrix_lr: the recipe is built in; rename the row"
-    ),
-    "[rows.x]\nseed = 5": "{file}, x -> None: no such base, or a circle of bases; closest: none",
-    "[rows.x]\nbase = 5": "{file}, x -> 5: no such base",
-    "[rows.x]\nbase = 'dirct'": (
-        "{file}, x -> dirct: no such base, or a circle of bases; closest: direct"
-    ),
-    "[rows.x]\nbase = 'x'": (
-        "{file}, x -> x: no such base, or a circle of bases; closest: x; the last base must be"
-    ),
-    "[rows.x]\nbase = 'ar'\nmatrixlr = 0.5": (
-        "{file}, x: matrixlr is not a setting; closest: matrix_lr"
-    ),
-    "[rows.x]\nbase = 'ar'\n[rows.y]\nbase = 'ar'\nwat = 1": (
-        "{file}, y: wat is not a setting; closest: "
-    ),
-    "[rows.x]\nbase = 'ar'\nseed = 0.5": "{file}, x: SEED='0.5' must be a whole number",
-    "[rows.x]\nbase = 'ar'\ndiffusion_causal = 'yes'": (
-        "{file}, x: DIFFUSION_CAUSAL='yes' must be 0 or 1"
-    ),
+    "[rows.x": "{file}: rows: ",
+    "rows = 5": "{file}: rows: ",
+    "[rows]\nx = 5": "{file}: x: ",
+    "[rows.direct]\nmatrix_lr = 0.5": "{file}: direct: the recipe is built in; rename the row",
+    "[rows.x]\nseed = 5": "{file}: x: no base 'base' above it",
+    "[rows.x]\nbase = 5": "{file}: x: no base 5 above it",
+    "[rows.x]\nbase = [5]": "{file}: x: ",
+    "[rows.x]\nbase = 'dirct'": "{file}: x: no base 'dirct' above it",
+    "[rows.x]\nbase = 'x'": "{file}: x: no base 'x' above it",
+    "[rows.x]\nbase = 'y'\n[rows.y]\nbase = 'ar'": "{file}: x: no base 'y' above it",
+    "[rows.x]\nbase = 'ar'\nmatrixlr = 0.5": "{file}: x: matrixlr is not a setting; closest: m",
+    "[rows.x]\nbase = 'ar'\n[rows.y]\nbase = 'ar'\nwat = 1": "{file}: y: wat is not a setting",
+    "[rows.x]\nbase = 'ar'\nseed = 0.5": "{file}: x: SEED='0.5' must be a whole number",
+    "[rows.x]\nbase = 'ar'\ndiffusion_causal = 'yes'": "x: DIFFUSION_CAUSAL='yes' must be 0 or 1",
     "[rows.x]\nbase = 'ar'\nnelbo_windows = [1]": "NELBO_WINDOWS='[1]' must be sizes",
     "[rows.x]\nbase = 'ar'\nadam_eps = inf": "ADAM_EPS='inf' must be a finite number",
     "[rows.x]\nbase = 'ar'\nadam_eps = nan": "ADAM_EPS='nan' must be a finite number",
@@ -343,11 +335,9 @@ def test_a_faulty_ladder_is_named_with_its_row_and_a_remedy(text: str, rows: Pat
 
 def test_all_faults_of_a_row_are_named_at_once(rows: Path) -> None:
     rows.write_text("[rows.x]\nbase = 'ar'\nwat = 1\nbeta1 = 'a'\n", encoding="utf-8")
-    faults = faults_of(RECIPE="x")
-    assert [fault.split(": ")[1].split("=")[0].split(" ")[0] for fault in faults] == [
-        "BETA1",
-        "wat",
-    ]
+    (fault,) = faults_of(RECIPE="x")
+    assert "wat is not a setting" in fault
+    assert "BETA1='a' must be a finite number" in fault
 
 
 def test_strength_adds_the_row_of_the_preset() -> None:
@@ -416,7 +406,7 @@ def test_import_starts_nothing(tmp_path: Path) -> None:
 import os, random, signal, sys, threading
 sys.path.insert(0, {str(ROOT)!r})
 sys.dont_write_bytecode = True
-import numpy, sentencepiece, torch, torch.distributed, torch._dynamo, tqdm
+import numpy, sentencepiece, torch, torch.distributed, torch._dynamo, tqdm, zstandard
 
 def forbidden(*args):
     raise SystemExit("the environment was read")

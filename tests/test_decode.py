@@ -1,4 +1,4 @@
-"""The two decoders of train_gpt.py: left to right, and refinement of a span. Also sampling.
+"""Decoding left to right and refinement of a span: greedily in train_gpt.py, sampled in scripts.
 
 Models are float64, so that passes of other shapes give the same logits up to the final rounding to
 float32, and the order of two tokens can change only if their logits are that close.
@@ -15,17 +15,30 @@ import torch
 from torch import Tensor
 
 import train_gpt as tg
+from scripts import decoding as dec
 from tests.conftest import random_rows, randomise, tiny
 
 V = 64
 CORRUPTION = ["mask", "uniform", "hybrid", "gaussian"]
-HOT = tg.Sampling(temperature=1.0, seed=3)
+HOT = dec.Sampling(temperature=1.0, seed=3)
 
-Decoder = Callable[..., tg.Decoded]
-DECODERS: dict[str, Decoder] = {
-    "autoregressive": tg.decode_autoregressive,
-    "refine": lambda *args: tg.decode_refine(*args[:4], 3, *args[4:]),
-}
+Decoder = Callable[..., dec.Decoded]
+
+
+def autoregressive(
+    model: tg.GPT, ids: Tensor, start: int, stop: int, sampling: dec.Sampling = dec.GREEDY
+) -> dec.Decoded:
+    return dec.decode(model, ids, start, stop, dec.MODES["ar"]._replace(sampling=sampling))
+
+
+def refine(
+    model: tg.GPT, ids: Tensor, start: int, stop: int, sampling: dec.Sampling = dec.GREEDY
+) -> dec.Decoded:
+    decoding = dec.MODES["refine"]._replace(steps=3, sampling=sampling)
+    return dec.decode(model, ids, start, stop, decoding)
+
+
+DECODERS: dict[str, Decoder] = {"autoregressive": autoregressive, "refine": refine}
 every_decoder = pytest.mark.parametrize("decode", DECODERS.values(), ids=DECODERS)
 
 
@@ -65,19 +78,21 @@ def model_of(recipe: str = "direct", **overrides: Any) -> Spy:
 @pytest.mark.parametrize(
     ("start", "stop", "length"), [(1, 12, 12), (5, 12, 12), (3, 9, 14), (11, 12, 12)]
 )
-@pytest.mark.parametrize("sampling", [tg.GREEDY, HOT])
+@pytest.mark.parametrize("sampling", [dec.GREEDY, HOT])
 @pytest.mark.parametrize("recipe", ["direct", "ar"])
 def test_autoregressive_equals_a_loop_without_a_cache(
-    recipe: str, sampling: tg.Sampling, start: int, stop: int, length: int
+    recipe: str, sampling: dec.Sampling, start: int, stop: int, length: int
 ) -> None:
     model, ids = model_of(recipe), random_rows(3, length, V)
-    expected, keys = ids.clone(), tg.row_keys(ids, sampling.seed)
+    expected, keys = ids.clone(), dec.row_keys(ids, sampling.seed)
     with torch.no_grad():
         for i in range(start, stop):
             logits = model.forward_causal(expected[:, :i])[0][:, -1:]
-            token, _ = tg.sample_tokens(logits, sampling, tg.split_key(keys, i))
+            token, _ = dec.sample_tokens(logits, sampling, tg.split_key(keys, i))
             expected[:, i : i + 1] = token
-    assert tg.decode_autoregressive(model, ids, start, stop, sampling).ids.equal(expected)
+    assert autoregressive(model, ids, start, stop, sampling).ids.equal(expected)
+    if sampling == dec.GREEDY:
+        assert tg.decode_autoregressive(model, ids, start, stop).equal(expected)
 
 
 def test_sampled_text_has_the_distribution_of_the_chain_rule() -> None:
@@ -88,7 +103,7 @@ def test_sampled_text_has_the_distribution_of_the_chain_rule() -> None:
     p = torch.exp(-tg.token_nll_causal(model, texts)[:, 1:].double().sum(1))
     torch.testing.assert_close(p.sum(), torch.ones((), dtype=torch.float64), rtol=1e-6, atol=0)
     ids = prompt.expand(num_rows, -1)
-    found = tg.decode_autoregressive(model, ids, 2, 5, tg.Sampling(temperature=1.0)).ids[:, 2:]
+    found = autoregressive(model, ids, 2, 5, dec.Sampling(temperature=1.0)).ids[:, 2:]
     count = torch.bincount((found * torch.tensor([9, 3, 1])).sum(1), minlength=27)
     expected = num_rows * p
     chi_square = ((count - expected) ** 2 / expected).sum()
@@ -98,9 +113,7 @@ def test_sampled_text_has_the_distribution_of_the_chain_rule() -> None:
 # ---- refinement of a span ----
 
 
-def slow_refine(
-    model: tg.GPT, row: Tensor, key: Tensor, span: range, num_steps: int, sampling: tg.Sampling
-) -> Tensor:
+def slow_refine(model: tg.GPT, row: Tensor, key: Tensor, span: range, num_steps: int) -> Tensor:
     """Refine one row (L,) by its definition: nothing is cached, the mask is written out."""
     cfg, x, start = model.cfg, row.clone(), span.start
     positions, size = torch.arange(start - 1, len(row)), len(row) - start
@@ -122,8 +135,7 @@ def slow_refine(
         )
         if cfg.self_condition == "soft":
             previous = tg.expected_embedding(model, logits)
-        keys = tg.split_key(key, positions[1:])
-        tokens, log_p = tg.sample_tokens(logits[0], sampling, keys)
+        log_p, tokens = logits[0].log_softmax(-1).max(-1)
         left.sort(key=lambda i: -log_p[0, i - start].item())
         goal = math.ceil(len(span) * (step + 1) / num_steps)  # unmasked after this pass
         num_now = goal - (len(span) - len(left))
@@ -142,21 +154,18 @@ def test_refine_equals_the_slow_reference(
 ) -> None:
     """With as many steps as tokens, one token is filled in per pass."""
     model, ids = model_of(diffusion_corruption_mode=mode, **overrides), random_rows(3, 15, V)
-    for sampling in (tg.GREEDY, HOT):
-        keys = tg.row_keys(ids, sampling.seed)
-        found = tg.decode_refine(model, ids, 4, 12, num_steps, sampling)
-        with torch.no_grad():
-            for row in range(3):
-                key, span = keys[row : row + 1], range(4, 12)
-                expected = slow_refine(model, ids[row], key, span, num_steps, sampling)
-                assert found.ids[row].equal(expected)
-        assert found.forwards.tolist() == [[num_steps]] * 3
+    keys, found = dec.row_keys(ids, 0), tg.decode_refine(model, ids, 4, 12, num_steps)
+    assert len(model.denoised()) == num_steps
+    with torch.no_grad():
+        for row in range(3):
+            expected = slow_refine(model, ids[row], keys[row : row + 1], range(4, 12), num_steps)
+            assert found[row].equal(expected)
 
 
 @pytest.mark.parametrize(("span", "steps"), [(6, 6), (6, 4), (7, 2), (5, 1), (8, 3)])
 def test_the_most_confident_tokens_are_unmasked_first_and_kept(span: int, steps: int) -> None:
     model, ids = model_of(), random_rows(3, 4 + span + 3, V)
-    found = tg.decode_refine(model, ids, 4, 4 + span, steps).ids[:, 4 : 4 + span]
+    found = tg.decode_refine(model, ids, 4, 4 + span, steps)[:, 4 : 4 + span]
     passes = model.denoised()
     still_masked = torch.ones(3, span, dtype=torch.bool)
     for i, (window, logits) in enumerate(passes):
@@ -258,11 +267,38 @@ def test_text_around_the_span_is_kept_and_the_span_is_not_read(mode: str, decode
 def test_the_number_of_forwards_is_exact(start: int, span: int, steps: int) -> None:
     model, ids = model_of(), random_rows(2, start + span, V)
     if steps:
-        found, expected = tg.decode_refine(model, ids, start, start + span, steps), min(steps, span)
+        tg.decode_refine(model, ids, start, start + span, steps)
     else:
-        found, expected = tg.decode_autoregressive(model, ids, start, start + span), span
+        tg.decode_autoregressive(model, ids, start, start + span)
+    assert len(model.passes) == (min(steps, span) or span) + 1  # the prompt
+
+
+@every_decoder
+def test_forwards_are_the_passes_of_each_row(decode: Decoder) -> None:
+    model, ids = model_of(), random_rows(2, 9, V)
+    found = decode(model, ids, 4, 9)
+    expected = 3 if decode is refine else 5
     assert len(model.passes) == expected + 1  # the prompt
     assert found.forwards.tolist() == [[expected]] * 2
+
+
+@pytest.mark.parametrize("mode", CORRUPTION)
+def test_greedy_decoding_is_the_same_in_train_gpt_and_scripts(mode: str) -> None:
+    model, ids = model_of(diffusion_corruption_mode=mode), random_rows(3, 16, V)
+    assert refine(model, ids, 4, 12).ids.equal(tg.decode_refine(model, ids, 4, 12, 3))
+    left_to_right = tg.decode_autoregressive(model, ids, 4, 12)
+    assert autoregressive(model, ids, 4, 12).ids.equal(left_to_right)
+
+
+@pytest.mark.parametrize("decode", [tg.decode_autoregressive, tg.decode_refine])
+def test_greedy_decoding_keeps_the_text_around_the_span(decode: Callable[..., Tensor]) -> None:
+    model, ids = model_of(), random_rows(3, 16, V)
+    original, found = ids.clone(), decode(model, ids, 4, 12)
+    assert ids.equal(original)  # the caller's tensor does not change
+    assert found[:, :4].equal(ids[:, :4])
+    assert found[:, 12:].equal(ids[:, 12:])
+    assert decode(model, ids[:1], 4, 12).equal(found[:1])
+    assert decode(model, ids, 6, 6).equal(ids)
 
 
 @every_decoder
@@ -274,10 +310,10 @@ def test_an_empty_span_takes_no_pass(decode: Decoder) -> None:
 
 
 @every_decoder
-@pytest.mark.parametrize("sampling", [tg.GREEDY, HOT])
+@pytest.mark.parametrize("sampling", [dec.GREEDY, HOT])
 @pytest.mark.parametrize("mode", ["mask", "uniform"])
 def test_a_batch_of_one_equals_a_batch_of_four(
-    mode: str, sampling: tg.Sampling, decode: Decoder
+    mode: str, sampling: dec.Sampling, decode: Decoder
 ) -> None:
     model, ids = model_of(diffusion_corruption_mode=mode), random_rows(4, 16, V)
     together = decode(model, ids, 4, 12, sampling).ids
@@ -302,13 +338,13 @@ def test_a_row_stops_at_its_end_token(decode: Decoder) -> None:
     end = int(whole.ids[0, 16])
     ids[1, 2] = end  # an end token of the prompt ends nothing
     whole = decode(model, ids, 5, 21)
-    found = decode(model, ids, 5, 21, tg.Sampling(end=end))
+    found = decode(model, ids, 5, 21, dec.Sampling(end=end))
     for row, expected in zip(found.ids[:, 5:].tolist(), whole.ids[:, 5:].tolist(), strict=True):
         cut = expected.index(end) if end in expected else 16
         assert row[: cut + 1] == expected[: cut + 1]
         assert set(row[cut:]) <= {end}
     assert found.ids[:, :5].equal(ids[:, :5])
-    if decode is tg.decode_autoregressive:
+    if decode is autoregressive:
         ends = [row.index(end) + 1 if end in row else 16 for row in whole.ids[:, 5:].tolist()]
         assert found.forwards[:, 0].tolist() == ends
 
@@ -322,7 +358,7 @@ def test_a_span_outside_the_rows_is_an_error(decode: Decoder, start: int, stop: 
 
 def test_refinement_needs_a_denoiser() -> None:
     with pytest.raises(tg.UserError, match=r"no trained denoiser \(DIFFUSION_LOSS_WEIGHT=0\)"):
-        tg.decode_refine(model_of("ar"), random_rows(1, 8, V), 4, 8)
+        refine(model_of("ar"), random_rows(1, 8, V), 4, 8)
 
 
 # ---- sampling ----
@@ -333,8 +369,8 @@ def test_filters_keep_the_most_probable_tokens() -> None:
     p = logits.softmax(-1)
 
     def frequencies(**filters: Any) -> Tensor:
-        sampling = tg.Sampling(temperature=1.0, **filters)
-        tokens, _ = tg.sample_tokens(logits.expand(1, 4000, 5), sampling, keys)
+        sampling = dec.Sampling(temperature=1.0, **filters)
+        tokens, _ = dec.sample_tokens(logits.expand(1, 4000, 5), sampling, keys)
         return torch.bincount(tokens[0], minlength=5) / 4000
 
     assert (frequencies()[:4] > 0).all()
@@ -355,8 +391,8 @@ def test_filters_keep_the_most_probable_tokens() -> None:
 def test_sampling_follows_the_distribution(temperature: float) -> None:
     logits, count = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0]), 40_000
     keys = tg.split_key(torch.arange(count), 8).view(100, 400)
-    sampling = tg.Sampling(temperature=temperature)
-    tokens, log_p = tg.sample_tokens(logits.expand(100, 400, 5), sampling, keys)
+    sampling = dec.Sampling(temperature=temperature)
+    tokens, log_p = dec.sample_tokens(logits.expand(100, 400, 5), sampling, keys)
     p = (logits.double() / temperature).softmax(-1)
     expected, found = p * count, torch.bincount(tokens.flatten(), minlength=5)
     assert found[4] == 0
@@ -369,14 +405,14 @@ def test_sampling_follows_the_distribution(temperature: float) -> None:
 
 def test_temperature_zero_takes_the_most_probable_token() -> None:
     logits = torch.randn(4, 7, V)
-    tokens, log_p = tg.sample_tokens(logits, tg.GREEDY, torch.zeros(4, 7, dtype=torch.int64))
+    tokens, log_p = dec.sample_tokens(logits, dec.GREEDY, torch.zeros(4, 7, dtype=torch.int64))
     assert tokens.equal(logits.argmax(-1))
     rounding = V * torch.finfo(torch.float32).eps  # of a sum of V terms
     expected = logits.double().log_softmax(-1).amax(-1)
     torch.testing.assert_close(log_p, expected, atol=rounding, rtol=rounding)
-    cold = tg.Sampling(temperature=1e-3)
+    cold = dec.Sampling(temperature=1e-3)
     keys = tg.split_key(torch.arange(28)).view(4, 7)
-    assert tg.sample_tokens(logits, cold, keys)[0].equal(tokens)
+    assert dec.sample_tokens(logits, cold, keys)[0].equal(tokens)
 
 
 def test_scaled_positions_are_read_as_nearer_ones() -> None:

@@ -27,7 +27,7 @@ def test_the_program_stays_small() -> None:
 
 
 def test_ten_sections_in_order() -> None:
-    banners = re.findall(r"^# (\d+)  ([A-Z][A-Z ,]+) -- (.+)$", SOURCE, re.MULTILINE)
+    banners = re.findall(r"^# ==== (\d+)  ([A-Z][A-Z ,]+) -- (.+)$", SOURCE, re.MULTILINE)
     assert [int(number) for number, *_ in banners] == list(range(1, 11))
     assert all(purpose.strip("= ") for *_, purpose in banners)
 
@@ -130,7 +130,7 @@ def test_scripts_import_no_tests() -> None:
         assert {name.split(".")[0] for name in imports_of(path)}.isdisjoint({"tests", "conftest"})
 
 
-COMMANDS = [path for path in SCRIPTS if "__main__" in path.read_text(encoding="utf-8")]
+COMMANDS = [p for p in SCRIPTS if "if __name__ == " in p.read_text(encoding="utf-8")]
 
 
 @pytest.mark.slow

@@ -22,13 +22,14 @@ from tests.test_config import LEGACY
 STEPS = 4
 ALL = dict(diffusion_row_frac=1.0, diffusion_start_frac=0.0, nelbo_windows="1,4", eval_stride=0)
 # One kind per setting that selects code.
+REGIONS = ("iid", "spans", "continuation", "infill")
 # fmt: off
 KINDS: dict[str, dict[str, Any]] = {
     **{f"loss_{name}": dict(diffusion_loss=name) for name in tg.LOSSES if name != "sedd_uniform"},
     "loss_sedd_uniform": dict(diffusion_loss="sedd_uniform", diffusion_corruption_mode="uniform"),
     **{f"noise_{mode}": dict(diffusion_corruption_mode=mode)
        for mode in ("uniform", "hybrid", "gaussian")},
-    **{f"region_{name}": dict(diffusion_regions=name) for name in tg.REGIONS},
+    **{f"region_{name}": dict(diffusion_regions=name) for name in REGIONS},
     "tasks_mixed": dict(mercury_task_mode="mixed"),
     "self_condition_soft": dict(self_condition="soft", time_embed_dim=4),
     "self_condition_commit": dict(self_condition="commit"),

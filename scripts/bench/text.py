@@ -18,7 +18,7 @@ def open_validation(artifact: Artifact, cfg: Config) -> TokenLoader:
     """
     loader = TokenLoader(cfg, "val")
     check_manifest(cfg, artifact.tokenizer_sha256, str(artifact.path))
-    if tg.read_manifest(cfg)[0]:
+    if tg.read_manifest(cfg).get("tokenizer"):
         return loader
     path = Path(cfg.tokenizer_path)
     if not path.is_file():
@@ -32,7 +32,7 @@ def open_validation(artifact: Artifact, cfg: Config) -> TokenLoader:
 
 def check_manifest(cfg: Config, sha256: str, of: str) -> None:
     """Raise UserError if the manifest of the shards names another tokenizer than a model's."""
-    theirs = tg.read_manifest(cfg)[0]
+    theirs = tg.read_manifest(cfg).get("tokenizer")
     if theirs and theirs != sha256:
         hashes = f"SHA-256 {theirs[:12]}, not {sha256[:12]} of {of}"
         rule = "name shards of that tokenizer, or prepare them with --tokenizer"
