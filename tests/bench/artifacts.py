@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ def write_manifest(data: dict[str, Any], folder: Path, sha256: str) -> Path:
     folder.mkdir()
     for shard in Path(data["data_path"]).glob("*.bin"):
         (folder / shard.name).write_bytes(shard.read_bytes())
+    files = {}
+    for shard in folder.glob("*.bin"):
+        files[shard.name] = {"sha256": hashlib.sha256(shard.read_bytes()).hexdigest()}
     found = {"settings": {}, "tokenizer": {"sha256": sha256}, "splits": {"val": {"bytes": 1}}}
+    found["files"] = files
     (folder / "manifest.json").write_text(json.dumps(found), encoding="utf-8")
     return folder
