@@ -10,8 +10,6 @@ DATA := data/stdlib
 OUT := out/demo
 ARTIFACT = $$(ls -t $(OUT)/final_model.*.ptz | head -n 1)
 RECORD := logs/record_cpu
-# Kernels are compiled on a CPU only where there is a C++ compiler.
-COMPILE ?= $(if $(shell command -v $(CXX) || command -v clang++),1,0)
 
 .PHONY: venv demo lint check test
 .DELETE_ON_ERROR:
@@ -30,7 +28,7 @@ $(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements
 
 demo: $(VENV)/.requirements
 	$(BIN)/python scripts/prepare_data.py --out $(DATA)
-	DATA_PATH=$(DATA) TOKENIZER_PATH=$(DATA)/tokenizer.model RUN_ID=demo OUT_DIR=$(OUT) COMPILE=$(COMPILE) \
+	DATA_PATH=$(DATA) TOKENIZER_PATH=$(DATA)/tokenizer.model RUN_ID=demo OUT_DIR=$(OUT) \
 	    NELBO_SEQUENCES=64 PARALLEL_EVAL_EXAMPLES=64 $(BIN)/python train_gpt.py
 	$(BIN)/python scripts/sample.py --artifact $(ARTIFACT) --demo $(DATA)
 	@echo "log       $(OUT)/logs/demo.txt and $(OUT)/logs/demo.jsonl"

@@ -15,13 +15,19 @@ standard output is one JSON object.
 
 from __future__ import annotations
 
+import sys
+from os.path import abspath, dirname
+
+sys.path.insert(0, dirname(dirname(abspath(__file__))))  # the repository
+import scripts.process  # noqa: F401 -- first: Ctrl-C ends the imports below in one line, too
+
+# isort: split
 import argparse
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import os
-import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,8 +36,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
 import train_gpt as tg
 from scripts.bench.text import check_manifest

@@ -20,16 +20,20 @@ beyond    pairs of rows in the other order than published whose difference excee
 
 from __future__ import annotations
 
+import sys
+from os.path import abspath, dirname
+
+sys.path.insert(0, dirname(dirname(dirname(abspath(__file__)))))  # the repository
+import scripts.process  # noqa: F401 -- first: Ctrl-C ends the imports below in one line, too
+
+# isort: split
 import argparse
 import itertools
 import math
 import statistics
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 from scripts.common import NONE, ROOT, Parser, fail, in_range, markdown, need, run_command
 from scripts.study import report, sweep

@@ -14,6 +14,13 @@ score an artifact there. A failure leaves no folder. The last line is one JSON o
 
 from __future__ import annotations
 
+import sys
+from os.path import abspath, dirname
+
+sys.path.insert(0, dirname(dirname(dirname(abspath(__file__)))))  # the repository
+import scripts.process  # noqa: F401 -- first: Ctrl-C ends the imports below in one line, too
+
+# isort: split
 import argparse
 import contextlib
 import datetime
@@ -27,14 +34,11 @@ import shutil
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import train_gpt as tg
 from scripts.common import NONE, Parser, check_faults, markdown, run_command

@@ -12,10 +12,16 @@ did not finish nothing else is drawn. The last line is one JSON object.
 
 from __future__ import annotations
 
+import sys
+from os.path import abspath, dirname
+
+sys.path.insert(0, dirname(dirname(dirname(abspath(__file__)))))  # the repository
+import scripts.process  # noqa: F401 -- first: Ctrl-C ends the imports below in one line, too
+
+# isort: split
 import argparse
 import re
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,8 +30,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 from scripts.common import Parser, fail, names, need, run_command
 from scripts.study import report

@@ -12,6 +12,13 @@ OUT/sweep.jsonl and OUT/logs; the last line is one JSON object.
 
 from __future__ import annotations
 
+import sys
+from os.path import abspath, dirname
+
+sys.path.insert(0, dirname(dirname(dirname(abspath(__file__)))))  # the repository
+import scripts.process  # noqa: F401 -- first: Ctrl-C ends the imports below in one line, too
+
+# isort: split
 import argparse
 import contextlib
 import dataclasses
@@ -25,7 +32,6 @@ import os
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 import tomllib
 from collections import Counter
@@ -34,8 +40,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
 import train_gpt as tg
 from scripts.common import (

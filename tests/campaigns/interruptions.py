@@ -163,8 +163,10 @@ def ranks(t: Try) -> None:
         t.fault(f"hang: over its {outcome.ended} ({outcome.seconds:.0f} s)")
     if of_program(outcome.err):
         t.fault(f"Traceback of the program: {last_line(outcome.err)}")
+    # A launcher that gets a signal says so itself; it may end its ranks while they start.
+    named = NAMED_RANK.search(outcome.err) or (rank == "launcher" and "got signal" in outcome.err)
     by_launcher = rank == "launcher" and number == signal.SIGKILL
-    if outcome.status and not by_launcher and not NAMED_RANK.search(outcome.err):
+    if outcome.status and not by_launcher and not named:
         t.fault(f"no line names a rank: {last_line(outcome.err)}")
     outcome = launch(t)
     t.judge_run(outcome, [], (0,))
