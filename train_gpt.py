@@ -101,7 +101,7 @@ class Config:
     data_path: str = free("./data/datasets/fineweb10B_sp1024", "folder of token shards", "path")
     tokenizer_path: str = free("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece", "path")
     vocab_size: int = opt(1024, "V; must equal the tokenizer's", "tokens", low=2, high=65535)
-    num_layers: int = opt(9, "Transformer blocks L", "layers", low=1)
+    num_layers: int = opt(9, "Transformer blocks L", "layers", low=1, high=10_000)
     model_dim: int = opt(512, "width D", "channels", low=2)
     num_heads: int = opt(8, "query heads H", "heads", low=1)
     num_kv_heads: int = opt(4, "key/value heads G", "heads", low=1)
