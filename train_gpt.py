@@ -93,7 +93,7 @@ class Config:
     run_id: str = free("", "name of log and checkpoint; empty: recipe, seed, hash of the settings")
     seed: int = opt(1337, "fixes initial weights, data order and noise", low=0, high=2**31 - 1)
     out_dir: str = free(".", "folder of final_model.*.ptz, logs/ and checkpoints/", "path")
-    resume: str = free("no", "auto: continue from checkpoints/RUN_ID.pt", choices="no auto")
+    resume: str = free("no", "auto: continue from checkpoints/RUN_ID.ckpt", choices="no auto")
     init_from: str = opt("", "artifact with the initial weights; empty: from scratch", "path")
     checkpoint_seconds: float = free(60.0, "time between checkpoints; 0: only the last", "s", low=0)
     device: str = free("auto", "device type", choices="auto cpu cuda")
@@ -158,7 +158,7 @@ class Config:
     diffusion_causal: bool = opt(False, "attention inside a window is causal")
     diffusion_anneal_frac: float = share(0.0, "share of the run until windows read both ways")
     diffusion_shift: bool = opt(True, "in a window, too, position i predicts token i + 1")
-    diffusion_corruption_mode: str = opt("mask", "", choices="mask uniform hybrid gaussian")
+    diffusion_corruption_mode: str = opt("mask", "noise", choices="mask uniform hybrid gaussian")
     diffusion_hybrid_mask_prob: float = share(0.5, "hybrid: share of masks")
     diffusion_regions: str = opt("iid:3,infill:1", "where to corrupt, with shares")
     mercury_task_mode: str = opt("none", "regions", choices="none mixed continuation infill")
@@ -171,7 +171,7 @@ class Config:
     diffusion_full_prob: float = share(0.3, "share of windows at t = 1")
     diffusion_span_len: int = opt(8, "spans: tokens per span", "tokens", low=1)
     diffusion_spans_per_seq: int = opt(8, "spans: most spans per window", "spans", low=1)
-    export_scheme: str = free("int8+zlib", "int6: the smaller", choices=f"int6 {SCHEME_NAMES}")
+    export_scheme: str = free("int8+zlib", "int6: smaller of two", choices=f"int6 {SCHEME_NAMES}")
     nelbo_windows: str = free("1,16,T", "window sizes of nelbo_bpb; empty: none")
     nelbo_samples: int = free(8, "Monte Carlo samples K per window", low=2, high=100_000)
     nelbo_sequences: int = free(0, "validation rows scored, evenly spaced; 0: all", "rows", low=0)
@@ -276,7 +276,7 @@ def parse_shares(text: str) -> list[tuple[str, float]]:
 
 def parse_counts(text: str) -> list[int]:
     """Read whole numbers from 1, separated by commas. ValueError: something else."""
-    counts = [int(name) for name, _ in parse_shares(text)]
+    counts = [int(part) for part in text.split(",") if part.strip()]
     if min(counts, default=1) < 1:
         raise ValueError("numbers must be 1 or more")
     return counts
@@ -927,11 +927,12 @@ def check_data(
     manifest, hashes = read_manifest(cfg), train.hashes | val.hashes
     theirs, source = manifest.get("tokenizer"), manifest.get("bytes")
     counted, warnings = 0, list[str]()
-    listed = manifest.get("files", hashes) if train.whole else hashes
+    listed = manifest.get("files", hashes)
+    known = hashes if train.whole else {key: listed.get(key, "") for key in hashes}  # by name only
     if theirs and theirs != counter.sha256:
         which = f"SHA-256 {theirs[:12]}, not {counter.sha256[:12]} of {name}"
         raise UserError(f"{folder} was made with another tokenizer ({which}); name that one")
-    if changed := [key for key in hashes | listed if hashes.get(key) != listed.get(key)]:
+    if changed := [key for key in known | listed if known.get(key) != listed.get(key)]:
         rule = "are not as its manifest.json says; build them again, or move that file away"
         raise UserError(f"{folder}: {', '.join(changed[:3])} {rule}")
     for start in range(0, val.total - 1, 1 << 22):
@@ -940,9 +941,8 @@ def check_data(
     if not counted:
         raise UserError(f"{folder} has no byte of text in its validation split; prepare more text")
     flat, sp = val.rows(0, 1, min(val.total, 4096) - 1)[0].numpy(), counter.tokenizer
-    ids = max(np.split(flat, np.flatnonzero(flat == sp.bos_id())), key=len).tolist()[1:]
-    half = len(ids) // 2  # the longest document there, which may be cut
-    if not theirs and sp.encode(sp.decode(ids))[:half] != ids[:half]:
+    ids = max(np.split(flat, np.flatnonzero(flat == sp.bos_id())), key=len).tolist()[1:]  # longest
+    if not theirs and sp.encode(sp.decode(ids))[: len(ids) // 2] != ids[: len(ids) // 2]:
         rule = "a document of it does not come back when decoded and encoded again"
         warnings.append(f"{folder} may be of another tokenizer than {name}: {rule}")
     if source and abs(counted / source - 1) > BYTES_TOLERANCE:
