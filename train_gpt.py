@@ -462,7 +462,7 @@ def all_recipes() -> Rows:
     """Return built-in recipes, and rows of LADDER_FILE over their bases. UserError: damaged."""
     found, name = dict(RECIPES), "rows"
     try:
-        text = LADDER_FILE.read_text("utf-8") if LADDER_FILE.exists() else ""
+        text = LADDER_FILE.read_text("utf-8") if LADDER_FILE.is_file() else ""
         for name, row in tomllib.loads(text).get("rows", {}).items():
             texts = {k: str(int(v) if isinstance(v, bool) else v) for k, v in row.items()}
             own = {k: v for k, v in texts.items() if k not in ("base", "note", "published")}
@@ -865,7 +865,7 @@ class ByteCounter:
     def __init__(self, cfg: Config) -> None:
         path, name = Path(cfg.tokenizer_path), f"TOKENIZER_PATH={cfg.tokenizer_path!r}"
         try:
-            model = path.read_bytes()
+            model = path.read_bytes() if path.is_file() else b""  # a pipe would block
             self.tokenizer = spm.SentencePieceProcessor(model_proto=model or b"empty")
             size = self.tokenizer.vocab_size()
             pieces = [self.spelling(i) for i in range(size)]
@@ -909,7 +909,7 @@ def read_manifest(cfg: Config) -> Facts:
     """Return what the manifest beside the shards says of them, if any. UserError: damaged."""
     path = Path(cfg.data_path, "manifest.json")
     try:
-        found = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
         if "settings" not in found:  # another program's
             return {}
         files = {name: str(row["sha256"]) for name, row in found["files"].items()}
@@ -1963,7 +1963,7 @@ def decompress(data: bytes) -> bytes:
 def read_artifact(path: Path, what: str = "artifact") -> tuple[Facts, dict[str, Tensor]]:
     """Return settings and identity of an artifact, and its float32 weights. UserError: damaged."""
     try:
-        about, tensors = unpack_tensors(decompress(path.read_bytes()))
+        about, tensors = unpack_tensors(decompress(path.read_bytes() if path.is_file() else b""))
         if about["format"] != ARTIFACT_FORMAT:
             raise ValueError(f"its format is not {ARTIFACT_FORMAT!r}")
         kinds = {n: torch.int8 if n + SCALE in tensors else torch.half for n in tensors}
@@ -2083,7 +2083,7 @@ class TrainState:
 
     def resume(self) -> None:
         """Continue from a checkpoint, or start from INIT_FROM. UserError: damaged, or no fit."""
-        paths = [path for path in self.cfg.checkpoints if path.exists()]
+        paths = [path for path in self.cfg.checkpoints if path.is_file()]
         if self.cfg.resume == "auto" and paths:
             self.load(paths)
         elif self.cfg.init_from:

@@ -596,3 +596,19 @@ def test_numpy_reads_what_a_container_says(tmp_path: Path) -> None:
     assert found == {"about": {"a": 1}, "tensors": [["w", "<f4", [2, 3]]]}
     numbers = np.frombuffer(packed, "<f4", offset=48 + header)
     assert numbers.tolist() == w.flatten().tolist()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("name", ["manifest.json", "t.model", "a.ptz"])
+def test_a_pipe_in_place_of_a_file_does_not_block(
+    name: str, data: dict[str, Any], tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / name)
+    if name == "manifest.json":
+        assert tg.read_manifest(tiny(data_path=str(tmp_path))) == {}
+    elif name == "t.model":
+        with pytest.raises(tg.UserError, match=r"t\.model.* is no SentencePiece model"):
+            tg.ByteCounter(tiny(**data | {"tokenizer_path": str(tmp_path / name)}))
+    else:
+        with pytest.raises(tg.UserError, match=r"a\.ptz is missing, damaged or not ours"):
+            tg.load_artifact(tmp_path / name, CPU)

@@ -74,6 +74,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def special_files(folder: str, names: list[str]) -> list[str]:
+    """Name what cannot be copied: pipes, and links that lead nowhere."""
+    return [
+        name
+        for name in names
+        if not Path(folder, name).is_file() and not Path(folder, name).is_dir()
+    ]
+
+
 def run_campaign(
     name: str, seconds: float, args: argparse.Namespace, inputs: Inputs
 ) -> dict[str, Any]:
@@ -114,7 +123,7 @@ def report(t: Try, keep: Path) -> None:
         return
     kept = keep / f"{t.campaign}-{t.seed}-{t.number}"
     shutil.rmtree(kept, ignore_errors=True)
-    shutil.copytree(t.folder, kept, symlinks=True, ignore_dangling_symlinks=True)
+    shutil.copytree(t.folder, kept, symlinks=True, ignore=special_files)
     repeat = f"python -m tests.campaigns {t.campaign} --seed {t.seed} --only {t.number}"
     for fault in t.faults:
         place = f"FAULT {t.campaign} seed={t.seed} try={t.number}"
