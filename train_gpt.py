@@ -865,7 +865,7 @@ class ByteCounter:
     def __init__(self, cfg: Config) -> None:
         path, name = Path(cfg.tokenizer_path), f"TOKENIZER_PATH={cfg.tokenizer_path!r}"
         try:
-            model = path.read_bytes() if path.is_file() else b""  # a pipe would block
+            model = b"" if path.is_fifo() else path.read_bytes()  # a pipe would block
             self.tokenizer = spm.SentencePieceProcessor(model_proto=model or b"empty")
             size = self.tokenizer.vocab_size()
             pieces = [self.spelling(i) for i in range(size)]
@@ -1963,7 +1963,7 @@ def decompress(data: bytes) -> bytes:
 def read_artifact(path: Path, what: str = "artifact") -> tuple[Facts, dict[str, Tensor]]:
     """Return settings and identity of an artifact, and its float32 weights. UserError: damaged."""
     try:
-        about, tensors = unpack_tensors(decompress(path.read_bytes() if path.is_file() else b""))
+        about, tensors = unpack_tensors(decompress(b"" if path.is_fifo() else path.read_bytes()))
         if about["format"] != ARTIFACT_FORMAT:
             raise ValueError(f"its format is not {ARTIFACT_FORMAT!r}")
         kinds = {n: torch.int8 if n + SCALE in tensors else torch.half for n in tensors}
