@@ -495,6 +495,7 @@ LINES = {  # lines that other programs parse; other events are printed as `name 
     " exact_seq:{exact_seq:.4f} tokens:{tokens} tok_per_sec:{tok_per_sec:.2f} span:{span}"
     " forwards:{forwards} mode:{mode}",
 }
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 RESUME_HINT = "the last checkpoint is kept: rerun the command with RESUME=auto"
 CPU = torch.device("cpu")
 Facts = dict[str, Any]  # of an event
@@ -616,7 +617,7 @@ class LostRank(RuntimeError):
 def interrupt(number: int, frame: object) -> None:
     """Handle a signal as Ctrl-C; a second one does not disturb the end of the run."""
     signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt(signal.Signals(number).name)
+    raise KeyboardInterrupt
 
 
 @dataclasses.dataclass
@@ -647,7 +648,7 @@ class Run:
             continued = cfg.resume == "auto" and any(path.exists() for path in cfg.checkpoints)
             run = cls(cfg, rank, others[0], device, Log(cfg, rank, continued))
             run.compile = use_compile(cfg, device)
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in ENDING_SIGNALS:
                 stack.callback(signal.signal, number, signal.signal(number, interrupt))
             stack.callback(lambda: dist.is_initialized() and dist.destroy_process_group())
             try:
@@ -675,14 +676,15 @@ class Run:
 
     def explain(self, error: BaseException) -> UserError | None:
         """Turn what ended the run into an error for the user."""
-        if isinstance(error, UserError):
+        stopped = [n for n in ENDING_SIGNALS if signal.getsignal(n) is signal.SIG_IGN]
+        if isinstance(error, UserError) and not stopped:
             return error
         text, lost = " ".join(str(error).split())[:200], ""
         for rank, peer in enumerate(self.peers):
             if peer[0] == platform.node() and not os.path.exists(f"/proc/{peer[1]}/exe"):
                 lost += f"rank {rank} (process {peer[1]}) "
-        if isinstance(error, KeyboardInterrupt):
-            why = f"ended by {text or 'a signal'}" + f", {lost}is gone" * bool(lost)
+        if stopped:  # libraries turn the exception of a signal into others
+            why = f"ended by {stopped[0].name}" + f", {lost}is gone" * bool(lost)
         elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate" in text:
             sizes = self.cfg.fill("{TRAIN_BATCH_TOKENS}, {VAL_BATCH_SIZE} or {MODEL_DIM}")
             why = f"out of memory ({text}); lower {sizes}, or raise MICRO_BATCHES"
@@ -693,8 +695,7 @@ class Run:
         else:  # a fault of the program
             return None
         fault = UserError(f"rank {self.rank}: {why}; {RESUME_HINT}")
-        if isinstance(error, KeyboardInterrupt):
-            fault.status = 128 + getattr(signal, text or "SIGINT")
+        fault.status = 128 + stopped[0] if stopped else 2
         return fault
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -1960,8 +1961,10 @@ def decompress(data: bytes) -> bytes:
     return bytes(raw)
 
 
-def read_artifact(path: Path, what: str = "artifact") -> tuple[Facts, dict[str, Tensor]]:
-    """Return settings and identity of an artifact, and its float32 weights. UserError: damaged."""
+def load_artifact(
+    path: Path, device: torch.device, what: str = "artifact"
+) -> tuple[GPT, dict[str, str]]:
+    """Rebuild a model (settings: model.cfg); return it and its identity. UserError: damaged."""
     try:
         about, tensors = unpack_tensors(decompress(b"" if path.is_fifo() else path.read_bytes()))
         if about["format"] != ARTIFACT_FORMAT:
@@ -1972,30 +1975,26 @@ def read_artifact(path: Path, what: str = "artifact") -> tuple[Facts, dict[str, 
             raise ValueError(f"{name} holds numbers that are not finite, or of another type")
         weights = {name: w.float() for name, w in tensors.items() if not name.endswith(SCALE)}
         for name in tensors.keys() - weights.keys():
-            w = weights[name.removesuffix(SCALE)]
-            w *= tensors[name].float().view(len(w), 1)
+            w, scale = weights[name.removesuffix(SCALE)], tensors[name].float()
+            if scale.shape != w.shape[:1]:
+                raise ValueError(f"{name} has another shape than its tensor")
+            w *= scale[:, None]
         types = {n: (type(getattr(Config, n)), type(v)) for n, v in about["config"].items()}
         if wrong := [n for n, kind in types.items() if len({*kind}) > 1 and kind != (float, int)]:
             raise ValueError(f"settings of another type: {wrong}")
-        about["config"] = Config(**about["config"])
-        asked, held = count_parameters(about["config"]), sum(map(Tensor.numel, weights.values()))
+        cfg = Config(**about["config"])
+        asked, held = count_parameters(cfg), sum(map(Tensor.numel, weights.values()))
         if asked != held:
             raise ValueError(f"its settings ask for {asked:,} parameters, it holds {held:,}")
-        return about, weights
+        model = GPT(cfg)
+        if unlike := differing_shapes(dict(model.named_parameters()), weights):
+            raise ValueError(f"it lacks or has other tensors: {unlike}")
+        model.load_state_dict(weights)
+        return model.to(device).eval(), {name: str(about.get(name, "")) for name in IDENTITY}
     except Exception as error:  # zlib, json and torch fail in many ways on foreign bytes
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         rule = f"is missing, damaged or not ours ({why}); copy or export it again"
         raise UserError(f"{what} {path} {rule}") from error
-
-
-def load_artifact(path: Path, device: torch.device) -> tuple[GPT, dict[str, str]]:
-    """Rebuild a model (settings: model.cfg); return it and its identity. UserError: damaged."""
-    about, weights = read_artifact(path)
-    model = GPT(about["config"])
-    if unlike := differing_shapes(dict(model.named_parameters()), weights):
-        raise UserError(f"artifact {path} lacks or has other tensors: {unlike}; export it again")
-    model.load_state_dict(weights)
-    return model.to(device).eval(), {name: str(about.get(name, "")) for name in IDENTITY}
 
 
 # ==== 9  TRAINING -- one loop for every recipe; all that changes is in TrainState =================
@@ -2083,7 +2082,7 @@ class TrainState:
 
     def resume(self) -> None:
         """Continue from a checkpoint, or start from INIT_FROM. UserError: damaged, or no fit."""
-        paths = [path for path in self.cfg.checkpoints if path.is_file()]
+        paths = [path for path in self.cfg.checkpoints if path.exists()]
         if self.cfg.resume == "auto" and paths:
             self.load(paths)
         elif self.cfg.init_from:
@@ -2093,10 +2092,10 @@ class TrainState:
         """Take over the first of some checkpoints."""
         path, ours = paths[0], self.run.identity
         try:
-            about, saved = unpack_tensors(path.read_bytes())
+            about, saved = unpack_tensors(b"" if path.is_fifo() else path.read_bytes())
             old, wrong = dict(about["config"]), first_not_finite(saved)
             step, seconds = about["step"], about["seconds"]
-            right = (type(step), type(seconds), wrong) == (int, float, "") and seconds >= 0
+            right = (type(step), type(seconds), wrong) == (int, float, "") and 0 <= seconds < 1e9
             if not right or not 0 <= step <= old["iterations"]:
                 raise ValueError(f"step {step!r}, {seconds!r} s, {wrong}")
         except Exception as error:  # json, numpy and torch raise many kinds on damaged files
@@ -2123,12 +2122,12 @@ class TrainState:
 def start_from_artifact(state: TrainState) -> None:
     """Take the weights of INIT_FROM that this model has. UserError: damaged, or does not fit."""
     cfg, own = state.cfg, state.tensors
-    about, weights = read_artifact(Path(cfg.init_from), "INIT_FROM: artifact")
+    model, identity = load_artifact(Path(cfg.init_from), state.run.device, "INIT_FROM: artifact")
     asked = {name: getattr(cfg, name) for name in SHAPE_SETTINGS}
     asked["tokenizer_sha256"] = state.run.identity.get("tokenizer_sha256")
-    shared = {name: w for name, w in weights.items() if name in own}
+    shared = {name: p.detach() for name, p in model.named_parameters() if name in own}
     averages = {f"{name}:ema": w for name, w in shared.items() if f"{name}:ema" in own}
-    theirs, differ = shared | averages, changes(vars(about["config"]) | about, asked)
+    theirs, differ = shared | averages, changes(vars(model.cfg) | identity, asked)
     ours = {name: own[name] for name in theirs}
     state.take_over("INIT_FROM", cfg.init_from, differ, theirs, ours)
     fresh = len(state.weights()) - len(shared)

@@ -612,3 +612,28 @@ def test_a_pipe_in_place_of_a_file_does_not_block(
     else:
         with pytest.raises(tg.UserError, match=r"a\.ptz is missing, damaged or not ours"):
             tg.load_artifact(tmp_path / name, CPU)
+
+
+def test_what_a_signal_turns_into_is_still_its_end(data: dict[str, Any], tmp_path: Path) -> None:
+    """np.fromfile, for one, makes a TypeError of the exception that a signal raises in it."""
+
+    def run() -> None:
+        with tg.Run.start(tiny(**data, out_dir=str(tmp_path))):
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            except KeyboardInterrupt:
+                raise TypeError("expected str") from None
+
+    with pytest.raises(tg.UserError, match="rank 0: ended by SIGTERM") as caught:
+        run()
+    assert caught.value.status == 143
+
+
+def test_a_folder_in_place_of_a_checkpoint_is_an_error(
+    data: dict[str, Any], tmp_path: Path
+) -> None:
+    cfg = tiny(**data, out_dir=str(tmp_path), run_id="r", resume="auto")
+    cfg.checkpoints[0].mkdir(parents=True)
+    with pytest.raises(tg.UserError, match=r"r\.ckpt is damaged"):
+        trained(cfg)

@@ -238,7 +238,8 @@ def chosen_rows(names: Sequence[str]) -> list[str]:
     faults = []
     for name in [name for name in names if name not in known]:
         why = f"is left out: {left_out[name]}" if name in left_out else "is no row or ladder"
-        faults.append(f"NAME={name!r} {why}; {closest(name, known)}; all: --dry-run all")
+        near = closest(name, known)
+        faults.append(f"NAME={name!r} {why} of {tg.LADDER_FILE}; {near}; all: --dry-run all")
     check_faults(faults)
     return list(dict.fromkeys(row for name in names for row in known[name]))
 

@@ -122,7 +122,7 @@ def wrong_output(outcome: Outcome) -> Iterator[str]:
         if mark in outcome.err:
             yield f"{mark.split(' (')[0]}: {last_line(outcome.err)}"
             break
-    if found := BAD_NUMBER.search(outcome.out):
+    if not outcome.status and (found := BAD_NUMBER.search(outcome.out)):
         yield f"printed {found.group()!r}"
 
 
