@@ -238,8 +238,8 @@ def chosen_rows(names: Sequence[str]) -> list[str]:
     faults = []
     for name in [name for name in names if name not in known]:
         why = f"is left out: {left_out[name]}" if name in left_out else "is no row or ladder"
-        near = closest(name, known)
-        faults.append(f"NAME={name!r} {why} of {tg.LADDER_FILE}; {near}; all: --dry-run all")
+        near, where = closest(name, known), f"of {tg.LADDER_FILE}: --dry-run all"
+        faults.append(f"NAME={name!r} {why}; {near}; all {where}")
     check_faults(faults)
     return list(dict.fromkeys(row for name in names for row in known[name]))
 
