@@ -535,8 +535,11 @@ class Log:
                 tqdm.write(text)
                 sys.stdout.flush()
         except OSError as error:  # nobody reads it, or that disk is full
-            print(f"warning: nothing is printed from here ({error.strerror})", file=sys.stderr)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(null := os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            try:
+                print(f"warning: nothing is printed from here ({error.strerror})", file=sys.stderr)
+            except OSError:
+                os.dup2(null, sys.stderr.fileno())
 
     def event(self, name: str, /, **values: Any) -> None:
         """Write one event as a line for people (LINES) and as JSON, where NaN becomes null."""
@@ -1961,9 +1964,7 @@ def decompress(data: bytes) -> bytes:
     return bytes(raw)
 
 
-def load_artifact(
-    path: Path, device: torch.device, what: str = "artifact"
-) -> tuple[GPT, dict[str, str]]:
+def load_artifact(path: Path, device: torch.device, what: str = "artifact") -> tuple[GPT, Facts]:
     """Rebuild a model (settings: model.cfg); return it and its identity. UserError: damaged."""
     try:
         about, tensors = unpack_tensors(decompress(b"" if path.is_fifo() else path.read_bytes()))

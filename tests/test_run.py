@@ -103,12 +103,13 @@ def test_older_logs_of_one_second_are_all_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sink", ["closed", "head", "full"])
+@pytest.mark.parametrize("sink", ["closed", "head", "full", "both"])
 def test_a_run_outlives_its_standard_output(
     sink: str, data: dict[str, Any], tmp_path: Path
 ) -> None:
     values = env_of(settings() | data | {"out_dir": tmp_path / "out", "run_id": "r"})
-    redirect = {"closed": ">&-", "head": "| head -n 1", "full": ">/dev/full"}[sink]
+    redirects = {"closed": ">&-", "head": "| head -n 1", "full": ">/dev/full"}
+    redirect = (redirects | {"both": "2>&1 | head -n 1"})[sink]
     command = f"{sys.executable} {ROOT / 'train_gpt.py'} {redirect}"
     env = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", **values}
     done = subprocess.run(
