@@ -821,13 +821,13 @@ class TokenLoader:
     def read(self, shard: int, start: int, count: int, header: bool = False) -> Tokens:
         """Read tokens of a shard, (count,) uint16, or its header, (256,) int32."""
         path, dtype = self.paths[shard], "<i4" if header else "<u2"
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            file.seek(0 if header else SHARD_HEADER * 4 + 2 * start)
-            tokens = np.fromfile(file, dtype, count)
+        status = path.stat()
         if (status.st_size, status.st_mtime_ns) != self.stamps[shard]:
             rule = "restore it and rerun with RESUME=auto, or begin anew with another RUN_ID"
             raise UserError(f"{path} changed while this run read it; {rule}")
+        with open(path, "rb") as file:
+            file.seek(0 if header else SHARD_HEADER * 4 + 2 * start)
+            tokens = np.fromfile(file, dtype, count)
         if not header and tokens.size and (worst := int(tokens.max())) >= self.vocab_size:
             raise UserError(f"{path} holds token {worst}; VOCAB_SIZE={self.vocab_size} is too low")
         return tokens

@@ -195,6 +195,10 @@ def test_shards_that_change_while_a_run_reads_them_are_named(tmp_path: Path) -> 
     path.unlink()
     with pytest.raises(OSError, match=r"x_train_0\.bin"):
         loader.rows(0, 1, 16, CPU)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(path)  # which would block
+        with pytest.raises(tg.UserError, match=r"x_train_0\.bin changed while"):
+            loader.rows(0, 1, 16, CPU)
 
 
 def test_many_shards_need_few_file_handles(tmp_path: Path) -> None:
