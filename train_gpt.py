@@ -772,7 +772,7 @@ def atomic_write(path: Path, data: bytes, what: str, keep: Path | None = None) -
             file.flush()
             os.fsync(file.fileno())
         if keep is not None and path.exists():
-            os.replace(path, keep)
+            shutil.copyfile(path, keep)  # so that a file stands at `path` at every instant
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -642,3 +642,20 @@ def test_a_folder_in_place_of_a_checkpoint_is_an_error(
     cfg.checkpoints[0].mkdir(parents=True)
     with pytest.raises(tg.UserError, match=r"r\.ckpt is damaged"):
         trained(cfg)
+
+
+def test_a_checkpoint_stands_in_its_place_at_every_instant(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = tiny(**data, out_dir=str(tmp_path), run_id="r", resume="auto")
+    state, plain = trained(cfg), os.replace
+    state.save()
+
+    def replace(*paths: Any) -> None:
+        assert cfg.checkpoints[0].exists()
+        plain(*paths)
+        assert cfg.checkpoints[0].exists()
+
+    monkeypatch.setattr("os.replace", replace)
+    state.save()
+    assert all(path.exists() for path in cfg.checkpoints)
