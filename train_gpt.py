@@ -40,6 +40,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load ends in silence
+
 import numpy as np
 import sentencepiece as spm
 import torch
@@ -53,10 +56,6 @@ try:
     import resource
 except ImportError:  # Windows: no lock, and no peak memory in the log
     fcntl = resource = None  # type: ignore[assignment]
-try:
-    import zstandard
-except ImportError:  # the other schemes work without it
-    zstandard = None  # type: ignore[assignment]
 
 
 # ==== 1  SETTINGS AND RECIPES -- default < recipe < preset < strength < environment ===============
@@ -78,8 +77,7 @@ share = functools.partial(opt, low=0, high=1)
 beta = functools.partial(opt, low=0, high=0.999999, rate=True)  # at 1 an average never moves
 rate = functools.partial(opt, low=0, high=1000, rate=True)
 natural = functools.partial(opt, low=0)
-LOSS_NAMES = "mean elbo middle score_entropy sedd_uniform consistency"
-SCHEME_NAMES = "int8+zlib int6+zstd int6+lzma"
+LOSS_NAMES = "mean elbo score_entropy sedd_uniform consistency"
 
 
 # fmt: off
@@ -171,7 +169,7 @@ class Config:
     diffusion_full_prob: float = share(0.3, "share of windows at t = 1")
     diffusion_span_len: int = opt(8, "spans: tokens per span", "tokens", low=1)
     diffusion_spans_per_seq: int = opt(8, "spans: most spans per window", "spans", low=1)
-    export_scheme: str = free("int8+zlib", "int6: smaller of two", choices=f"int6 {SCHEME_NAMES}")
+    export_scheme: str = free("int8+zlib", "row of SCHEMES", choices="int8+zlib int6+lzma")
     nelbo_windows: str = free("1,16,T", "window sizes of nelbo_bpb; empty: none")
     nelbo_samples: int = free(8, "Monte Carlo samples K per window", low=2, high=100_000)
     nelbo_sequences: int = free(0, "validation rows scored, evenly spaced; 0: all", "rows", low=0)
@@ -225,11 +223,8 @@ class Config:
         kinds = [field.name for field in dataclasses.fields(Config)]
         known = {name: env[name.upper()] for name in kinds if name.upper() in env}
         given, faults = parse_settings(known)
-        rows, more = choose_rows(env, given)
-        faults += more
-        values = dict[str, Any]()
-        source = dict.fromkeys(kinds, "default")
-        for label, row in [*rows.items(), ("env", given)]:
+        values, source = dict[str, Any](), dict.fromkeys(kinds, "default")
+        for label, row in choose_rows(env, given, faults).items():
             values |= row
             source |= dict.fromkeys(row, label)
         try:
@@ -255,11 +250,11 @@ class Config:
         return Path(self.out_dir, folder, name + suffix)
 
     def table(self, source: Mapping[str, str]) -> str:
-        lines = []
-        for f in dataclasses.fields(self):
-            value = f"{f.name.upper():32}{getattr(self, f.name)!s:42}{source.get(f.name, ''):20}"
-            lines.append(f"{value}{f.metadata['unit']:10}{f.metadata['help']}")
-        return "\n".join(lines)
+        fields = dataclasses.fields(self)
+        return "\n".join(
+            f"{f.name.upper():32}{getattr(self, f.name)!s:42}{source.get(f.name, ''):20}"
+            f"{f.metadata['unit']:10}{f.metadata['help']}" for f in fields
+        )  # fmt: skip
 
 
 def parse_shares(text: str) -> list[tuple[str, float]]:
@@ -349,10 +344,8 @@ RULES: tuple[tuple[Callable[[Config], object], str], ...] = (  # what must hold;
      "{NUM_HEADS} must be a multiple of {NUM_KV_HEADS}; change either"),
     (lambda c: c.train_batch_tokens % (c.micro_batches * c.train_seq_len) == 0,
      "{TRAIN_BATCH_TOKENS} must be a multiple of {MICRO_BATCHES} x {TRAIN_SEQ_LEN}; change one"),
-    (lambda c: zstandard or c.export_scheme not in ("int6", "int6+zstd"),
-     "{EXPORT_SCHEME} needs zstandard: pip install zstandard, or set EXPORT_SCHEME=int6+lzma"),
-    (lambda c: re.fullmatch(r"[\w.-]{0,100}", c.run_id, re.ASCII),
-     "{RUN_ID} names files; use at most 100 letters, digits, '.', '_' and '-'"),
+    (lambda c: re.fullmatch(r"(?!.*\.previous$)[\w.-]{0,100}", c.run_id, re.ASCII),
+     "{RUN_ID} names files; use at most 100 of a-z A-Z 0-9 . _ -, without .previous at the end"),
     (lambda c: not c.diffusion or c.sizes(c.diffusion_windows),
      "{DIFFUSION_WINDOWS} must be sizes (or T) that divide {TRAIN_SEQ_LEN}: 8:1,T:2"),
     (lambda c: c.regions() and {*dict(c.regions())} <= {"iid", "spans", "continuation", "infill"},
@@ -368,9 +361,9 @@ RULES: tuple[tuple[Callable[[Config], object], str], ...] = (  # what must hold;
      "{MERCURY_CLEAN_LOSS_WEIGHT} and {DIFFUSION_LOSS_WEIGHT} train nothing; set one above 0"),
     (lambda c: [c.sizes(c.nelbo_windows)],
      "{NELBO_WINDOWS} must be sizes (or T) that divide {TRAIN_SEQ_LEN}: 1,16,T"),
-    (lambda c: parse_counts(c.parallel_eval_steps) and c.parallel_eval_prefix_len
-     + max(parse_counts(c.parallel_eval_span_len)) + c.parallel_eval_suffix_len
-     <= max(c.train_seq_len, (not c.parallel_eval_examples) * 10**9),
+    (lambda c: parse_counts(c.parallel_eval_steps) and parse_counts(c.parallel_eval_span_len)
+     and (not c.parallel_eval_examples or c.parallel_eval_prefix_len + c.parallel_eval_suffix_len
+          + max(parse_counts(c.parallel_eval_span_len)) <= c.train_seq_len),
      "{PARALLEL_EVAL_STEPS} and {PARALLEL_EVAL_SPAN_LEN} must list numbers from 1; the longest span"
      " with {PARALLEL_EVAL_PREFIX_LEN} and {PARALLEL_EVAL_SUFFIX_LEN} must fit {TRAIN_SEQ_LEN}"),
 )
@@ -387,17 +380,14 @@ RECIPES: Rows = {  # what differs from the defaults; more rows: LADDER_FILE
         mercury_clean_loss_weight=0.1, diffusion_loss_weight=1.0, diffusion_loss="mean",
         diffusion_start_step=100, diffusion_start_frac=0.0, diffusion_windows="T",
         diffusion_row_frac=1.0, diffusion_causal=True, diffusion_shift=False,
-        diffusion_corruption_mode="hybrid", diffusion_hybrid_mask_prob=0.5,
-        mercury_task_mode="mixed", mercury_continuation_prob=0.75, diffusion_rate="fixed",
-        diffusion_progressive=True, diffusion_min_mask_ratio=0.25, diffusion_max_mask_ratio=0.35,
-        diffusion_ramp="iterations", diffusion_full_prob=0.0, look_ahead=0, time_embed_dim=0,
-        self_condition="commit", mercury_self_condition_prob=1.0,
-        mercury_self_condition_fraction=0.75),
+        diffusion_corruption_mode="hybrid", mercury_task_mode="mixed", diffusion_rate="fixed",
+        diffusion_min_mask_ratio=0.25, diffusion_max_mask_ratio=0.35, diffusion_ramp="iterations",
+        diffusion_full_prob=0.0, look_ahead=0, self_condition="commit",
+        mercury_self_condition_prob=1.0, mercury_self_condition_fraction=0.75),
     "mdlm_30_70": dict(  # PR 1194; t uniform in place of its cosine schedule
-        mercury_clean_loss_weight=0.3, diffusion_loss_weight=0.7, diffusion_loss="elbo",
-        diffusion_loss_clip=100.0, diffusion_windows="T", diffusion_start_frac=0.0,
-        diffusion_row_frac=1.0, diffusion_shift=False, diffusion_regions="iid",
-        diffusion_full_prob=0.0, look_ahead=0, time_embed_dim=0),
+        mercury_clean_loss_weight=0.3, diffusion_loss_weight=0.7, diffusion_loss_clip=100.0,
+        diffusion_windows="T", diffusion_start_frac=0.0, diffusion_row_frac=1.0,
+        diffusion_shift=False, diffusion_regions="iid", diffusion_full_prob=0.0, look_ahead=0),
 }
 
 PRESETS: Rows = {  # hardware size: model, batch and time, never the objective
@@ -412,8 +402,8 @@ PRESETS: Rows = {  # hardware size: model, batch and time, never the objective
 
 # What STRENGTH adds to a preset. GPU rows follow what others measured in the challenge (a larger
 # model, paid for by six bits); this project has not measured them. The cpu row is (LOG.md).
-GPU_STRENGTH = dict(export_scheme="int6", value_residual=True, matrix_lr=0.02, tied_embed_lr=0.03,
-                    muon_weight_decay=0.04)
+GPU_STRENGTH = dict(export_scheme="int6+lzma", value_residual=True, matrix_lr=0.02,
+                    tied_embed_lr=0.03, muon_weight_decay=0.04)
 STRENGTHS: Rows = {
     "8xh100": dict(
         GPU_STRENGTH, num_layers=10, mlp_mult=3, bigram_vocab_size=2048, warmdown_iters=3000,
@@ -421,7 +411,7 @@ STRENGTHS: Rows = {
         ema_decay=0.997),
     "1xgpu": dict(GPU_STRENGTH, bigram_vocab_size=8192),
     "cpu": dict(
-        export_scheme="int6", value_residual=True, bigram_vocab_size=16384, muon_momentum=0.9,
+        export_scheme="int6+lzma", value_residual=True, bigram_vocab_size=16384, muon_momentum=0.9,
         train_batch_tokens=2048, micro_batches=1, compile="1"),
 }
 # fmt: on
@@ -429,33 +419,29 @@ STRENGTHS: Rows = {
 LADDER_FILE = Path(__file__).with_name("scripts") / "study" / "ladder.toml"  # more recipes
 
 
-def choose_rows(env: Mapping[str, str], given: Mapping[str, Any]) -> tuple[Rows, list[str]]:
-    """Return the rows of RECIPES, PRESETS and STRENGTHS to apply, in order, and what is unknown."""
+def choose_rows(env: Mapping[str, str], given: Facts, faults: list[str]) -> Rows:
+    """Return the rows of settings to apply, by source and in order; add names of none to faults."""
     mode = env.get("DIFFUSION_TRAIN_MODE", "")
     recipe = given.get("recipe", TRAIN_MODES.get(mode, "record"))
     recipes = RECIPES if recipe in RECIPES else all_recipes()
     gpu = "1xgpu" if env.get("WORLD_SIZE", "1") == "1" else "8xh100"
     machine = gpu if torch.cuda.is_available() and given.get("device") != "cpu" else "cpu"
     preset = given.get("preset", "auto").replace("auto", machine)
-    row, faults = recipes.get(recipe, {}), list[str]()
-    if mode not in ("", *TRAIN_MODES):
-        faults.append(f"DIFFUSION_TRAIN_MODE={mode!r} must be one of: {', '.join(TRAIN_MODES)}")
-    if recipe not in recipes:
-        looked = f"{LADDER_FILE} ({'is' if LADDER_FILE.exists() else 'is not'} there)"
-        where = f"neither in RECIPES nor in {looked}; {closest(recipe, recipes)}"
-        faults.append(f"RECIPE={recipe!r} is {where}")
-    if preset not in PRESETS:
-        faults.append(f"PRESET={preset!r} is not in PRESETS; {closest(preset, PRESETS)}")
+    row = recipes.get(recipe, {})
+    faults += unknown("DIFFUSION_TRAIN_MODE", mode or "none", TRAIN_MODES)
+    faults += unknown("RECIPE", recipe, recipes) + unknown("PRESET", preset, PRESETS)
     rows = {f"recipe {recipe}": row | {"recipe": recipe}}
     rows[f"preset {preset}"] = PRESETS.get(preset, {}) | {"preset": preset}
-    if (row | dict(given)).get("strength"):
+    if (row | given).get("strength"):
         rows[f"strength {preset}"] = STRENGTHS.get(preset, {})
-    return rows, faults
+    return rows | {"env": given}
 
 
-def closest(name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, known, 3, cutoff=0.4)
-    return f"closest: {', '.join(near) or 'none'}; known: {', '.join(known)}"
+def unknown(setting: str, name: str, known: Collection[str]) -> list[str]:
+    """Say that a name is in no row, and which are close to it; empty: it is in one."""
+    near = ", ".join(difflib.get_close_matches(name, known, 3, cutoff=0.4)) or "none"
+    rule = f"is unknown; closest: {near}; known: {', '.join(known)}"
+    return [] if name in known else [f"{setting}={name!r} {rule}"]
 
 
 def all_recipes() -> Rows:
@@ -496,11 +482,16 @@ LINES = {  # lines that other programs parse; other events are printed as `name 
     " forwards:{forwards} mode:{mode}",
 }
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-RESUME_HINT = "the last checkpoint is kept: rerun the command with RESUME=auto"
 CPU = torch.device("cpu")
 Facts = dict[str, Any]  # of an event
 Pair = tuple[Tensor, Tensor]
 Weights = Mapping[str, Tensor]
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Say which of the new values differ from the old ones; empty: none."""
+    names = [name for name in new if old.get(name) != new[name]]
+    return "; ".join(f"{name.upper()} {old.get(name)!r} -> {new[name]!r}" for name in names)
 
 
 class Log:
@@ -512,7 +503,8 @@ class Log:
         for suffix in self.kept if self.active else ():
             old = self.path.with_suffix(suffix)
             if continued and old.exists():
-                self.kept[suffix] += old.read_bytes().rstrip(b"\n") + b"\n"
+                text = old.read_bytes().rstrip(b"\n")
+                self.kept[suffix] += text and text + b"\n"
             elif old.exists():  # an older log is renamed by its time, over no other file
                 to, number = old, int(old.stat().st_mtime)
                 while to.exists():
@@ -550,39 +542,47 @@ class Log:
         self.write(json.dumps({"event": name, **finite}, allow_nan=False), ".jsonl", echo=False)
 
 
-def lock_folder(cfg: Config) -> IO[str]:
+def lock_folder(cfg: Config) -> IO[bytes]:
     """Hold OUT_DIR until the returned file is closed. UserError: another run holds it."""
-    path, name = Path(cfg.out_dir, "logs", ".lock"), f"OUT_DIR={cfg.out_dir!r}"
+    path, name = Path(cfg.out_dir, ".lock"), f"OUT_DIR={cfg.out_dir!r}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a", 1, "utf-8")  # noqa: SIM115 -- open as long as it is held
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file = open(path, "ab")  # noqa: SIM115 -- open as long as it is held
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
         rule = f"is in use by {path.read_text().strip()}; stop that run, or set another OUT_DIR"
         raise UserError(f"{name} {rule}") from error
-    except OSError as error:
-        raise UserError(f"{name} cannot be written ({error.strerror}); name another") from error
-    file.truncate(0)
-    print(time.strftime(f"process {os.getpid()}, started %FT%TZ", time.gmtime()), file=file)
+    except (OSError, AttributeError) as error:  # Windows, or a file system without locks
+        if not os.access(path, os.W_OK):
+            raise UserError(f"{name} cannot be written ({error}); name another") from error
+        print(f"warning: {name} is not locked against other runs ({error})", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a full disk
+        file.truncate(0)
+        text = time.strftime(f"process {os.getpid()}, started %FT%TZ", time.gmtime())
+        os.write(file.fileno(), text.encode())  # of which nothing is left to write at the end
     return file
 
 
-def launcher_ranks(cfg: Config) -> list[int]:
+LAUNCHER = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="", MASTER_PORT="0")
+
+
+def launcher_place(cfg: Config) -> dict[str, int]:
     """Return RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them. UserError: they do not fit."""
-    texts = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    if not any(texts.values()):
-        return [0, 1, 0]
-    numbers = [int(text) if re.fullmatch(r"\d{1,8}", text) else -1 for text in texts.values()]
-    if min(numbers) < 0 or max(numbers[0], numbers[2]) >= numbers[1]:
-        found = ", ".join(f"{name}={text!r}" for name, text in texts.items())
-        rule = "must be whole numbers, ranks below WORLD_SIZE; torchrun sets them, else unset them"
-        raise UserError(f"{found} {rule}")
-    if cfg.micro_batches % numbers[1]:
+    texts = {name: os.environ.get(name, default) for name, default in LAUNCHER.items()}
+    host = texts.pop("MASTER_ADDR")
+    whole = all(re.fullmatch(r"\d{1,8}", text) for text in texts.values())
+    place = {name: int(text) if whole else 0 for name, text in texts.items()}
+    size, port = place["WORLD_SIZE"], place.pop("MASTER_PORT")
+    lost = size > 1 and not (host and 0 < port < 1 << 16)
+    if lost or max(place["RANK"], place["LOCAL_RANK"]) >= size:
+        found = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in LAUNCHER)
+        rule = "must be whole numbers, ranks below WORLD_SIZE, and host and port of rank 0"
+        raise UserError(f"{found} {rule}; torchrun sets them, else unset them")
+    if cfg.micro_batches % size:
         rule = cfg.fill("must divide {MICRO_BATCHES}; raise it")
-        raise UserError(f"WORLD_SIZE={numbers[1]} {rule}")
-    return numbers
+        raise UserError(f"WORLD_SIZE={size} {rule}")
+    return place
 
 
 def choose_device(cfg: Config, local_rank: int) -> torch.device:
@@ -613,14 +613,15 @@ def machine_name(device: torch.device) -> str:
     return f"{[*names, platform.machine()][0]}, {os.cpu_count()} cores"
 
 
-class LostRank(RuntimeError):
-    """A transfer between ranks failed."""
-
-
 def interrupt(number: int, frame: object) -> None:
     """Handle a signal as Ctrl-C; a second one does not disturb the end of the run."""
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+def ending_signals() -> list[signal.Signals]:
+    """Return the signals that came: libraries swallow the exception, or turn it into others."""
+    return [number for number in ENDING_SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
 
 
 @dataclasses.dataclass
@@ -642,21 +643,24 @@ class Run:
     @classmethod
     @contextlib.contextmanager
     def start(cls, cfg: Config) -> Iterator[Run]:
-        """Choose the device, hold OUT_DIR, join the process group, and leave both on any exit."""
-        rank, *others = launcher_ranks(cfg)
-        device = choose_device(cfg, others[1])
+        """Choose the device, hold OUT_DIR, join the process group; explain what ends the run."""
+        place = launcher_place(cfg)
+        rank, device = place["RANK"], choose_device(cfg, place["LOCAL_RANK"])
         with contextlib.ExitStack() as stack:
             if rank == 0:
                 stack.enter_context(lock_folder(cfg))
             continued = cfg.resume == "auto" and any(path.exists() for path in cfg.checkpoints)
-            run = cls(cfg, rank, others[0], device, Log(cfg, rank, continued))
+            run = cls(cfg, rank, place["WORLD_SIZE"], device, Log(cfg, rank, continued))
             run.compile = use_compile(cfg, device)
+            program = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+            run.identity = {"program_sha256": program}
             for number in ENDING_SIGNALS:
                 stack.callback(signal.signal, number, signal.signal(number, interrupt))
-            stack.callback(lambda: dist.is_initialized() and dist.destroy_process_group())
             try:
                 run.open()
                 yield run
+                if dist.is_initialized():  # after an error it could wait for ranks that are gone
+                    dist.destroy_process_group()
             except BaseException as error:
                 if (fault := run.explain(error)) is not None:
                     run.log.event("error", reason=str(fault))
@@ -679,25 +683,27 @@ class Run:
 
     def explain(self, error: BaseException) -> UserError | None:
         """Turn what ended the run into an error for the user."""
-        stopped = [n for n in ENDING_SIGNALS if signal.getsignal(n) is signal.SIG_IGN]
+        stopped = ending_signals()
         if isinstance(error, UserError) and not stopped:
             return error
         text, lost = " ".join(str(error).split())[:200], ""
         for rank, peer in enumerate(self.peers):
             if peer[0] == platform.node() and not os.path.exists(f"/proc/{peer[1]}/exe"):
                 lost += f"rank {rank} (process {peer[1]}) "
-        if stopped:  # libraries turn the exception of a signal into others
-            why = f"ended by {stopped[0].name}" + f", {lost}is gone" * bool(lost)
+        if stopped:
+            why = f"ended by {stopped[0].name}" + (f", {lost}is gone" if lost else "")
         elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate" in text:
             sizes = self.cfg.fill("{TRAIN_BATCH_TOKENS}, {VAL_BATCH_SIZE} or {MODEL_DIM}")
             why = f"out of memory ({text}); lower {sizes}, or raise MICRO_BATCHES"
-        elif isinstance(error, dist.DistError | LostRank):
+        elif isinstance(error, dist.DistError):
             why = f"lost {lost or 'another rank, which says why '}({text})"
         elif isinstance(error, OSError):
             why = text
         else:  # a fault of the program
             return None
-        fault = UserError(f"rank {self.rank}: {why}; {RESUME_HINT}")
+        kept = any(path.exists() for path in self.cfg.checkpoints)
+        then = "the last checkpoint is kept: rerun the command with RESUME=auto"
+        fault = UserError(f"rank {self.rank}: {why}; {then if kept else 'no checkpoint yet'}")
         fault.status = 128 + stopped[0] if stopped else 2
         return fault
 
@@ -722,8 +728,21 @@ class Run:
         """Mark a transfer between ranks: what fails in it is the loss of a rank."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # gloo and NCCL raise it when a peer is gone
-            raise LostRank(str(error)) from error
+            raise dist.DistError(str(error)) from error
+
+    def agree(self, facts: Facts) -> None:
+        """Raise UserError on every rank if one holds other facts than rank 0."""
+        everyone = [facts] * self.world_size
+        if self.control is not None:
+            with self.exchange():
+                dist.all_gather_object(everyone, facts, group=self.control)
+        for rank, theirs in enumerate(everyone):
+            if differ := changes(everyone[0], theirs):
+                rule = "start all ranks with the same settings, data and checkpoint"
+                raise UserError(f"rank {rank} differs from rank 0: {differ}; {rule}")
 
     def sum(self, values: Tensor) -> Tensor:
         """Add a tensor over all ranks, in place."""
@@ -749,17 +768,14 @@ class Run:
         facts |= dict(python=sys.version.split()[0], torch=torch.__version__)
         facts |= dict(precision="bf16" if self.device.type == "cuda" else "fp32")
         facts |= dict(world_size=self.world_size, threads=torch.get_num_threads())
-        self.log.event("header", **facts, compile=self.compile, sha256=program_sha256())
+        facts |= dict(compile=self.compile, sha256=self.identity["program_sha256"])
+        self.log.event("header", **facts)
         shown = {"table": self.cfg.table(source), "source": dict(source)}
         self.log.event("config", **shown, values=vars(self.cfg))
         if self.cfg.compile == "1" and not self.compile:
             self.log.event("warning", reason="COMPILE=1 finds no C++ compiler: nothing is compiled")
         for warning in near_misses(os.environ):
             self.log.event("warning", reason=warning)
-
-
-def program_sha256() -> str:
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def atomic_write(path: Path, data: bytes, what: str, keep: Path | None = None) -> None:
@@ -878,11 +894,11 @@ class ByteCounter:
             raise UserError(f"{name} is no SentencePiece model ({error}); {remedy}") from error
         self.sha256 = hashlib.sha256(model).hexdigest()
         no_space = self.tokenizer.is_unknown(self.tokenizer.piece_to_id(SPACE_MARK))
-        faults = [f"has {size} pieces, not VOCAB_SIZE={cfg.vocab_size}"] * (size != cfg.vocab_size)
-        faults += ["has no BOS piece, which opens documents"] * (self.tokenizer.bos_id() < 0)
-        faults += ["has no piece for a space: it counts three bytes for one"] * no_space
-        if faults:
-            raise UserError(f"{name} {faults[0]}; name the tokenizer of the shards")
+        faults = {f"has {size} pieces, not VOCAB_SIZE={cfg.vocab_size}": size != cfg.vocab_size}
+        faults["has no BOS piece, which opens documents"] = self.tokenizer.bos_id() < 0
+        faults["has no piece for a space: it counts three bytes for one"] = no_space
+        if found := [fault for fault, wrong in faults.items() if wrong]:
+            raise UserError(f"{name} {found[0]}; name the tokenizer of the shards")
         # A tokenizer that keeps indentation spells the space of a first piece, too.
         spaced = [i for i, piece in enumerate(pieces) if piece[:1] == " " != piece[1:2]]
         drops = not any(self.tokenizer.decode([i]).startswith(" ") for i in spaced)
@@ -932,11 +948,12 @@ def check_data(
     theirs, source = manifest.get("tokenizer"), manifest.get("bytes")
     counted, warnings = 0, list[str]()
     listed = manifest.get("files", hashes)
-    known = hashes if train.whole else {key: listed.get(key, "") for key in hashes}  # by name only
+    partly = [key for split in (train, val) if not split.whole for key in split.hashes]
+    known = hashes | {key: listed.get(key, "") for key in partly}  # of these only the names
     if theirs and theirs != counter.sha256:
         which = f"SHA-256 {theirs[:12]}, not {counter.sha256[:12]} of {name}"
         raise UserError(f"{folder} was made with another tokenizer ({which}); name that one")
-    if changed := [key for key in known | listed if known.get(key) != listed.get(key)]:
+    if changed := [key for key in {**known, **listed} if known.get(key) != listed.get(key)]:
         rule = "are not as its manifest.json says; build them again, or move that file away"
         raise UserError(f"{folder}: {', '.join(changed[:3])} {rule}")
     for start in range(0, val.total - 1, 1 << 22):
@@ -954,8 +971,8 @@ def check_data(
         warnings.append(f"{rule} {source:,}: {name} changes it; both scores are logged")
     facts: Facts = dict(train_tokens=train.total, val_tokens=val.total, val_bytes=counted)
     facts |= dict(train_shards=len(train.paths), source_bytes=source or counted)
-    facts["data_sha256"] = hashlib.sha256(str(hashes).encode()).hexdigest()
-    return {**facts, "tokenizer_sha256": counter.sha256}, warnings
+    data_sha256 = hashlib.sha256(str(hashes).encode()).hexdigest()
+    return facts | dict(data_sha256=data_sha256, tokenizer_sha256=counter.sha256), warnings
 
 
 # ==== 4  NOISE, MASKS, LOSSES -- pure functions of tensors ========================================
@@ -983,10 +1000,8 @@ def random_uniform(keys: Tensor, count: int, dtype: torch.dtype = torch.float32)
 
 
 def random_normal(keys: Tensor, count: int) -> Tensor:
-    """Draw standard normal numbers, (...) to (..., count), as Box and Muller (1958) do."""
-    u = random_uniform(keys, 2 * count).view(*keys.shape, count, 2)
-    radius = (-2 * torch.log1p(-u[..., 0])).sqrt()
-    return radius * torch.cos(2 * math.pi * u[..., 1])
+    """Draw standard normal numbers, (...) to (..., count), by the inverse distribution function."""
+    return (2 * random_uniform(keys, count) - 1 + 2.0**-24).erfinv() * math.sqrt(2)
 
 
 class Corruption(NamedTuple):
@@ -1176,7 +1191,6 @@ class Loss(NamedTuple):
 LOSSES: dict[str, Loss] = {
     "mean": Loss(token_nll, lambda t, _: torch.ones_like(t), normalize=True),
     "elbo": Loss(token_nll, lambda t, clip: (1 / t).clamp_max(clip)),  # arXiv:2406.07524
-    "middle": Loss(token_nll, lambda t, _: (6 * t * (1 - t)).clamp_min(1e-3), normalize=True),
     "score_entropy": Loss(score_entropy, lambda t, clip: (1 / t).clamp_max(clip)),
     "sedd_uniform": Loss(sedd_uniform, lambda t, clip: (1 / (1 - t)).clamp_max(clip),
                          include_visible=True),
@@ -1252,11 +1266,6 @@ class Layout(NamedTuple):
 
 
 Mix = Pair | None  # shares (2,) of own values and those of the first layer; the latter
-
-
-def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """Choose tokens of x (B, N, ...) by index (B, n): (B, n, ...)."""
-    return x.take_along_dim(index.view(*index.shape, *[1] * (x.ndim - 2)), dim=1)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -1410,29 +1419,27 @@ class GPT(nn.Module):
             return emb
         index, distance = next_visible(visible, positions, self.cfg.look_ahead)
         gain = F.pad(self.next_visible_gain, (0, 0, 1, 0))  # nothing at distance 0
-        ahead = gather_tokens(emb, index) * F.embedding(distance, gain)
+        ahead = emb.take_along_dim(index[..., None], dim=1) * F.embedding(distance, gain)
         return emb + F.linear(ahead, self.next_visible_proj)
 
-    def trunk(self, emb0: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Return logits (B, N, V) float32 of embedded tokens (B, N, D), keys, and values."""
+    def trunk(self, emb0: Tensor, layout: Layout) -> tuple[Tensor, list[Pair]]:
+        """Return logits (B, N, V) fp32 of embedded tokens (B, N, D); keys and values by layer."""
         x, num = emb0, self.num_down
         outputs: list[Tensor] = []  # torch.compile cannot trace list[Tensor]()
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
+        kvs: list[Pair] = []
         for i, block in enumerate(self.blocks):
             if num <= i < 2 * num:
                 x = x + self.skip_weights[i - num] * outputs[2 * num - 1 - i]
             residual: Mix = None
             if self.value_mix is not None and i > 0:
-                residual = self.value_mix[i - 1], values[0]
+                residual = self.value_mix[i - 1], kvs[0][1]
             x, kv = block(x, emb0, layout, i, residual)
-            keys.append(kv[0])
-            values.append(kv[1])
+            kvs.append(kv)
             outputs.append(x)
         cap = self.cfg.logit_softcap
         table = self.tok_emb if self.lm_head is None else self.lm_head
         logits = softcap(F.linear(rms_norm(x) * (2 / cap), table).float(), cap)
-        return logits, keys, values
+        return logits, kvs
 
     def forward_causal(
         self, ids: Tensor, cache: Cache | None = None, positions: Tensor | None = None
@@ -1451,8 +1458,8 @@ class GPT(nn.Module):
         emb = rms_norm(F.embedding(ids, self.tok_emb))
         emb = self.add_bigrams(emb, ids, positions, cache)
         layout = Layout(rotary(positions, self.cfg), mask, None, cache, positions)
-        outputs = self.trunk(emb, layout)
-        return outputs[0], cache or Cache(outputs[1], outputs[2], ids)
+        logits, kvs = self.trunk(emb, layout)
+        return logits, cache or Cache([k for k, _ in kvs], [v for _, v in kvs], ids)
 
     def next_token_loss(self, rows: Tensor) -> CausalLoss:
         """Read rows (B, T + 1) causally and compare each prediction with the next token."""
@@ -1494,43 +1501,39 @@ class GPT(nn.Module):
         return logits.narrow(2, int(not self.cfg.diffusion_shift), size)
 
 
-def count_parameters(cfg: Config) -> int:
-    """Count the parameters of GPT(cfg) without building it."""
-    dim, layers = cfg.model_dim, cfg.num_layers
-    features = cfg.time_embed_dim if cfg.diffusion else 0
-    reach = cfg.look_ahead if cfg.diffusion and not cfg.diffusion_causal else 0
-    matrices = 2 * dim * (dim + cfg.num_kv_heads * cfg.head_dim) + 2 * cfg.mlp_mult * dim * dim
-    layer = matrices + cfg.num_heads + 4 * dim * (1 + features)
-    rows = cfg.vocab_size * (2 - cfg.tie_embeddings) + cfg.bigram_vocab_size + layers // 2
-    rows += cfg.diffusion * (1 + dim * (cfg.self_condition == "soft")) + reach + dim * (reach > 0)
-    return layers * layer + rows * dim + cfg.value_residual * 2 * (layers - 1)
-
-
-def check_memory(cfg: Config, device: torch.device, val_tokens: int) -> None:
-    """Raise UserError if a low estimate of what a run needs exceeds the memory of this machine."""
-    T, held = cfg.train_seq_len, [math.inf]
+def memory_limit(device: torch.device) -> float:
+    """Bytes that a process on this device can have; infinite if the system does not say."""
     if device.type == "cuda":
-        held.append(torch.cuda.get_device_properties(device).total_memory)
-    else:
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # not on every system
-            held.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-            held.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    limits = [math.inf]
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # not on every system
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)
+
+
+def check_memory(cfg: Config, run: Run, val_tokens: int) -> None:
+    """Raise UserError if a low estimate of what a run needs exceeds the memory of this machine."""
+    T, limit = cfg.train_seq_len, memory_limit(run.device)
+    logits, dim = 4 * cfg.vocab_size, cfg.model_dim
     sizes = cfg.sizes(cfg.diffusion_windows) if cfg.diffusion else []
     noisy = max((T // size * (size + 1) for size, _ in sizes), default=0)
-    tokens, logits = cfg.train_batch_tokens // cfg.micro_batches, 4 * cfg.vocab_size
-    needs = {
-        "{MODEL_DIM}, {NUM_LAYERS}, {MLP_MULT}, {BIGRAM_VOCAB_SIZE}, {TIME_EMBED_DIM} or"
-        " {LOOK_AHEAD}": 16 * count_parameters(cfg),
-        "{TRAIN_BATCH_TOKENS} or raise {MICRO_BATCHES}": tokens
-        * (2 * logits + 4 * cfg.num_layers * cfg.model_dim),
-        "{TRAIN_SEQ_LEN} or {DIFFUSION_WINDOWS}": noisy * (T + noisy),
-        "{VAL_BATCH_SIZE}": min(cfg.val_batch_size, val_tokens) * logits,
-        "{PARALLEL_EVAL_EXAMPLES}": cfg.parallel_eval_examples * logits,
-    }
-    name = max(needs, key=lambda name: needs[name])
-    if needs[name] > min(held):
-        sizes_text = f"{needs[name] / 2**30:,.1f} GiB, {device} has {min(held) / 2**30:,.1f}"
-        raise UserError(f"out of memory: at least {sizes_text}; lower {cfg.fill(name)}")
+    tokens = cfg.train_batch_tokens // cfg.micro_batches
+    rows = cfg.vocab_size + cfg.bigram_vocab_size + (cfg.diffusion and cfg.look_ahead)
+    rows += cfg.num_layers * (2 * dim * (1 + cfg.mlp_mult) + 4 * cfg.diffusion * cfg.time_embed_dim)
+    model = "{MODEL_DIM}, {NUM_LAYERS}, {MLP_MULT}, {BIGRAM_VOCAB_SIZE}, {TIME_EMBED_DIM}"
+    needs = (  # with gradients and the state of Adam, a parameter takes 16 bytes; Muon's fewer
+        (12 * rows * dim, model + " or {LOOK_AHEAD}"),
+        (tokens * (2 * logits + 4 * cfg.num_layers * cfg.model_dim),
+         "{TRAIN_BATCH_TOKENS} or raise {MICRO_BATCHES}"),
+        (noisy * (T + noisy), "{TRAIN_SEQ_LEN} or {DIFFUSION_WINDOWS}"),
+        (min(cfg.val_batch_size // run.world_size, val_tokens) * logits, "{VAL_BATCH_SIZE}"),
+        (cfg.parallel_eval_examples * logits, "{PARALLEL_EVAL_EXAMPLES}"),
+    )  # fmt: skip
+    need, names = max(needs)
+    if need > limit:
+        found = f"at least {need / 2**30:,.1f} GiB, {run.device} has {limit / 2**30:,.1f}"
+        raise UserError(f"out of memory: {found}; lower {cfg.fill(names)}")
 
 
 def optional_zeros(rows: int, columns: int) -> nn.Parameter | None:
@@ -1660,62 +1663,81 @@ def window_bounds(
 
 
 def validation_batches(run: Run, val: TokenLoader, starts: Tensor) -> Iterator[Pair]:
-    """Yield this rank's share of rows at `starts` (n,): numbers (B,), tokens (B, T + 1)."""
+    """Yield this rank's share of rows at rising `starts` (n,): starts (B,), tokens (B, T + 1)."""
     T = run.cfg.train_seq_len
-    mine = torch.arange(len(starts))[run.rank :: run.world_size]
+    mine = starts[run.rank :: run.world_size]
     at_once = max(run.cfg.val_batch_size // (T * run.world_size), 1)
-    batches = torch.split(mine, at_once)[: len(mine)]
-    for index in tqdm(batches, "eval", leave=False, disable=run.rank > 0 or None):
-        yield index, torch.cat([val.rows(start, 1, T) for start in starts[index].tolist()])
+    batches = torch.split(mine, at_once) if len(mine) else ()
+    for batch in tqdm(batches, "eval", leave=False, disable=run.rank > 0 or None):
+        offsets = batch - batch[0]
+        length = int(offsets[-1]) + T
+        if length <= 2 * run.world_size * len(batch) * T:  # near each other: one read
+            row = val.rows(int(batch[0]), 1, length)[0]
+            yield batch, row[offsets[:, None] + torch.arange(T + 1)]
+        else:
+            yield batch, torch.cat([val.rows(start, 1, T) for start in batch.tolist()])
+
+
+RowScore = Callable[[Tensor, Tensor], Tensor]  # rows (B, T + 1), starts (B,) to nats (K, B, n)
+
+
+def score_rows(
+    run: Run, val: TokenLoader, counter: ByteCounter, score: RowScore, starts: Tensor, new: int
+) -> tuple[Facts, float]:
+    """Sum nats over rows at `starts` (n,) of the validation split; ranks share them. Of rows that
+    overlap all but the one at 0 count their last `new` tokens (then n = T). Returns the loss (nats
+    per token), bpb, tokens and bytes, and the standard error of bpb over K samples a row.
+    """
+    T = run.cfg.train_seq_len
+    sums = torch.zeros(4, dtype=torch.float64, device=run.device)  # nats, variance, tokens, bytes
+    for batch, rows in validation_batches(run, val, starts):
+        counts = (batch[:, None] == 0) | (torch.arange(T) >= T - new)  # (B, T)
+        num_bytes = (counter.count(rows[:, :-1], rows[:, 1:]) * counts).sum()
+        with run.autocast():
+            nats = score(rows.to(run.device), batch.to(run.device)).double()
+        nats = (nats if new == T else nats * counts.to(run.device)).sum(-1)  # (K, B)
+        variance = nats.var(0).sum() / len(nats) if len(nats) > 1 else sums.new_zeros(())
+        numbers = (counts.sum().to(sums), num_bytes.to(sums))
+        sums += torch.stack([nats.mean(0).sum(), variance, *numbers])
+    found = run.sum(sums).tolist()
+    scores = {"loss": found[0] / found[2], "bpb": bits_per_byte(found[0], found[3])}
+    scores |= {"tokens": int(found[2]), "bytes": int(found[3])}
+    return scores, bits_per_byte(found[1] ** 0.5, found[3])
 
 
 def evaluate_exact(
     model: GPT, run: Run, val: TokenLoader, counter: ByteCounter, stride: int = 0
 ) -> Facts:
-    """Score the validation split by the chain rule, left to right; ranks share the rows. With a
-    stride rows overlap, and all but the first score their last `stride` tokens.
+    """Score the validation split by the chain rule, left to right. With a stride rows overlap, and
+    all but the first score their last `stride` tokens.
     """
     T = run.cfg.train_seq_len
     step = min(stride or T, T)
     starts = torch.arange((val.total - 1 - T) // step + 1) * step
-    sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # nats, tokens, bytes
-    for index, rows in validation_batches(run, val, starts):
-        scored = (index[:, None] == 0) | (torch.arange(T) >= T - step)  # (B, T)
-        num_bytes = (counter.count(rows[:, :-1], rows[:, 1:]) * scored).sum()
-        with run.autocast():
-            nats = token_nll_causal(model, rows.to(run.device))
-        total = (nats.double() * scored.to(run.device)).sum(-1).sum()
-        sums += torch.stack([total, scored.sum().to(sums), num_bytes.to(sums)])
-    found = run.sum(sums).tolist()
-    scores = {"loss": found[0] / found[1], "bpb": bits_per_byte(found[0], found[2])}
-    return scores | {"tokens": int(found[1]), "bytes": int(found[2]), "stride": step}
+    found, _ = score_rows(
+        run, val, counter, lambda rows, _: token_nll_causal(model, rows)[None], starts, step
+    )
+    return found | {"stride": step}
 
 
 def evaluate_bound(
     model: GPT, run: Run, val: TokenLoader, counter: ByteCounter, size: int
 ) -> Facts:
-    """Bound the diffusion likelihood over windows of `size` in NELBO_SEQUENCES validation rows.
-    Returns loss (nats per token), bpb, its standard error (0 at size 1: exact), K, tokens, bytes.
-    """
+    """Bound the diffusion likelihood over windows of `size`; exact at size 1."""
     cfg, T = run.cfg, run.cfg.train_seq_len
-    total = (val.total - 1 - T) // T + 1
-    num_rows = min(cfg.nelbo_sequences or total, total)
-    numbers = torch.arange(num_rows) * total // num_rows  # evenly spaced rows
     samples = cfg.nelbo_samples if size > 1 else 1
     mask = window_mask(T, size, cfg.diffusion_causal, run.device)
-    sums = torch.zeros(3, dtype=torch.float64, device=run.device)  # nats, variance, bytes
-    for index, rows in validation_batches(run, val, numbers * T):
-        num_bytes = counter.count(rows[:, :-1], rows[:, 1:]).sum().to(sums)
-        keys = split_key(numbers[index][:, None], cfg.eval_seed, torch.arange(T // size))
-        rows, keys = rows.to(run.device), keys.to(run.device)
-        with run.autocast():
-            nats = window_bounds(model, rows, keys, size, samples, mask).sum(-1)  # (K, B)
-        variance = nats.var(dim=0).sum() / samples if samples > 1 else sums.new_zeros(())
-        sums += torch.stack([nats.mean(0).sum(), variance, num_bytes])
-    found = run.sum(sums).tolist()
-    scores = {"loss": found[0] / (num_rows * T), "bpb": bits_per_byte(found[0], found[2])}
-    scores["standard_error"] = bits_per_byte(found[1] ** 0.5, found[2])
-    return scores | {"samples": samples, "tokens": num_rows * T, "bytes": int(found[2])}
+    number = torch.arange(T // size, device=run.device)
+
+    def score(rows: Tensor, starts: Tensor) -> Tensor:
+        keys = split_key(starts[:, None] // T, cfg.eval_seed, number)
+        return window_bounds(model, rows, keys, size, samples, mask)  # (K, B, W)
+
+    total = (val.total - 1 - T) // T + 1
+    num_rows = min(cfg.nelbo_sequences or total, total)
+    starts = torch.arange(num_rows) * total // num_rows * T  # evenly spaced rows
+    found, error = score_rows(run, val, counter, score, starts, T)
+    return found | {"standard_error": error, "samples": samples}
 
 
 def fill_cache(model: GPT, ids: Tensor, room: int) -> Cache:
@@ -1829,7 +1851,6 @@ IDENTITY = ("data_sha256", "tokenizer_sha256", "program_sha256")  # of checkpoin
 ARTIFACT_FORMAT = "text-diffusion-3"
 SCALE = ":scale"  # ends the name of the scales of an integer tensor
 KEEP_FLOAT_NUMEL = 65_536  # tensors of up to this many numbers stay fp16
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 XZ_MAGIC = b"\xfd7zXZ"
 LZMA_PRESET = 9 | lzma.PRESET_EXTREME
 
@@ -1845,14 +1866,8 @@ class Scheme(NamedTuple):
 INT6_LEVELS = (31, 27, 23, 19, 15)
 SCHEMES = {
     "int8+zlib": Scheme((127, 111, 95, 79, 63), 0, functools.partial(zlib.compress, level=9)),
-    "int6+zstd": Scheme(INT6_LEVELS, 127, lambda d: zstandard.ZstdCompressor(22).compress(d)),
     "int6+lzma": Scheme(INT6_LEVELS, 127, functools.partial(lzma.compress, preset=LZMA_PRESET)),
 }
-
-
-def schemes_of(name: str) -> list[str]:
-    """List the rows of SCHEMES that EXPORT_SCHEME names: one, or all that begin with it."""
-    return [scheme for scheme in SCHEMES if scheme == name or scheme.startswith(f"{name}+")]
 
 
 def pack_tensors(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
@@ -1894,7 +1909,7 @@ def differing_shapes(ours: Weights, theirs: Weights) -> str:
     """Name the first tensors that one side lacks or that differ in shape or dtype; empty: none."""
     kinds = [{name: (w.dtype, w.shape) for name, w in side.items()} for side in (ours, theirs)]
     names = [name for name in kinds[0] | kinds[1] if kinds[0].get(name) != kinds[1].get(name)]
-    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+    return ", ".join(names if len(names) < 4 else [*names[:3], "..."])
 
 
 def quantize_rows(w: Tensor, levels: int) -> Pair:
@@ -1904,13 +1919,13 @@ def quantize_rows(w: Tensor, levels: int) -> Pair:
     return q.to(torch.int8), scale
 
 
-def pack(weights: Weights, about: Mapping[str, Any], scheme: Scheme, place: int) -> bytes:
-    """Round weights at levels number `place` and compress them. UserError: not finite in fp16."""
+def pack(weights: Weights, about: Mapping[str, Any], scheme: Scheme, levels: int) -> bytes:
+    """Round weights to `levels` and compress them. UserError: not finite in fp16."""
     tensors = dict[str, Tensor]()
     for name, w in weights.items():
         if w.ndim == 2 and w.numel() > KEEP_FLOAT_NUMEL:
             is_embedding = name in ("tok_emb", "lm_head")
-            largest = is_embedding * scheme.embedding_levels or scheme.levels[place]
+            largest = is_embedding * scheme.embedding_levels or levels
             tensors[name], tensors[name + SCALE] = quantize_rows(w.detach().cpu(), largest)
         else:
             tensors[name] = w.detach().cpu().half()
@@ -1920,48 +1935,34 @@ def pack(weights: Weights, about: Mapping[str, Any], scheme: Scheme, place: int)
     return scheme.compress(pack_tensors({"format": ARTIFACT_FORMAT, **about}, tensors))
 
 
-def save_artifact(path: Path, weights: Weights, run: Run) -> str:
-    """Write the artifact at the finest levels that fit; return its scheme. UserError: none fit."""
+def save_artifact(path: Path, weights: Weights, run: Run) -> None:
+    """Write the artifact at the finest levels that fit. UserError: none fit."""
     about = {"config": dataclasses.asdict(run.cfg), **run.identity}
-    code, schemes = Path(__file__).stat().st_size, schemes_of(run.cfg.export_scheme)
-    for place in range(len(INT6_LEVELS)):
-        found = {name: pack(weights, about, SCHEMES[name], place) for name in schemes}
-        name = min(schemes, key=lambda scheme: len(found[scheme]))
-        total = code + len(found[name])
+    code, name = Path(__file__).stat().st_size, run.cfg.export_scheme
+    for levels in SCHEMES[name].levels:
+        packed = pack(weights, about, SCHEMES[name], levels)
+        total = code + len(packed)
         if total <= SIZE_LIMIT:
             break
-    atomic_write(path, found[name], "artifact")
-    if len(schemes) > 1:
-        sizes = {scheme: len(data) for scheme, data in found.items()}
-        run.log.event("export_scheme", smallest=name, model_bytes=sizes)
-    levels = SCHEMES[name].levels[place]
-    parts = {"total_bytes": total, "code_bytes": code, "model_bytes": len(found[name])}
+    atomic_write(path, packed, "artifact")
+    parts = {"total_bytes": total, "code_bytes": code, "model_bytes": len(packed)}
     run.log.event("size", scheme=name, levels=levels, **parts, limit_bytes=SIZE_LIMIT)
     if total > SIZE_LIMIT:
         rule = f"exceeds {SIZE_LIMIT:,}, of which {code:,} are code ({name}, levels {levels})"
-        remedy = "RESUME=auto EXPORT_SCHEME=int6, or lower NUM_LAYERS or BIGRAM_VOCAB_SIZE"
+        remedy = "RESUME=auto EXPORT_SCHEME=int6+lzma, or lower NUM_LAYERS or BIGRAM_VOCAB_SIZE"
         raise UserError(f"submission of {total:,} bytes {rule}; {remedy}")
-    return name
 
 
 def decompress(data: bytes) -> bytes:
     """Undo any scheme, up to the size that stands first. ValueError: another size, or damaged."""
-    unpacker: Any = zlib.decompressobj()
-    if data.startswith(ZSTD_MAGIC):
-        if zstandard is None:
-            raise ValueError("it needs zstandard: pip install zstandard")
-        unpacker = zstandard.ZstdDecompressor().decompressobj()
-    elif data.startswith(XZ_MAGIC):
-        unpacker = lzma.LZMADecompressor()
-    raw, most = bytearray(), (1 << 26) + 64 * len(data)
-    for start in range(0, len(data), 1024):  # of which a hostile file makes 32 MB at most
-        raw += unpacker.decompress(data[start : start + 1024])
-        most = min(most, 40 + int.from_bytes(raw[:8], "little")) if len(raw) >= 8 else most
-        if unpacker.eof or len(raw) > most:
-            break
-    if not unpacker.eof or unpacker.unused_data or start + 1024 < len(data):
+    xz, most = data.startswith(XZ_MAGIC), (1 << 26) + 16 * len(data)
+    unpacker: Any = lzma.LZMADecompressor() if xz else zlib.decompressobj()
+    head: bytes = unpacker.decompress(data, 8)
+    size, left = 32 + int.from_bytes(head, "little"), b"" if xz else unpacker.unconsumed_tail
+    rest: bytes = unpacker.decompress(left, min(size, most) + 1)  # one byte more shows the end
+    if not unpacker.eof or unpacker.unused_data or len(rest) != size:
         raise ValueError("truncated, followed by other bytes, or too large")
-    return bytes(raw)
+    return head + rest
 
 
 def load_artifact(path: Path, device: torch.device, what: str = "artifact") -> tuple[GPT, Facts]:
@@ -1984,13 +1985,13 @@ def load_artifact(path: Path, device: torch.device, what: str = "artifact") -> t
         if wrong := [n for n, kind in types.items() if len({*kind}) > 1 and kind != (float, int)]:
             raise ValueError(f"settings of another type: {wrong}")
         cfg = Config(**about["config"])
-        asked, held = count_parameters(cfg), sum(map(Tensor.numel, weights.values()))
-        if asked != held:
-            raise ValueError(f"its settings ask for {asked:,} parameters, it holds {held:,}")
-        model = GPT(cfg)
+        if cfg.num_layers > len(weights):
+            raise ValueError(f"its settings ask for {cfg.num_layers:,} layers, it holds fewer")
+        with torch.device("meta"):  # a model without numbers
+            model = GPT(cfg)
         if unlike := differing_shapes(dict(model.named_parameters()), weights):
             raise ValueError(f"it lacks or has other tensors: {unlike}")
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, assign=True)
         return model.to(device).eval(), {name: str(about.get(name, "")) for name in IDENTITY}
     except Exception as error:  # zlib, json and torch fail in many ways on foreign bytes
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -2002,12 +2003,6 @@ def load_artifact(path: Path, device: torch.device, what: str = "artifact") -> t
 # Settings that an artifact must share with a run that starts from it.
 SHAPE_SETTINGS = ["vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult"]
 SHAPE_SETTINGS += ["tie_embeddings", "value_residual", "bigram_vocab_size"]
-
-
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Say which of the new values differ from the old ones; empty: none."""
-    names = [name for name in new if old.get(name) != new[name]]
-    return "; ".join(f"{name.upper()} {old.get(name)!r} -> {new[name]!r}" for name in names)
 
 
 class TrainState:
@@ -2030,11 +2025,9 @@ class TrainState:
             self.adam.state[p] = state
             self.tensors |= {f"{names[p]}:{kind}": w for kind, w in state.items()}
         self.matrices = groups["matrix"]
-        self.momenta = [torch.zeros_like(p) for p in self.matrices]
-        named = zip(self.matrices, self.momenta, strict=True)
-        self.tensors |= {f"{names[p]}:momentum": w for p, w in named}
-        self.ema = [p.detach().clone() for p in names if cfg.ema_decay]
-        self.tensors |= zip([f"{name}:ema" for name in names.values()], self.ema, strict=False)
+        self.momenta = {f"{names[p]}:momentum": torch.zeros_like(p) for p in self.matrices}
+        self.ema = {f"{names[p]}:ema": p.detach().clone() for p in names if cfg.ema_decay}
+        self.tensors |= self.momenta | self.ema
         counts = {name: sum(p.numel() for p in params) for name, params in groups.items()}
         run.log.event("model", model_params=sum(counts.values()), **counts)
 
@@ -2047,12 +2040,13 @@ class TrainState:
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * now.rate
         momentum = (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum
-        muon_step(self.matrices, self.momenta, cfg.matrix_lr * now.rate, momentum, cfg)
+        lr, buffers = cfg.matrix_lr * now.rate, [*self.momenta.values()]
+        muon_step(self.matrices, buffers, lr, momentum, cfg)
         self.adam.step()
         self.model.zero_grad(set_to_none=True)
         if self.ema:  # early averages forget the initial weights
             decay = min(cfg.ema_decay, (1 + now.step) / (10 + now.step))
-            torch._foreach_lerp_(self.ema, [p.detach() for p in params], 1 - decay)
+            torch._foreach_lerp_([*self.ema.values()], [p.detach() for p in params], 1 - decay)
         self.step += 1
 
     def weights(self) -> dict[str, Tensor]:
@@ -2073,8 +2067,8 @@ class TrainState:
         if name := first_not_finite(self.tensors):
             rule = f"is not finite at step {self.step}; {furthest(self.cfg)}"
             raise UserError(f"{name} {rule}; last checkpoint: {new}")
-        about = {"config": dataclasses.asdict(self.cfg), "step": self.step}
-        about |= {"seconds": float(self.seconds), **self.run.identity}
+        about: Facts = {"config": dataclasses.asdict(self.cfg), **self.run.identity}
+        about |= {"step": self.step, "seconds": float(self.seconds)}
         try:
             if self.run.rank == 0:
                 atomic_write(new, pack_tensors(about, self.tensors), "checkpoint", keep=old)
@@ -2140,8 +2134,7 @@ class Objective:
 
     def __init__(self, cfg: Config, run: Run, model: GPT) -> None:
         self.cfg, self.model = cfg, model
-        self.next_token_loss = model.next_token_loss
-        self.forward_denoise = model.forward_denoise
+        self.next_token_loss, self.forward_denoise = model.next_token_loss, model.forward_denoise
         if run.compile:  # one graph per stream, window size and gradient mode
             torch._dynamo.config.recompile_limit = 64
             compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True)
@@ -2290,6 +2283,8 @@ def train(state: TrainState, val: TokenLoader, counter: ByteCounter) -> None:
     steps = range(state.step, cfg.iterations)
     for _ in tqdm(steps, "train", disable=run.rank > 0 or None):  # None: on a terminal only
         state.seconds = run.from_rank0(time.perf_counter() - began)
+        if ending_signals():  # its exception was swallowed where none can be raised
+            raise KeyboardInterrupt
         if 0 < cfg.max_wallclock_seconds <= state.seconds:
             break
         if 0 < cfg.checkpoint_seconds <= state.seconds - saved_at:
@@ -2310,12 +2305,12 @@ def train(state: TrainState, val: TokenLoader, counter: ByteCounter) -> None:
 
 
 # ==== 10  MAIN -- settings, data, train, export, reload, evaluate =================================
-def evaluate(run: Run, model: GPT, val: TokenLoader, counter: ByteCounter, scheme: str) -> None:
+def evaluate(run: Run, model: GPT, val: TokenLoader, counter: ByteCounter) -> None:
     """Log every score of the reloaded artifact."""
     cfg, split = run.cfg, (run, val, counter)
     with run.timed("val_bpb"):
         exact = evaluate_exact(model, *split)
-    run.log.event("final", name=scheme.replace("+", "_"), scheme=scheme, **exact)
+    run.log.event("final", name=cfg.export_scheme.replace("+", "_"), **exact)
     if abs(run.bytes_ratio - 1) > BYTES_TOLERANCE:
         run.log.event("val_bpb_source_bytes", bpb=exact["bpb"] * run.bytes_ratio)
     if cfg.eval_stride:
@@ -2349,27 +2344,30 @@ def execute(run: Run, loader: TokenLoader, val: TokenLoader, counter: ByteCounte
     run.log.event("data", **facts)
     for warning in warnings:
         run.log.event("warning", reason=warning)
-    run.identity = {name: facts.get(name, program_sha256()) for name in IDENTITY}
+    run.identity = {name: facts[name] for name in IDENTITY[:2]} | run.identity
     run.bytes_ratio = facts["val_bytes"] / facts["source_bytes"]
-    check_memory(cfg, run.device, val.total)
+    check_memory(cfg, run, val.total)
     state = TrainState(cfg, run, loader)
     state.resume()
+    content = dict(run.identity, data_path="", tokenizer_path="")  # may lie elsewhere on each node
+    run.agree(vars(cfg) | content | {"step": state.step})
     train(state, val, counter)
-    scheme = ""
     with run.timed("export"):
         if run.rank == 0:
-            scheme = save_artifact(cfg.artifact, state.weights(), run)
+            save_artifact(cfg.artifact, state.weights(), run)
         run.from_rank0(0.0)  # nobody reads the artifact before it is written
     model, _ = load_artifact(cfg.artifact, run.device)  # what is scored and decoded is the file
-    evaluate(run, model, val, counter, scheme)
+    evaluate(run, model, val, counter)
     total = sum(run.seconds.values()) - run.seconds["export"]
     seconds = {"train": state.seconds, **run.seconds, "evaluation": total}
     found = {f"{name}_seconds": round(value, 2) for name, value in seconds.items()}
     run.log.event("timing", **found, evaluation_limit_seconds=EVALUATION_SECONDS)
     if total > EVALUATION_SECONDS:
         run.log.event("warning", reason=f"evaluation took {total:.0f} s: raise EVAL_STRIDE")
-    memory = resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # Linux: KiB
-    memory = memory if run.device.type == "cpu" else torch.cuda.max_memory_allocated() // 2**20
+    if run.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated() // 2**20
+    else:  # in KiB on Linux
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 if resource else 0
     files = {"artifact": str(cfg.artifact), "log": str(run.log.path), "steps": state.step}
     run.log.event("done", **files, train_seconds=state.seconds, peak_memory_mib=memory)
 
@@ -2389,10 +2387,10 @@ def main(argv: Sequence[str] = ()) -> int:
         with Run.start(cfg) as run:
             run.header(source)
             execute(run, loader, val, counter)
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        text = (str(error) or "interrupted before training").replace("\n", "\nerror: ")
-        print(f"error: {text}", file=sys.stderr)
-        return getattr(error, "status", 130 if isinstance(error, KeyboardInterrupt) else 2)
+    except (UserError, OSError) as error:
+        hints = "".join(f"warning: {hint}\n" for hint in near_misses(os.environ))
+        print(f"{hints}error: " + str(error).replace("\n", "\nerror: "), file=sys.stderr)
+        return getattr(error, "status", 2)
     return 0
 
 

@@ -163,6 +163,11 @@ def row_keys(ids: Tensor, seed: int) -> Tensor:
     return tg.split_key(torch.arange(len(ids), device=ids.device)[:, None], seed)
 
 
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Choose tokens of x (B, N, ...) by index (B, n): (B, n, ...)."""
+    return x.take_along_dim(index.view(*index.shape, *[1] * (x.ndim - 2)), dim=1)
+
+
 class Run(NamedTuple):
     """What all passes of a decoding share."""
 
@@ -345,13 +350,13 @@ def denoise_tokens(run: Run, windows: MaskedWindows, queries: Tensor) -> Tensor:
     emb, time = model.embed_windows(inputs, run.cache)
     assert inputs.cache_positions is not None
     layout = tg.Layout(
-        rotary=tg.rotary(tg.gather_tokens(inputs.positions, queries), model.cfg),
-        mask=tg.gather_tokens(inputs.mask[:, 0], queries)[:, None],
-        time=tg.gather_tokens(time, queries),
+        rotary=tg.rotary(gather_tokens(inputs.positions, queries), model.cfg),
+        mask=gather_tokens(inputs.mask[:, 0], queries)[:, None],
+        time=gather_tokens(time, queries),
         cache=run.cache,
-        cache_positions=tg.gather_tokens(inputs.cache_positions, queries),
+        cache_positions=gather_tokens(inputs.cache_positions, queries),
     )
-    logits = model.trunk(tg.gather_tokens(emb, queries), layout)[0]
+    logits = model.trunk(gather_tokens(emb, queries), layout)[0]
     zeros = logits.new_zeros(*emb.shape[:2], logits.shape[2])
     logits = zeros.scatter(1, queries[..., None].expand_as(logits), logits)
     return select_own(model, logits, windows)

@@ -292,7 +292,7 @@ def log_data(run: tg.Run, text: Text) -> None:
     run.log.event("data", **text.facts)
     for warning in text.warnings:
         run.log.event("warning", reason=warning)
-    run.identity = {name: text.facts.get(name, tg.program_sha256()) for name in tg.IDENTITY}
+    run.identity = {name: text.facts[name] for name in tg.IDENTITY[:2]} | run.identity
     run.bytes_ratio = text.facts["val_bytes"] / text.facts["source_bytes"]
 
 

@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -351,3 +352,18 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     """Events of the one .jsonl log in OUT_DIR/logs."""
     (path,) = (folder / "logs").glob("*.jsonl")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait until a running process has brought a condition about."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def train_lines(folder: Path) -> int:
+    """How many training steps the log of run `r` in OUT_DIR holds."""
+    log = folder / "logs" / "r.jsonl"
+    return log.read_text(encoding="utf-8").count('"train"') if log.exists() else 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 import train_gpt as tg
-from tests.conftest import read_events, tiny
+from tests.conftest import ROOT, env_of, read_events, settings, tiny
 
 Launch = Callable[..., subprocess.Popen[str]]
 
@@ -69,7 +71,8 @@ def test_the_number_of_ranks_moves_no_result(
 def test_ranks_that_do_not_divide_the_batch_are_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "3")):
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3"}
+    for name, value in (ranks | {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}).items():
         monkeypatch.setenv(name, value)
     cfg = tiny(micro_batches=4, out_dir=str(tmp_path / "out"))
     with (
@@ -104,9 +107,80 @@ def test_launcher_variables_that_do_not_fit_are_named(
     for name, value in texts.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(tg.UserError, match="torchrun sets them") as caught:
-        tg.launcher_ranks(tiny())
+        tg.launcher_place(tiny())
     for name, value in texts.items():
         assert f"{name}={value!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("host", "port"), [("", "29500"), ("localhost", ""), ("localhost", "x"), ("localhost", "99999")]
+)
+def test_a_missing_address_of_rank_0_is_named(
+    host: str, port: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": host}
+    for name, value in (ranks | {"MASTER_PORT": port}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(tg.UserError, match="host and port of rank 0; torchrun sets them") as caught:
+        tg.launcher_place(tiny())
+    assert f"MASTER_ADDR={host!r}, MASTER_PORT={port!r}" in str(caught.value)
+
+
+def run_ranks(folder: Path, data: dict[str, Any], **differ: Any) -> list[tuple[int, str]]:
+    """Run two ranks by hand, the second with other settings; their statuses and errors."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    own = dict(**data, out_dir=str(folder), run_id="r", micro_batches=4, iterations=2)
+    processes = []
+    for rank in range(2):
+        inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        env = inherited | env_of(settings(**own | (differ if rank else {})))
+        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        command = [sys.executable, str(ROOT / "train_gpt.py")]
+        pipe = subprocess.PIPE
+        processes.append(
+            subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=pipe, text=True)
+        )
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    return [(p.returncode, text) for p, text in zip(processes, errors, strict=True)]
+
+
+@pytest.mark.slow
+def test_ranks_of_other_settings_or_data_end_with_what_differs(
+    data: dict[str, Any], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(data["data_path"], other)
+    (shard, *_) = other.glob("*_train_*.bin")
+    content = bytearray(shard.read_bytes())
+    content[-2] ^= 1
+    shard.write_bytes(content)
+    assert [status for status, _ in run_ranks(tmp_path / "same", data)] == [0, 0]
+    for differ, text in (
+        (dict(matrix_lr=0.5), "MATRIX_LR 0.02 -> 0.5"),
+        (dict(seed=7), "SEED 1337 -> 7"),
+        (dict(nelbo_windows="1"), "NELBO_WINDOWS '1,4' -> '1'"),
+        (dict(data_path=str(other)), "DATA_SHA256 '"),
+    ):
+        for status, error in run_ranks(tmp_path / "out", data, **differ):
+            assert status == 2, error
+            assert "rank 1 differs from rank 0: " in error
+            assert text in error
+            assert "DATA_PATH" not in error
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_see_one_checkpoint_end(data: dict[str, Any], tmp_path: Path) -> None:
+    run_ranks(tmp_path / "one", data, out_dir=str(tmp_path / "one"))
+    assert list((tmp_path / "one" / "checkpoints").iterdir())
+    ranks = run_ranks(tmp_path / "one", data | {"resume": "auto"}, out_dir=str(tmp_path / "two"))
+    for status, error in ranks:
+        assert status == 2
+        assert "rank 1 differs from rank 0: " in error
+        assert "STEP 2 -> 0" in error
 
 
 def worker(parent: int, rank: int) -> int:

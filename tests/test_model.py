@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import train_gpt as tg
+from scripts import decoding
 from tests.conftest import CPU, MAIN, random_rows, randomise, rounding, tiny
 
 T, V = 16, 64
@@ -221,7 +222,7 @@ def test_rows_of_a_batch_may_be_at_different_positions() -> None:
             part[row, :, positions[row]] = 9.0
         static.tokens[row, positions[row]] = 5
     found = model.forward_causal(ids.gather(1, positions), static, positions)[0]
-    close(found, tg.gather_tokens(full, positions))
+    close(found, decoding.gather_tokens(full, positions))
     assert static.tokens.equal(ids)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,26 +32,15 @@ from tests.conftest import (
     read_events,
     settings,
     tiny,
+    train_lines,
     train_tokenizer,
+    wait_for,
     write_shard,
 )
 
 Done = subprocess.CompletedProcess[str]
 RunMain = Callable[..., Done]
 Launch = Callable[..., "subprocess.Popen[str]"]
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def train_lines(folder: Path) -> int:
-    log = folder / "logs" / "r.jsonl"
-    return log.read_text(encoding="utf-8").count('"train"') if log.exists() else 0
 
 
 # ---- log ----
@@ -155,7 +146,38 @@ def test_a_folder_in_use_is_refused_with_its_holder(tmp_path: Path) -> None:
             caught.value
         )
         assert "stop that run, or set another OUT_DIR" in str(caught.value)
+        shutil.rmtree(cfg.path("logs", "").parent, ignore_errors=True)
+        with pytest.raises(tg.UserError, match="is in use by process"):
+            tg.lock_folder(cfg)
     tg.lock_folder(cfg).close()  # it is free again
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOLCK, "No locks available"), None])
+def test_a_system_without_locks_is_a_word_not_an_end(
+    fault: OSError | None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def flock(*_: object) -> None:
+        assert fault is not None
+        raise fault
+
+    if fault is None:  # Windows
+        monkeypatch.setattr(tg, "fcntl", None)
+    else:
+        monkeypatch.setattr(tg.fcntl, "flock", flock)
+    cfg = tiny(out_dir=str(tmp_path))
+    tg.lock_folder(cfg).close()
+    err = capsys.readouterr().err
+    assert err.startswith(f"warning: OUT_DIR={cfg.out_dir!r} is not locked against other runs (")
+
+
+def test_two_runs_do_not_share_a_checkpoint() -> None:
+    with pytest.raises(tg.UserError, match=r"RUN_ID='r\.previous' names files"):
+        tiny(run_id="r.previous")
+    names = {path for run_id in ("r", "r.previous.x") for path in tiny(run_id=run_id).checkpoints}
+    assert len(names) == 4
 
 
 @pytest.mark.slow
@@ -174,7 +196,7 @@ def test_a_second_run_in_a_folder_changes_nothing(
     first.wait(timeout=30)
     assert run_main(iterations=3, run_id="s").returncode == 0
     names = {path.name for path in (tmp_path / "out" / "logs").iterdir()}
-    assert names == {".lock", "r.txt", "r.jsonl", "s.txt", "s.jsonl"}
+    assert names == {"r.txt", "r.jsonl", "s.txt", "s.jsonl"}
 
 
 # ---- identity ----
@@ -481,14 +503,15 @@ def test_what_cannot_fit_is_named_before_it_is_allocated(values: dict[str, Any])
     with pytest.raises(
         tg.UserError, match=r"out of memory: at least [\d,.]+ GiB, cpu has"
     ) as caught:
-        tg.check_memory(cfg, CPU, 1000)
+        tg.check_memory(cfg, make_run(cfg), 1000)
     for name, value in values.items():
         assert f"{name.upper()}={value}" in str(caught.value)
 
 
 def test_tiny_and_published_sizes_fit() -> None:
-    tg.check_memory(tiny(), CPU, 1000)
-    tg.check_memory(tg.Config.from_env({"PRESET": "cpu"})[0], CPU, 10**6)
+    tg.check_memory(tiny(), make_run(tiny()), 1000)
+    small = tg.Config.from_env({"PRESET": "cpu"})[0]
+    tg.check_memory(small, make_run(small), 10**6)
 
 
 def test_a_score_that_is_not_finite_is_an_error() -> None:
@@ -509,10 +532,12 @@ def test_a_score_that_is_not_finite_is_an_error() -> None:
 def test_what_ends_a_run_is_explained(
     error: Exception, text: str, data: dict[str, Any], tmp_path: Path
 ) -> None:
-    with (
-        pytest.raises(tg.UserError) as caught,
-        tg.Run.start(tiny(**data, out_dir=str(tmp_path), run_id="r")),
-    ):
+    cfg = tiny(**data, out_dir=str(tmp_path / "new"), run_id="r")
+    with pytest.raises(tg.UserError, match="no checkpoint yet"), tg.Run.start(cfg):
+        raise error
+    cfg = dataclasses.replace(cfg, out_dir=str(tmp_path))
+    tg.atomic_write(cfg.checkpoints[0], b"", "checkpoint")
+    with pytest.raises(tg.UserError) as caught, tg.Run.start(cfg):
         raise error
     assert text in str(caught.value)
     assert "RESUME=auto" in str(caught.value)
@@ -552,22 +577,35 @@ def test_a_signal_ends_a_run_with_one_line(
             os.kill(os.getpid(), number)
             time.sleep(5)
 
-    with pytest.raises(tg.UserError, match=rf"ended by {number.name}; .*RESUME=auto") as caught:
+    with pytest.raises(tg.UserError, match=f"ended by {number.name}; no checkpoint yet") as caught:
         run()
     assert caught.value.status == 128 + number
     assert signal.getsignal(number) == before
 
 
-def test_an_interrupt_before_training_is_one_line(
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_an_interrupt_while_libraries_load_ends_in_silence(launch: Launch) -> None:
+    process = launch()
+    maps = Path(f"/proc/{process.pid}/maps")
+    wait_for(lambda: "numpy" in maps.read_text(encoding="utf-8"), process)  # torch comes next
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == -signal.SIGINT
+
+
+def test_names_close_to_a_setting_are_told_with_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(tg, "TokenLoader", interrupted)
-    monkeypatch.setattr("os.environ", env_of(settings()))
-    assert tg.main() == 130
-    assert capsys.readouterr().err == "error: interrupted before training\n"
+    env = env_of(settings(data_path="nowhere")) | {"DATA_PAHT": "data", "SEEED": "1"}
+    monkeypatch.setattr("os.environ", env)
+    assert tg.main() == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == [
+        "warning: DATA_PAHT is not a setting; did you mean DATA_PATH?",
+        "warning: SEEED is not a setting; did you mean SEED?",
+    ]
+    assert lines[2].startswith("error: DATA_PATH='nowhere' holds no")
 
 
 def test_a_missing_compiler_is_a_word_not_an_end(

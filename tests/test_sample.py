@@ -550,19 +550,6 @@ def test_the_newest_artifact_of_the_folder_is_the_default(
     assert facts(outcome(sample.main, argv, capsys))["mode"] == "ar"
 
 
-def test_an_artifact_without_its_library_is_named(
-    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Any
-) -> None:
-    cfg = tiny(**data, train_seq_len=64, train_batch_tokens=256, export_scheme="int6+zstd")
-    path = save(cfg, tmp_path / "final_model.int6.ptz")
-    assert facts(call("--prompt", "x", "--tokens", "2", artifact=path))["mode"] == "ar"
-    monkeypatch.setattr(tg, "zstandard", None)
-    status, _, err = call("--prompt", "x", artifact=path)
-    assert status == 2
-    assert f"{path}" in err
-    assert "needs zstandard: pip install zstandard" in err
-
-
 def test_another_tokenizer_is_refused(call: Callable[..., Called], tokenizers: Tokenizers) -> None:
     status, _, err = call("--prompt", "x", "--tokenizer", str(tokenizers.nmt_nfkc))
     assert status == 2

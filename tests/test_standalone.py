@@ -38,10 +38,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "causal": dict(diffusion_causal=True, diffusion_shift=False),
     "fixed_ramp": dict(diffusion_rate="fixed", diffusion_ramp="iterations"),
     "strong_parts": dict(
-        value_residual=True, bigram_vocab_size=64, ema_decay=0.9, export_scheme="int6"),
+        value_residual=True, bigram_vocab_size=64, ema_decay=0.9, export_scheme="int6+lzma"),
     "gaussian_bigrams": dict(diffusion_corruption_mode="gaussian", bigram_vocab_size=64),
     "no_denoiser": dict(diffusion_loss_weight=0.0),
-    "untied": dict(tie_embeddings=False, export_scheme="int6+zstd"),
+    "untied": dict(tie_embeddings=False, export_scheme="int6+lzma"),
     "lzma": dict(export_scheme="int6+lzma"),
 }
 # fmt: on

@@ -9,7 +9,6 @@ import math
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,8 @@ from tests.conftest import (
     recorded,
     settings,
     tiny,
+    train_lines,
+    wait_for,
     write_shard,
 )
 
@@ -536,19 +537,6 @@ def logged(folder: Path) -> list[dict[str, Any]]:
         {k: v for k, v in e.items() if k not in ("train_ms", "step_ms", "tok_per_sec")}
         for e in read_events(folder)
     ]
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def train_lines(folder: Path) -> int:
-    log = folder / "logs" / "r.jsonl"
-    return log.read_text(encoding="utf-8").count('"train"') if log.exists() else 0
 
 
 @pytest.mark.slow

@@ -108,9 +108,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         rule = f"must be a multiple of --batch={odd[0]}, so that all batches are alike"
         parser.error(f"--examples={args.examples} {rule}")
     for name in args.modes:
-        if name not in decoding.MODES:
-            near = f"{tg.closest(name, decoding.MODES)}; all: {', '.join(decoding.MODES)}"
-            parser.error(f"--modes: no mode is called {name!r}; {near}")
+        for fault in tg.unknown("--modes", name, decoding.MODES):
+            parser.error(fault)
     args.modes = names(",".join(["ar", *args.modes]))
     return args
 

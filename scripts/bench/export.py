@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import zstandard
 from torch import Tensor
 from tqdm import tqdm
 
@@ -75,7 +76,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "zlib-9": lambda data: zlib.compress(data, 9),
     "lzma-9e": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
-    "zstd-22": tg.SCHEMES["int6+zstd"].compress,
+    "zstd-22": lambda data: zstandard.ZstdCompressor(22).compress(data),
 }
 
 
@@ -239,7 +240,7 @@ def measure(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
         stored = rounded_by(scheme, weights, args.keep)
         parts = {part: len(scheme.compress(data)) for part, data in raw_bytes(stored).items()}
         settings = dataclasses.asdict(dataclasses.replace(cfg, export_scheme=name))
-        whole = len(tg.pack(weights, {"config": settings, **identity}, scheme, 0))
+        whole = len(tg.pack(weights, {"config": settings, **identity}, scheme, scheme.levels[0]))
         rest = whole - sum(parts.values())
         schemes.append({"scheme": name, "code": code, "model": whole, **parts, "rest": rest})
     return found | {"schemes": schemes, "tensors": errors(weights, args.keep)}

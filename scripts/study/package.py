@@ -289,7 +289,7 @@ def check_bytes(runs: Sequence[SeedRun], request: Request) -> Iterator[str]:
         if total > tg.SIZE_LIMIT:
             yield (
                 f"log {run.path}: submission of {total:,} bytes (code {code:,} + model {model:,}) "
-                f"exceeds {tg.SIZE_LIMIT:,}; take EXPORT_SCHEME=int6, or lower NUM_LAYERS or "
+                f"exceeds {tg.SIZE_LIMIT:,}; take EXPORT_SCHEME=int6+lzma, or lower NUM_LAYERS or "
                 "BIGRAM_VOCAB_SIZE"
             )
         if code != logged:

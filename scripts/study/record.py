@@ -153,7 +153,7 @@ def steps_of(args: argparse.Namespace, env: Mapping[str, str]) -> list[Step]:
     if baselines := protocol.baselines if args.baselines is None else args.baselines:
         add("study/sweep.py", *baselines.split(","), *runs)
     add("study/sweep.py", RECIPE, *runs)
-    scheme = tg.schemes_of(record_config(env, **settings).export_scheme)[0]
+    scheme = record_config(env, **settings).export_scheme
     levels = tg.SCHEMES[scheme].levels[:4]  # the artifact takes one of the first
     export = ["--levels", ",".join(map(str, levels)), "--out", str(out / "export.json")]
     device, rows = settings.get("DEVICE", "auto"), env.get("NELBO_SEQUENCES", "4096")

@@ -68,7 +68,7 @@ from scripts.study.runlog import (
     shown,
     spread,
 )
-from train_gpt import Config, UserError, closest
+from train_gpt import Config, UserError, unknown
 
 PROGRAM = Path(tg.__file__)
 
@@ -235,11 +235,10 @@ def chosen_rows(names: Sequence[str]) -> list[str]:
     """Expand ladders into rows, each once, in order; UserError: one is unknown."""
     left_out = read_ladder().left_out
     known = {name: [name] for name in rows()} | ladders()
-    faults = []
-    for name in [name for name in names if name not in known]:
-        why = f"is left out: {left_out[name]}" if name in left_out else "is no row or ladder"
-        near, where = closest(name, known), f"of {tg.LADDER_FILE}: --dry-run all"
-        faults.append(f"NAME={name!r} {why}; {near}; all {where}")
+    faults = [f"NAME={name!r} is left out: {left_out[name]}" for name in names if name in left_out]
+    faults += [
+        why for name in names if name not in left_out for why in unknown("NAME", name, known)
+    ]
     check_faults(faults)
     return list(dict.fromkeys(row for name in names for row in known[name]))
 
@@ -259,9 +258,9 @@ def overrides(args: argparse.Namespace) -> dict[str, str]:
         name, *value = text.split("=", 1)
         if name in OWN:
             faults.append(f"--set {text}: a sweep sets {name} itself; use rows, --seeds and --out")
-        elif not value or name not in known:
-            rule = "must be NAME=VALUE of a setting of train_gpt.py"
-            faults.append(f"--set {text}: {rule}; {closest(name, known)}")
+        elif not value:
+            faults.append(f"--set {text}: must be NAME=VALUE of a setting of train_gpt.py")
+        faults += unknown("--set", name, known)
         values[name] = "".join(value)
     check_faults(faults)
     return values

@@ -313,7 +313,7 @@ def test_modes_that_need_a_denoiser_are_left_out(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--modes=specultive", "no mode is called 'specultive'; closest: speculative"),
+        ("--modes=specultive", "--modes='specultive' is unknown; closest: speculative"),
         ("--passes=0,2", "'0,2' must list whole numbers from 1"),
         ("--batch=3", "--examples=4 must be a multiple of --batch=3"),
         ("--target=40", "take 60 tokens; {path} was trained to read 32 (TRAIN_SEQ_LEN)"),

@@ -473,10 +473,10 @@ def test_an_interrupted_sweep_ends_its_run_and_says_how_to_resume(
     ("argv", "said"),
     [
         (["defect_caus"],
-         "NAME='defect_caus' is no row or ladder; closest: defect_causal, defects"),
-        (["ar", "~~~"], "NAME='~~~' is no row or ladder; closest: none"),
+         "NAME='defect_caus' is unknown; closest: defect_causal, defects"),
+        (["ar", "~~~"], "NAME='~~~' is unknown; closest: none"),
         (["defect_nocache"], "NAME='defect_nocache' is left out: it concerns"),
-        (["ar", "--set", "NUM_LAYER=2"], "--set NUM_LAYER=2: must be NAME=VALUE of a setting"),
+        (["ar", "--set", "NUM_LAYER=2"], "--set='NUM_LAYER' is unknown; closest: NUM_LAYERS"),
         (["ar", "--set", "MATRIX_LR"], "--set MATRIX_LR: must be NAME=VALUE"),
         (["ar", "--set", "SEED=3"],
          "--set SEED=3: a sweep sets SEED itself; use rows, --seeds and --out"),
