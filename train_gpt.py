@@ -2375,6 +2375,7 @@ def execute(run: Run, loader: TokenLoader, val: TokenLoader, counter: ByteCounte
 def main(argv: Sequence[str] = ()) -> int:
     """Run the program; return 0, 2 after an error that the user can repair, 130 after a signal."""
     prepare_streams()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if {"-h", "--help"} & set(argv):
             print(f"{__doc__}\n{Config().table({})}")
@@ -2387,10 +2388,11 @@ def main(argv: Sequence[str] = ()) -> int:
         with Run.start(cfg) as run:
             run.header(source)
             execute(run, loader, val, counter)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, KeyboardInterrupt) as error:
         hints = "".join(f"warning: {hint}\n" for hint in near_misses(os.environ))
-        print(f"{hints}error: " + str(error).replace("\n", "\nerror: "), file=sys.stderr)
-        return getattr(error, "status", 2)
+        text = (str(error) or "interrupted before training").replace("\n", "\nerror: ")
+        print(f"{hints}error: {text}", file=sys.stderr)
+        return getattr(error, "status", 130 if isinstance(error, KeyboardInterrupt) else 2)
     return 0
 
 

@@ -594,6 +594,18 @@ def test_an_interrupt_while_libraries_load_ends_in_silence(launch: Launch) -> No
     assert process.returncode == -signal.SIGINT
 
 
+def test_an_interrupt_before_training_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tg, "TokenLoader", interrupted)
+    monkeypatch.setattr("os.environ", env_of(settings()))
+    assert tg.main() == 130
+    assert capsys.readouterr().err == "error: interrupted before training\n"
+
+
 def test_names_close_to_a_setting_are_told_with_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
