@@ -169,7 +169,8 @@ parallel. {parameters:,} parameters, float32, rounded as in the artifact `{artif
 - The tokenizer decodes to {folds}.
 - Text it writes may be wrong, or repeat what its training data say.
 """
-INFILL = """    given = dict(add_special_tokens=False, return_tensors="pt")              # without BOS
+INFILL = """\
+    given = dict(add_special_tokens=False, return_tensors="pt")              # without BOS
     after = tokenizer(" return x", **given).input_ids
     filled = tokenizer.decode(model.infill(ids, after, num_tokens=8)[0])
 """
