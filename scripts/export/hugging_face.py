@@ -93,42 +93,57 @@ def read_run(path: Path, artifact: Artifact) -> RunLog:
     return run
 
 
+def number(event: Mapping[str, Any], name: str, digits: int = 0) -> str:
+    """Write a number of an event; `-`: it was not measured, or an older program did not log it."""
+    from scripts.study.runlog import is_number
+
+    value = event.get(name)
+    return f"{value:,.{digits}f}" if is_number(value) else NONE
+
+
 def scores(run: RunLog | None) -> str:
     """Write the scores of a run as Markdown tables, or that there are none."""
     if run is None:
         return "Not stated: the model was exported without the log of its run.\n"
     final, rows = run.events["final"], list[list[str]]()
-    rows.append(["exact, left to right", f"{final['val_bpb']:.4f}", NONE, "whole validation split"])
+    split = f"whole validation split, {number(final, 'tokens')} tokens"
+    rows.append(["exact, left to right", number(final, "val_bpb", 4), NONE, split])
     for window, bound in sorted(run.nelbo.items()):
-        about = f"{bound['tokens']:,} tokens, K = {bound['samples']}"
-        cells = [f"{bound['nelbo_bpb']:.4f}", f"{bound['standard_error']:.4f}"]
-        rows.append([f"**upper bound**, denoising windows of {window}", *cells, about])
+        kind = "**upper bound**" if window > 1 else "exact"  # of windows of one token
+        about = f"{number(bound, 'tokens')} tokens, K = {number(bound, 'samples')}"
+        cells = [number(bound, "nelbo_bpb", 4), number(bound, "standard_error", 4), about]
+        rows.append([f"{kind}, denoising windows of {window}", *cells])
     parts = [markdown(["score", "bits per byte", "standard error", "measured on"], rows, 1)]
     decoded = [
-        [task, str(span), f"{mode}, {steps} passes", f"{event['token_acc']:.3f}"]
+        [task, mode, str(span), str(steps), number(event, "token_acc", 3)]
         for (task, span, steps, mode), event in run.decode.items()
     ]
     if decoded:
-        head = ["task", "tokens", "decoding", "share of tokens equal to the text"]
-        parts.append(markdown(head, decoded, 1))
-    bits = f"{final['tokens']:,} tokens, {final['bytes']:,} bytes, {final['val_loss']:.4f} nats"
-    parts.append(f"Validation split: {bits} per token. A bound is no likelihood.")
+        head = ["task", "decoding", "tokens", "passes", "share of tokens equal to the text"]
+        parts.append(markdown(head, decoded, 2))
+    parts.append("An upper bound is an estimate and no likelihood: do not compare it with val_bpb.")
     return "\n\n".join(parts) + "\n"
 
 
 def training(artifact: Artifact, run: RunLog | None) -> str:
     """Write how a model was trained, as far as artifact and log say it."""
-    cfg = artifact.model.cfg
-    numbers = f"{cfg.num_layers} layers of width {cfg.model_dim}, {cfg.vocab_size} tokens"
-    lines = [f"Recipe `{cfg.recipe}`, seed {cfg.seed}, rows of {cfg.train_seq_len} tokens, "]
-    lines[0] += f"{cfg.train_batch_tokens:,} tokens per step; {numbers}."
+    from train_gpt import program_sha256
+
+    cfg, sha256 = artifact.model.cfg, artifact.program_sha256
+    lines = [
+        f"Recipe `{cfg.recipe}`, seed {cfg.seed}, rows of {cfg.train_seq_len} tokens, "
+        f"{cfg.train_batch_tokens:,} tokens per step.",
+        f"{cfg.num_layers} layers of width {cfg.model_dim}, vocabulary of {cfg.vocab_size} tokens.",
+    ]
     if run is not None:
-        done, data = run.events["done"], run.events.get("data", {})
-        machine = run.get("header", "machine")
-        lines.append(f"{done['steps']:,} steps in {done['train_seconds']:,.0f} s on {machine}.")
-        lines.append(f"Training split: {data.get('train_tokens', 0):,} tokens.")
-    for name, digest in artifact.identity.items():
-        lines.append(f"`{name}`: `{digest or 'not known'}`.")
+        done, machine = run.events["done"], run.get("header", "machine")
+        took = f"{number(done, 'steps')} steps in {number(done, 'train_seconds')} s"
+        tokens = number(run.events.get("data", {}), "train_tokens")
+        lines.append(f"{took} on {machine}; training split of {tokens} tokens.")
+    lines += [f"`{name}`: `{value or 'not known'}`." for name, value in artifact.identity.items()]
+    if sha256:
+        same = "is that program" if sha256 == program_sha256() else "is another version of it"
+        lines.append(f"`train_gpt.py` in this folder {same}.")
     return "".join(f"- {line}\n" for line in lines)
 
 

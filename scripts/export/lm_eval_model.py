@@ -189,13 +189,10 @@ class TextDiffusionLM(TemplateLM):
         span = out[len(ids) :]
         if self.eot_token_id in span:
             span = span[: span.index(self.eot_token_id)]
-        before, whole = (self.processor.decode(part) for part in (ids, ids + span))
-        found = (
-            whole.removeprefix(before) if whole.startswith(before) else self.processor.decode(span)
-        )
-        return min(
-            (found.split(stop)[0] for stop in given["until"] if stop), key=len, default=found
-        )
+        before, whole = (str(self.processor.decode(part)) for part in (ids, ids + span))
+        new = whole[len(before) :] if whole.startswith(before) else str(self.processor.decode(span))
+        ends = [new.find(stop) for stop in given["until"] if stop]
+        return new[: min((end for end in ends if end >= 0), default=len(new))]
 
     @torch.no_grad()
     def bound(self, texts: Sequence[str], size: int, samples: int) -> Bound:

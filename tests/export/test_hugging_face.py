@@ -15,6 +15,7 @@ import sentencepiece as spm
 import torch
 
 import train_gpt as tg
+from scripts import common
 from scripts.export import hugging_face
 from tests.bench.artifacts import save
 from tests.conftest import (
@@ -255,10 +256,41 @@ def run_files(data: dict[str, Any], tmp_path: Path) -> tuple[Path, Path]:
         dict(event="size") | log.of("size")[0],
         dict(event="final", val_bpb=2.25, val_loss=3.5, tokens=640, bytes=1999),
         dict(event="nelbo", window=4, nelbo_bpb=2.5, standard_error=0.125, samples=4, tokens=128),
+        dict(event="nelbo", window=1, nelbo_bpb=2.4, standard_error=0.0, samples=1, tokens=128),
         dict(event="parallel_eval", task="infill", span=4, steps=2, mode="refine", token_acc=0.375),
         dict(event="done", steps=8, train_seconds=61.0),
     ]
     return path, write_log(tmp_path / "run.jsonl", events)
+
+
+def test_the_card_says_what_is_not_known(
+    run_files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artifact, log = run_files
+    change(log, "nelbo", nelbo_bpb=None)
+    change(log, "parallel_eval", token_acc=None)
+    change(log, "data", train_tokens=None)
+    out = tmp_path / "folder"
+    argv = ["--artifact", str(artifact), "--out", str(out), "--log", str(log)]
+    facts(outcome(hugging_face.main, argv, capsys))
+    card = (out / "README.md").read_text("utf-8")
+    assert "denoising windows of 4 | - | 0.1250 |" in card
+    assert "| infill | refine | 4 | 2 | - |" in card
+    assert "training split of - tokens" in card
+    assert "`program_sha256`: `not known`" in card
+
+
+@pytest.mark.parametrize(
+    ("sha256", "says"),
+    [(tg.program_sha256(), "is that program"), ("ab" * 32, "is another version of it")],
+)
+def test_the_card_tells_whether_the_program_is_that_of_training(
+    run_files: tuple[Path, Path], sha256: str, says: str
+) -> None:
+    artifact = common.load_artifact(run_files[0], CPU)
+    identity = {**artifact.identity, "program_sha256": sha256}
+    card = hugging_face.training(artifact._replace(identity=identity), None)
+    assert f"`train_gpt.py` in this folder {says}." in card
 
 
 def write_log(path: Path, events: list[dict[str, Any]]) -> Path:
@@ -276,13 +308,13 @@ def test_the_card_states_what_the_log_says(
     assert found["folder"] == str(out)
     assert found["files"] == {path.name: path.stat().st_size for path in out.iterdir()}
     card = (out / "README.md").read_text("utf-8")
-    assert "| exact, left to right | 2.2500 | - | whole validation split |" in card
+    assert "| exact, left to right | 2.2500 | - | whole validation split, 640 tokens |" in card
+    assert "| exact, denoising windows of 1 | 2.4000 | 0.0000 | 128 tokens, K = 1 |" in card
     bound = "| **upper bound**, denoising windows of 4 | 2.5000 | 0.1250 | 128 tokens, K = 4 |"
     assert bound in card
-    assert "| infill | 4 | refine, 2 passes | 0.375 |" in card
-    assert "640 tokens, 1,999 bytes, 3.5000 nats per token" in card
-    assert "8 steps in 61 s on Test CPU" in card
-    assert "9,000 tokens" in card
+    assert "| infill | refine | 4 | 2 | 0.375 |" in card
+    assert "8 steps in 61 s on Test CPU; training split of 9,000 tokens." in card
+    assert "`train_gpt.py` in this folder" not in card  # the artifact does not say which it is of
     assert str(tmp_path) not in card
 
 
