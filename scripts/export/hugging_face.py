@@ -246,7 +246,8 @@ def write_model(artifact: Artifact, tokenizer: Path, folder: Path) -> None:
     length = artifact.model.cfg.train_seq_len
     converted = TextDiffusionTokenizer(str(tokenizer), model_max_length=length)
     # BOS separates documents: where the model begins another one, its text ends.
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), converted.bos_token_id)
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), converted.bos_token_id)
+    ends["pad_token_id"] = converted.pad_token_id
     model.generation_config = GenerationConfig(use_cache=False, **ends)
     TextDiffusionConfig.register_for_auto_class()
     TextDiffusionForCausalLM.register_for_auto_class("AutoModelForCausalLM")

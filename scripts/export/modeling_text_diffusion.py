@@ -109,6 +109,16 @@ class TextDiffusionForCausalLM(PreTrainedModel, GenerationMixin):
         """Give every pass all tokens (B, T): there is no cache, so a token costs a whole pass."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """Continue tokens (B, P) as transformers does, up to BOS, which begins another document.
+
+        Without an attention mask all tokens count: transformers would take some for padding.
+        """
+        ids = kwargs.get("input_ids", inputs)
+        if ids is not None and kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = torch.ones_like(ids)
+        return super().generate(inputs, **kwargs)
+
     @torch.no_grad()
     def infill(
         self, input_ids: Tensor, suffix_ids: Tensor, num_tokens: int, num_steps: int = 8

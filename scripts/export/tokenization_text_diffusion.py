@@ -24,7 +24,7 @@ class TextDiffusionTokenizer(PreTrainedTokenizer):
 
     `add_special_tokens=False` leaves BOS out. Special tokens that are spelled in a text, such as
     `<s>`, stay text. `decode` gives what `SentencePieceProcessor.decode` gives: control tokens are
-    never shown. BOS separates documents, so it ends generated text and pads it, too.
+    never shown. BOS separates documents, so generated text ends with it: it is `eos_token`, too.
 
     Args:
         vocab_file: path of the SentencePiece model.
@@ -39,9 +39,10 @@ class TextDiffusionTokenizer(PreTrainedTokenizer):
     def __init__(self, vocab_file: str, **kwargs: Any) -> None:
         self.vocab_file = vocab_file
         self.processor = spm.SentencePieceProcessor(model_file=str(vocab_file))
-        bos = self.processor.id_to_piece(self.processor.bos_id())
-        special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), bos)
-        special["unk_token"] = self.processor.id_to_piece(self.processor.unk_id())
+        sp, spell = self.processor, self.processor.id_to_piece
+        pad = next(i for i in (sp.pad_id(), sp.eos_id(), sp.bos_id()) if i >= 0)  # -1: has none
+        special = dict.fromkeys(("bos_token", "eos_token"), spell(sp.bos_id()))
+        special |= {"pad_token": spell(pad), "unk_token": spell(sp.unk_id())}
         rules = dict(split_special_tokens=True, clean_up_tokenization_spaces=False)
         super().__init__(**{**special, **kwargs, **rules, "padding_side": "right"})
 

@@ -116,7 +116,9 @@ def exports(
     texts = [*HARD_TEXTS, "", " ", "\n", "def f(a, b):\n    return a\u00a0+ b\n", "a" * 300]
     processor = spm.SentencePieceProcessor(model_file=str(tokenizers.identity))
     rows = [row.tolist() for row in random_rows(8, 30, processor.vocab_size(), seed=3)]
-    given = {"ids": random_rows(3, 32, processor.vocab_size()), "texts": texts, "rows": rows}
+    ids = random_rows(3, 32, processor.vocab_size())
+    ids[:, 0], ids[:, 4] = BOS, 0  # padding in the middle is a token as others are
+    given = {"ids": ids, "texts": texts, "rows": rows}
     torch.save(given, home / "given.pt")
     for name, changes in VARIANTS.items():
         path = tokenizers.nmt_nfkc if name == "folding" else tokenizers.identity
@@ -179,7 +181,7 @@ def test_generation_is_greedy_decoding(exported: Exported) -> None:
 def test_generation_samples_and_ends_with_bos(exported: Exported) -> None:
     row = exported.found["ended"][0].tolist()
     assert len(row) == 49 or row.index(BOS, 9) == len(row) - 1
-    assert exported.found["special"] == [BOS] * 3
+    assert exported.found["special"] == [BOS, BOS, 0]  # bos, eos, pad
 
 
 def test_infill_refines_as_the_program_does(exported: Exported) -> None:
@@ -209,7 +211,7 @@ def test_tokens_are_those_of_sentencepiece(exported: Exported) -> None:
     for i, text in enumerate(texts[:4]):
         ids, kept = batch["input_ids"][i], batch["attention_mask"][i]
         num = 1 + len(encode(text))
-        assert ids.tolist() == [BOS, *encode(text)] + [BOS] * (len(ids) - num)
+        assert ids.tolist() == [BOS, *encode(text)] + [0] * (len(ids) - num)
         assert kept.tolist() == [1] * num + [0] * (len(ids) - num)
 
 
