@@ -252,6 +252,40 @@ def test_loglikelihood_of_one_token_is_its_log_softmax(
         assert greedy == (token == best)
 
 
+CHOICE = """task: choice
+dataset_path: json
+dataset_kwargs: {{cache_dir: {cache}, data_files: {{test: {file}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: answer
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+"""
+
+
+def test_a_multiple_choice_task_picks_the_likeliest_choice(
+    artifacts: Callable[..., Path],
+    lm: Any,
+    processor: spm.SentencePieceProcessor,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    question = "def f(x):\n    return"
+    choices = single_tokens(processor, question)[:3]
+    before = [BOS, *processor.encode(question)]
+    tokens = [processor.encode(question + choice)[-1] for choice in choices]
+    scores = [by_hand(lm.model, before, token) for token in tokens]
+    best = scores.index(max(scores))
+    rows = [dict(question=question, choices=choices, answer=i) for i in (best, best, 0, 1, 2)]
+    file, task = tmp_path / "choice.jsonl", tmp_path / "choice.yaml"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    task.write_text(CHOICE.format(cache=tmp_path / "cache", file=file), "utf-8")
+    found = facts(call(capsys, "--artifact", artifacts(), "--tasks", task))
+    assert found["results"]["choice"]["acc,none"] == pytest.approx(3 / 5)
+
+
 def test_a_greedy_continuation_is_named_so(lm: Any) -> None:
     context = [BOS, 300, 301]
     rows = torch.tensor([context + [0] * 3])

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 
 import train_gpt as tg
 from scripts import common
-from scripts.export import hugging_face
+from scripts.export import harness, hugging_face
+from scripts.study import to_tensorboard
 from tests.bench.artifacts import save
 from tests.conftest import (
     BOS,
@@ -305,6 +307,7 @@ def test_the_card_states_what_the_log_says(
 ) -> None:
     artifact, log = run_files
     out = tmp_path / "folder"
+    out.mkdir()  # an empty folder is filled
     argv = ["--artifact", str(artifact), "--out", str(out), "--log", str(log)]
     found = facts(outcome(hugging_face.main, argv, capsys))
     assert found["folder"] == str(out)
@@ -404,3 +407,24 @@ def test_another_tokenizer_is_refused(
     status, _, errors = outcome(hugging_face.main, [*argv, "--out", str(tmp_path / "x")], capsys)
     assert status == 2
     assert "is not the tokenizer" in errors
+
+
+@pytest.mark.parametrize(
+    ("main", "module"),
+    [
+        (hugging_face.main, "transformers"),
+        (harness.main, "lm_eval"),
+        (to_tensorboard.main, "tensorboardX"),
+    ],
+)
+def test_a_missing_package_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    main: Callable[[list[str]], int],
+    module: str,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    argv = ["--tasks", "x"] if module == "lm_eval" else ["--out", "x"]
+    status, _, errors = outcome(main, argv, capsys)
+    assert status == 2
+    assert f"needs {module}: pip install {module} (version: see requirements-eval.txt)" in errors
