@@ -85,6 +85,15 @@ for folder in folders:
     attempt(lambda: model.infill(ids[:, :0], ids, 1))
     attempt(lambda: model(ids.repeat(1, 9)))
     attempt(lambda: model(ids, attention_mask=mask.flip(1)))
+    model(ids, labels=ids).loss.backward()
+    here["gradients"] = [p.grad for p in (model.gpt.tok_emb, model.gpt.blocks[0].attn.proj.weight)]
+    if len(found) == 0:  # a model that was loaded can be saved and loaded again
+        for part in (model, tokenizer):
+            part.save_pretrained("again")
+        model = AutoModelForCausalLM.from_pretrained("again", **load)
+        tokenizer = AutoTokenizer.from_pretrained("again", **load)
+        here["again"] = model(ids).logits.detach()
+        here["encoded_again"] = tokenizer(given["texts"][0]).input_ids
     found[folder] = here
 torch.save(found, out)
 """
@@ -167,6 +176,17 @@ def test_labels_give_the_exact_loss(exported: Exported) -> None:
     scored = exported.found["masked"][:, 1:] >= 0
     assert 0 < scored.sum() < scored.numel()
     assert exported.found["masked_loss"].item() == pytest.approx(nats[scored].mean().item(), **near)
+
+
+def test_the_loss_reaches_the_weights(exported: Exported) -> None:
+    for gradient in exported.found["gradients"]:
+        assert gradient.abs().max() > 0
+
+
+def test_a_loaded_model_can_be_saved_again(exports: dict[str, Exported]) -> None:
+    found = exports["direct"].found
+    assert torch.equal(found["again"], found["logits"])
+    assert found["encoded_again"] == found["with_bos"][0]
 
 
 def test_padding_after_a_row_changes_no_prediction_of_its_tokens(exported: Exported) -> None:
