@@ -20,6 +20,8 @@ import scripts.process  # noqa: F401 -- first: Ctrl-C ends the imports below in 
 # isort: split
 import argparse
 import difflib
+import math
+import numbers
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,16 @@ def evaluate(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the numbers among the results of a task, by "metric,filter"; not finite: None."""
+    found = {
+        name: float(value)
+        for name, value in metrics.items()
+        if isinstance(value, numbers.Real) and "," in name
+    }
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
+
+
 def run(args: argparse.Namespace) -> Mapping[str, Any]:
     """Evaluate the artifact and gather what was found."""
     need("lm_eval", "harness.py", "requirements-eval.txt")
@@ -102,10 +114,7 @@ def run(args: argparse.Namespace) -> Mapping[str, Any]:
     path = args.artifact or newest_artifact()
     model = TextDiffusionLM(path, args.tokenizer or "", args.device, args.batch_size, args.mode)
     found = evaluate(model, args)
-    scores = {
-        task: {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-        for task, metrics in found["results"].items()
-    }
+    scores = {task: numbers_of(metrics) for task, metrics in found["results"].items()}
     counts = {task: n["effective"] for task, n in found["n-samples"].items()}
     result = {"artifact": str(path), "mode": args.mode, "results": scores, "documents": counts}
     if args.bound_window is not None:

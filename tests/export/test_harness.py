@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import sentencepiece as spm
 import torch
@@ -168,7 +169,7 @@ def test_the_bound_has_a_name_of_its_own_and_is_that_of_train_gpt(
     assert bound["nelbo_bits_per_byte"] == pytest.approx(expected["bpb"], rel=1e-6)
     assert bound["standard_error"] == pytest.approx(expected["standard_error"], rel=1e-4)
     assert (bound["window"], bound["samples"]) == (8, 4)
-    assert set(found["results"]["documents"]) == {"sample_len", "bits_per_byte,none"}
+    assert set(found["results"]["documents"]) == {"bits_per_byte,none"}
     assert json.loads(out.read_text("utf-8")) == found
 
 
@@ -284,6 +285,13 @@ def test_a_multiple_choice_task_picks_the_likeliest_choice(
     task.write_text(CHOICE.format(cache=tmp_path / "cache", file=file), "utf-8")
     found = facts(call(capsys, "--artifact", artifacts(), "--tasks", task))
     assert found["results"]["choice"]["acc,none"] == pytest.approx(3 / 5)
+
+
+def test_results_are_numbers_or_null() -> None:
+    metrics = {"a,none": np.float32(0.5), "b,none": np.int64(2), "c,none": math.nan}
+    others = {"a_stderr,none": "N/A", "alias": "task", "sample_len": 3}
+    expected = {"a,none": 0.5, "b,none": 2.0, "c,none": None}
+    assert harness.numbers_of(metrics | others) == expected
 
 
 def test_a_greedy_continuation_is_named_so(lm: Any) -> None:
