@@ -113,6 +113,8 @@ def run(args: argparse.Namespace) -> Mapping[str, Any]:
 
     path = args.artifact or newest_artifact()
     model = TextDiffusionLM(path, args.tokenizer or "", args.device, args.batch_size, args.mode)
+    if args.bound_window is not None:
+        model.check_bound(args.bound_window)
     found = evaluate(model, args)
     scores = {task: numbers_of(metrics) for task, metrics in found["results"].items()}
     counts = {task: n["effective"] for task, n in found["n-samples"].items()}

@@ -181,7 +181,7 @@ parallel. {parameters:,} parameters, float32, rounded as in the artifact `{artif
 - `generate` has no key/value cache: each token costs a pass over the whole text.
 - Rows of a batch may be padded after their last token only.
 - A base model: it continues text and follows no instructions.
-- The tokenizer decodes to {folds}.
+- The tokenizer decodes to {decoded}.
 - Text it writes may be wrong, or repeat what its training data say.
 """
 INFILL = """\
@@ -209,7 +209,7 @@ def card(artifact: Artifact, run: RunLog | None, round_trip: bool) -> str:
         scores=scores(run),
         training=training(artifact, run),
         limit=model.cfg.train_seq_len,
-        folds=kept,
+        decoded=kept,
     )
 
 

@@ -145,7 +145,7 @@ class TextDiffusionLM(TemplateLM):
         return (context + continuation)[-(self.max_length + 1) :]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Score whole documents; an empty one scores 0."""
+        """Score whole documents; an empty one scores 0. UserError: all are empty."""
         windows, owners = list[Request](), list[int]()
         for i, request in enumerate(requests):
             (text,) = request.args
@@ -154,6 +154,8 @@ class TextDiffusionLM(TemplateLM):
             for pair in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
                 windows.append((("", ""), *make_disjoint_window(pair)))
                 owners.append(i)
+        if not windows:
+            fail("the documents of the rolling task hold no text; name others")
         totals = [0.0] * len(requests)
         scores = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
         for i, (nats, _) in zip(owners, scores, strict=True):
@@ -179,8 +181,8 @@ class TextDiffusionLM(TemplateLM):
         room = max(self.max_length - len(ids), self.max_length // 2)
         num = max(min(given["max_gen_toks"], room), 1)
         ids = ids[-(self.max_length - num) :]
-        heat = given.get("temperature", float(bool(given.get("do_sample"))))
-        sampling = Sampling(temperature=heat, seed=seed, end=self.eot_token_id)
+        temperature = given.get("temperature", float(bool(given.get("do_sample"))))
+        sampling = Sampling(temperature=temperature, seed=seed, end=self.eot_token_id)
         limits = {k: given[k] for k in ("top_p", "top_k") if given.get(k)}
         decoding = self.decoding._replace(sampling=sampling._replace(**limits))
         rows = torch.tensor([ids + [0] * num], device=self._device)
@@ -193,6 +195,15 @@ class TextDiffusionLM(TemplateLM):
         new = whole[len(before) :] if whole.startswith(before) else str(self.processor.decode(span))
         ends = [new.find(stop) for stop in given["until"] if stop]
         return new[: min((end for end in ends if end >= 0), default=len(new))]
+
+    def check_bound(self, size: int) -> None:
+        """Raise UserError if there is no denoiser, or `size` does not divide TRAIN_SEQ_LEN."""
+        name, limit = f"--bound-window={size}", self.max_length
+        if self.model.mask_emb is None:
+            why = "this model was trained without one (DIFFUSION_LOSS_WEIGHT=0)"
+            fail(f"{name} needs a denoiser, and {why}; leave it out")
+        if limit % size:
+            fail(f"{name} must divide {limit} (TRAIN_SEQ_LEN of this model); name another size")
 
     @torch.no_grad()
     def bound(self, texts: Sequence[str], size: int, samples: int) -> Bound:
@@ -208,11 +219,7 @@ class TextDiffusionLM(TemplateLM):
         Raises:
             UserError: no denoiser, or a size that does not divide TRAIN_SEQ_LEN.
         """
-        if self.model.mask_emb is None or self.max_length % size:
-            fail(
-                f"a bound over windows of {size} needs a denoiser, and a TRAIN_SEQ_LEN (here "
-                f"{self.max_length}) that the size divides; name another size, or leave it out"
-            )
+        self.check_bound(size)
         nats, variance = 0.0, 0.0
         for number, row in enumerate(self.rows_of(texts)):
             whole = (row.shape[1] - 1) // size * size

@@ -382,8 +382,13 @@ def test_a_continuation_that_cannot_be_read_is_refused(lm: Any) -> None:
         ("direct", ["--tasks", "damaged.yaml"], "--tasks=damaged.yaml cannot be loaded ("),
         ("direct", ["--tasks", "lost.yaml"], "no_such_file.jsonl"),
         ("direct", ["--mode", "no"], "--mode=no is unknown; name one of ar, "),
-        ("direct", ["--bound-window", "5"], "a bound over windows of 5 needs a denoiser, and"),
-        ("ar", ["--bound-window", "8"], "needs a denoiser"),
+        (
+            "direct",
+            ["--bound-window", "5"],
+            "--bound-window=5 must divide 32 (TRAIN_SEQ_LEN",
+        ),
+        ("ar", ["--bound-window", "8"], "--bound-window=8 needs a denoiser, and this model"),
+        ("direct", ["--tasks", "empty.yaml"], "hold no text"),
         ("ar", ["--mode", "block"], "has no trained denoiser"),
         ("direct", ["--out", "no/folder/x.json"], "must be a file in a folder that exists"),
         ("direct", ["--artifact", "no.ptz"], "artifact no.ptz is missing, damaged or not ours"),
@@ -405,6 +410,9 @@ def test_faults_of_the_user_are_named(
     task = write_task(tmp_path, ["x = 1\n" * 9])
     Path("damaged.yaml").write_text("task: [", "utf-8")
     lost = task.read_text("utf-8").replace("documents.jsonl", "no_such_file.jsonl")
+    (tmp_path / "empty").mkdir()
+    empty = write_task(tmp_path / "empty", ["", ""])
+    empty.rename("empty.yaml")
     Path("lost.yaml").write_text(lost, "utf-8")
     given = ["--artifact", str(artifacts(recipe)), "--tasks", str(task), *argv]
     status, printed, complaint = call(capsys, *given)
