@@ -26,6 +26,10 @@ $(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements
 	$(BIN)/pip install -q -r requirements-dev.txt
 	@touch $@
 
+$(VENV)/.requirements-eval: requirements-eval.txt $(VENV)/.requirements-dev
+	$(BIN)/pip install -q -r requirements-eval.txt
+	@touch $@
+
 demo: $(VENV)/.requirements
 	$(BIN)/python scripts/prepare_data.py --out $(DATA)
 	DATA_PATH=$(DATA) TOKENIZER_PATH=$(DATA)/tokenizer.model RUN_ID=demo OUT_DIR=$(OUT) \
@@ -42,7 +46,7 @@ lint: $(VENV)/.requirements-dev
 check: lint
 	$(BIN)/pytest -m "not slow and not gpu"
 
-test: lint
+test: lint $(VENV)/.requirements-eval
 	$(BIN)/pytest
 	$(BIN)/python scripts/study/report.py --check
 	$(BIN)/python scripts/study/report.py --check --logs $(RECORD)/logs --readme $(RECORD)/README.md \

@@ -50,10 +50,10 @@ def warn(message: str) -> None:
     print(f"warning: {visible(message)}", file=sys.stderr)
 
 
-def need(module: str, why: str) -> None:
+def need(module: str, why: str, requirements: str = "requirements-dev.txt") -> None:
     """Require a package that only some commands use; UserError: it is not installed."""
     if importlib.util.find_spec(module) is None:
-        fail(f"{why} needs {module}: pip install {module} (version: see requirements-dev.txt)")
+        fail(f"{why} needs {module}: pip install {module} (version: see {requirements})")
 
 
 # ==============================================================================
