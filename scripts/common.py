@@ -219,6 +219,13 @@ def load_artifact(path: Path, device: torch.device) -> Artifact:
     return Artifact(path, *tg.load_artifact(path, device))
 
 
+def program_sha256() -> str:
+    """SHA-256 of train_gpt.py, as a run logs it."""
+    import train_gpt as tg
+
+    return hashlib.sha256(Path(tg.__file__).read_bytes()).hexdigest()
+
+
 def text_config(cfg: Config) -> Config:
     """Take DATA_PATH and TOKENIZER_PATH from the environment where it sets them."""
     given = {name: os.environ.get(name.upper()) for name in ("data_path", "tokenizer_path")}

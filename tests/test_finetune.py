@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import train_gpt as tg
-from scripts import decoding, finetune, sample
+from scripts import common, decoding, finetune, sample
 from scripts.bench import likelihood
 from tests.bench import artifacts
 from tests.conftest import (
@@ -430,8 +430,7 @@ def test_an_adapter_says_what_made_it(
     assert about["artifact_sha256"] == hashlib.sha256(artifact.read_bytes()).hexdigest()
     tokenizer = Path(data["tokenizer_path"]).read_bytes()
     assert about["tokenizer_sha256"] == hashlib.sha256(tokenizer).hexdigest()
-    program = Path(tg.__file__).read_bytes()
-    assert about["program_sha256"] == hashlib.sha256(program).hexdigest()
+    assert about["program_sha256"] == common.program_sha256()
     assert about["data_sha256"] == found["data_sha256"] != ""
     facts(call("--out", "b.ptz", iterations=1, **other_text(data, tmp_path / "other")))
     other = finetune.load_adapter(tmp_path / "b.ptz", tg.load_artifact(artifact, CPU)[0], artifact)

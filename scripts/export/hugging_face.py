@@ -40,6 +40,7 @@ from scripts.common import (
     newest_artifact,
     open_tokenizer,
     pick_device,
+    program_sha256,
     run_command,
 )
 
@@ -127,8 +128,6 @@ def scores(run: RunLog | None) -> str:
 
 def training(artifact: Artifact, run: RunLog | None) -> str:
     """Write how a model was trained, as far as artifact and log say it."""
-    from train_gpt import program_sha256
-
     cfg, sha256 = artifact.model.cfg, artifact.program_sha256
     lines = [
         f"Recipe `{cfg.recipe}`, seed {cfg.seed}, rows of {cfg.train_seq_len} tokens, "

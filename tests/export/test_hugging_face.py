@@ -306,7 +306,7 @@ def test_the_card_says_what_is_not_known(
 
 @pytest.mark.parametrize(
     ("sha256", "says"),
-    [(tg.program_sha256(), "is that program"), ("ab" * 32, "is another version of it")],
+    [(common.program_sha256(), "is that program"), ("ab" * 32, "is another version of it")],
 )
 def test_the_card_tells_whether_the_program_is_that_of_training(
     run_files: tuple[Path, Path], sha256: str, says: str
