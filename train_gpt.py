@@ -67,9 +67,8 @@ class UserError(Exception):
 
 def opt(default: Any, text: str, unit: str = "", *, choices: str = "", **more: Any) -> Any:
     """Declare a setting; a `free` one does not affect training and may differ on RESUME."""
-    meta = {"help": text, "unit": unit, "choices": tuple(choices.split())}
-    meta |= {"low": None, "high": 10**12, "free": False} | more
-    return dataclasses.field(default=default, metadata=meta)
+    meta = dict(help=text, unit=unit, choices=choices.split(), low=None, high=10**12, free=False)
+    return dataclasses.field(default=default, metadata=meta | more)
 
 
 free = functools.partial(opt, free=True)
@@ -183,7 +182,22 @@ class Config:
     # fmt: on
 
     def __post_init__(self) -> None:
-        if faults := [*faults_of(self)]:
+        faults = list[str]()
+        for field in dataclasses.fields(self):
+            meta, value = field.metadata, getattr(self, field.name)
+            name, low = f"{field.name.upper()}={value!r}", meta["low"]
+            if meta["choices"] and value not in meta["choices"]:
+                faults.append(f"{name} must be one of: {', '.join(meta['choices'])}")
+            if low is not None and not low <= value <= meta["high"]:
+                faults.append(f"{name} must be in [{low}, {meta['high']}] ({meta['help']})")
+        for holds, message in RULES:
+            try:
+                broken = not holds(self)
+            except (ValueError, ZeroDivisionError) as error:  # zeros are named above
+                broken = isinstance(error, ValueError)  # a list that does not parse
+            if broken:
+                faults.append(self.fill(message))
+        if faults:
             raise UserError("\n".join(faults))
 
     @property
@@ -316,24 +330,6 @@ def near_misses(env: Mapping[str, str]) -> Iterator[str]:
     for key in sorted(env.keys() - known):
         for name in difflib.get_close_matches(key.upper(), known, 1, cutoff=0.85):
             yield f"{key} is not a setting; did you mean {name}?"
-
-
-def faults_of(c: Config) -> Iterator[str]:
-    """Say which settings are out of their limits, and which rules about several do not hold."""
-    for field in dataclasses.fields(c):
-        meta, value = field.metadata, getattr(c, field.name)
-        name, low = f"{field.name.upper()}={value!r}", meta["low"]
-        if meta["choices"] and value not in meta["choices"]:
-            yield f"{name} must be one of: {', '.join(meta['choices'])}"
-        if low is not None and not low <= value <= meta["high"]:
-            yield f"{name} must be in [{low}, {meta['high']}] ({meta['help']})"
-    for holds, message in RULES:
-        try:
-            broken = not holds(c)
-        except (ValueError, ZeroDivisionError) as error:  # zeros are named above
-            broken = isinstance(error, ValueError)  # a list that does not parse
-        if broken:
-            yield c.fill(message)
 
 
 def furthest(cfg: Config) -> str:
@@ -636,8 +632,8 @@ class Run:
                 stack.enter_context(lock_folder(cfg))
             continued = cfg.resume == "auto" and any(path.exists() for path in cfg.checkpoints)
             run = cls(cfg, rank, place["WORLD_SIZE"], device, Log(cfg, rank, continued))
-            program = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-            run.identity = {"program_sha256": program}
+            program = Path(__file__).read_bytes()
+            run.identity = {"program_sha256": hashlib.sha256(program).hexdigest()}
             for number in ENDING_SIGNALS:
                 stack.callback(signal.signal, number, signal.signal(number, interrupt))
             try:
