@@ -67,9 +67,8 @@ class UserError(Exception):
 
 def opt(default: Any, text: str, unit: str = "", *, choices: str = "", **more: Any) -> Any:
     """Declare a setting; a `free` one does not affect training and may differ on RESUME."""
-    meta = {"help": text, "unit": unit, "choices": tuple(choices.split())}
-    meta |= {"low": None, "high": 10**12, "free": False} | more
-    return dataclasses.field(default=default, metadata=meta)
+    meta = dict(help=text, unit=unit, choices=choices.split(), low=None, high=10**12, free=False)
+    return dataclasses.field(default=default, metadata=meta | more)
 
 
 free = functools.partial(opt, free=True)
@@ -183,7 +182,22 @@ class Config:
     # fmt: on
 
     def __post_init__(self) -> None:
-        if faults := [*faults_of(self)]:
+        faults = list[str]()
+        for field in dataclasses.fields(self):
+            meta, value = field.metadata, getattr(self, field.name)
+            name, low = f"{field.name.upper()}={value!r}", meta["low"]
+            if meta["choices"] and value not in meta["choices"]:
+                faults.append(f"{name} must be one of: {', '.join(meta['choices'])}")
+            if low is not None and not low <= value <= meta["high"]:
+                faults.append(f"{name} must be in [{low}, {meta['high']}] ({meta['help']})")
+        for holds, message in RULES:
+            try:
+                broken = not holds(self)
+            except (ValueError, ZeroDivisionError) as error:  # zeros are named above
+                broken = isinstance(error, ValueError)  # a list that does not parse
+            if broken:
+                faults.append(self.fill(message))
+        if faults:
             raise UserError("\n".join(faults))
 
     @property
@@ -220,11 +234,23 @@ class Config:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
         """Return settings and the source of each. UserError: names all faults at once."""
-        kinds = [field.name for field in dataclasses.fields(Config)]
-        known = {name: env[name.upper()] for name in kinds if name.upper() in env}
-        given, faults = parse_settings(known)
-        values, source = dict[str, Any](), dict.fromkeys(kinds, "default")
-        for label, row in choose_rows(env, given, faults).items():
+        names = [field.name for field in dataclasses.fields(Config)]
+        asked = {name: env[name.upper()] for name in names if name.upper() in env}
+        given, faults = parse_settings(asked)
+        mode = env.get("DIFFUSION_TRAIN_MODE", "")
+        recipe = given.get("recipe", TRAIN_MODES.get(mode, "record"))
+        recipes = RECIPES if recipe in RECIPES else all_recipes()
+        gpu = "1xgpu" if env.get("WORLD_SIZE", "1") == "1" else "8xh100"
+        machine = gpu if torch.cuda.is_available() and given.get("device") != "cpu" else "cpu"
+        preset = given.get("preset", "auto").replace("auto", machine)
+        faults += unknown("DIFFUSION_TRAIN_MODE", mode or "none", TRAIN_MODES)
+        faults += unknown("RECIPE", recipe, recipes) + unknown("PRESET", preset, PRESETS)
+        rows = {f"recipe {recipe}": recipes.get(recipe, {}) | {"recipe": recipe}}
+        rows[f"preset {preset}"] = PRESETS.get(preset, {}) | {"preset": preset}
+        if (rows[f"recipe {recipe}"] | given).get("strength"):
+            rows[f"strength {preset}"] = STRENGTHS.get(preset, {})
+        values, source = dict[str, Any](), dict.fromkeys(names, "default")
+        for label, row in (rows | {"env": given}).items():
             values |= row
             source |= dict.fromkeys(row, label)
         try:
@@ -304,24 +330,6 @@ def near_misses(env: Mapping[str, str]) -> Iterator[str]:
     for key in sorted(env.keys() - known):
         for name in difflib.get_close_matches(key.upper(), known, 1, cutoff=0.85):
             yield f"{key} is not a setting; did you mean {name}?"
-
-
-def faults_of(c: Config) -> Iterator[str]:
-    """Say which settings are out of their limits, and which rules about several do not hold."""
-    for field in dataclasses.fields(c):
-        meta, value = field.metadata, getattr(c, field.name)
-        name, low = f"{field.name.upper()}={value!r}", meta["low"]
-        if meta["choices"] and value not in meta["choices"]:
-            yield f"{name} must be one of: {', '.join(meta['choices'])}"
-        if low is not None and not low <= value <= meta["high"]:
-            yield f"{name} must be in [{low}, {meta['high']}] ({meta['help']})"
-    for holds, message in RULES:
-        try:
-            broken = not holds(c)
-        except (ValueError, ZeroDivisionError) as error:  # zeros are named above
-            broken = isinstance(error, ValueError)  # a list that does not parse
-        if broken:
-            yield c.fill(message)
 
 
 def furthest(cfg: Config) -> str:
@@ -417,24 +425,6 @@ STRENGTHS: Rows = {
 # fmt: on
 
 LADDER_FILE = Path(__file__).with_name("scripts") / "study" / "ladder.toml"  # more recipes
-
-
-def choose_rows(env: Mapping[str, str], given: Facts, faults: list[str]) -> Rows:
-    """Return the rows of settings to apply, by source and in order; add names of none to faults."""
-    mode = env.get("DIFFUSION_TRAIN_MODE", "")
-    recipe = given.get("recipe", TRAIN_MODES.get(mode, "record"))
-    recipes = RECIPES if recipe in RECIPES else all_recipes()
-    gpu = "1xgpu" if env.get("WORLD_SIZE", "1") == "1" else "8xh100"
-    machine = gpu if torch.cuda.is_available() and given.get("device") != "cpu" else "cpu"
-    preset = given.get("preset", "auto").replace("auto", machine)
-    row = recipes.get(recipe, {})
-    faults += unknown("DIFFUSION_TRAIN_MODE", mode or "none", TRAIN_MODES)
-    faults += unknown("RECIPE", recipe, recipes) + unknown("PRESET", preset, PRESETS)
-    rows = {f"recipe {recipe}": row | {"recipe": recipe}}
-    rows[f"preset {preset}"] = PRESETS.get(preset, {}) | {"preset": preset}
-    if (row | given).get("strength"):
-        rows[f"strength {preset}"] = STRENGTHS.get(preset, {})
-    return rows | {"env": given}
 
 
 def unknown(setting: str, name: str, known: Collection[str]) -> list[str]:
@@ -596,14 +586,6 @@ def choose_device(cfg: Config, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def use_compile(cfg: Config, device: torch.device) -> bool:
-    """Decide on torch.compile, which needs a C++ compiler on a CPU."""
-    if device.type == "cuda":
-        return cfg.compile != "0"
-    found = map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))
-    return cfg.compile == "1" and any(found)
-
-
 def machine_name(device: torch.device) -> str:
     """Name a GPU, or the processor with its number of cores: `AMD EPYC, 2 cores`."""
     if device.type == "cuda":
@@ -635,7 +617,6 @@ class Run:
     log: Log
     control: dist.ProcessGroup | None = None  # gloo: decisions of the host, without a device sync
     peers: list[tuple[str, int]] = dataclasses.field(default_factory=list)  # (host, process)
-    compile: bool = False
     identity: dict[str, str] = dataclasses.field(default_factory=dict)  # IDENTITY: hashes
     bytes_ratio: float = 1.0  # bytes that the tokenizer's table counts over those of the source
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # of each timed part
@@ -651,9 +632,8 @@ class Run:
                 stack.enter_context(lock_folder(cfg))
             continued = cfg.resume == "auto" and any(path.exists() for path in cfg.checkpoints)
             run = cls(cfg, rank, place["WORLD_SIZE"], device, Log(cfg, rank, continued))
-            run.compile = use_compile(cfg, device)
-            program = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-            run.identity = {"program_sha256": program}
+            program = Path(__file__).read_bytes()
+            run.identity = {"program_sha256": hashlib.sha256(program).hexdigest()}
             for number in ENDING_SIGNALS:
                 stack.callback(signal.signal, number, signal.signal(number, interrupt))
             try:
@@ -707,11 +687,18 @@ class Run:
         fault.status = 128 + stopped[0] if stopped else 2
         return fault
 
+    @functools.cached_property
+    def compile(self) -> bool:
+        """Decide on torch.compile, which needs a C++ compiler on a CPU."""
+        if self.device.type == "cuda":
+            return self.cfg.compile != "0"
+        found = map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))
+        return self.cfg.compile == "1" and any(found)
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Compute in bf16 on CUDA, in fp32 on CPU (where bf16 matrix products are emulated)."""
-        if self.device.type == "cuda":
-            return torch.autocast("cuda", torch.bfloat16)
-        return contextlib.nullcontext()
+        kind = self.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
 
     def clock(self) -> float:
         torch.get_device_module(self.device).synchronize()
@@ -768,10 +755,10 @@ class Run:
         facts |= dict(python=sys.version.split()[0], torch=torch.__version__)
         facts |= dict(precision="bf16" if self.device.type == "cuda" else "fp32")
         facts |= dict(world_size=self.world_size, threads=torch.get_num_threads())
-        facts |= dict(compile=self.compile, sha256=self.identity["program_sha256"])
-        self.log.event("header", **facts)
-        shown = {"table": self.cfg.table(source), "source": dict(source)}
-        self.log.event("config", **shown, values=vars(self.cfg))
+        sha256 = self.identity["program_sha256"]
+        self.log.event("header", **facts, compile=self.compile, sha256=sha256)
+        table = self.cfg.table(source)
+        self.log.event("config", table=table, source=source, values=vars(self.cfg))
         if self.cfg.compile == "1" and not self.compile:
             self.log.event("warning", reason="COMPILE=1 finds no C++ compiler: nothing is compiled")
         for warning in near_misses(os.environ):
@@ -1130,20 +1117,12 @@ def next_visible(visible: Tensor, positions: Tensor, reach: int) -> Pair:
     return found, distance * (same_window & near)
 
 
-class Windows(NamedTuple):
-    """Rows cut into windows."""
-
-    x0: Tensor  # (B, W, S) int64 clean tokens
-    before: Tensor  # (B, W, 1) int64 the clean token before each window
-    positions: Tensor  # (N,) int64 places of both in the row
-
-
-def split_into_windows(rows: Tensor, size: int) -> Windows:
-    """Cut rows (B, T + 1) into windows of `size` tokens that cover all tokens but the first."""
+def split_into_windows(rows: Tensor, size: int) -> Pair:
+    """Cut rows (B, T + 1) into windows of `size` tokens that cover all tokens but the first. Return
+    the windows, each after the clean token before it, (B, W, S + 1), and their positions (N,).
+    """
     places = torch.arange(rows.shape[1], device=rows.device)
-    positions = places.unfold(0, size + 1, size).flatten()
-    x0 = rows[:, 1:].reshape(len(rows), -1, size)
-    return Windows(x0, rows[:, :-1:size, None], positions)
+    return rows.unfold(1, size + 1, size), places.unfold(0, size + 1, size).flatten()
 
 
 def token_nll(logits: Tensor, x0: Tensor, *_: object) -> Tensor:
@@ -1224,14 +1203,6 @@ class Cache(NamedTuple):
 
     def first_rows(self, n: int) -> Cache:
         return Cache([k[:n] for k in self.keys], [v[:n] for v in self.values], self.tokens[:n])
-
-
-class CausalLoss(NamedTuple):
-    """What the clean stream leaves in training."""
-
-    loss: Tensor  # () nats per token
-    logits: Tensor  # (B, T, V) float32, without gradient
-    cache: Cache
 
 
 class WindowInput(NamedTuple):
@@ -1461,11 +1432,13 @@ class GPT(nn.Module):
         logits, kvs = self.trunk(emb, layout)
         return logits, cache or Cache([k for k, _ in kvs], [v for _, v in kvs], ids)
 
-    def next_token_loss(self, rows: Tensor) -> CausalLoss:
-        """Read rows (B, T + 1) causally and compare each prediction with the next token."""
+    def next_token_loss(self, rows: Tensor) -> tuple[Pair, Cache]:
+        """Read rows (B, T + 1) causally and compare each prediction with the next token. Returns
+        the loss (nats per token) with logits (B, T, V) without gradient, and the cache.
+        """
         logits, cache = self.forward_causal(rows[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-        return CausalLoss(loss, logits.detach(), cache)
+        return (loss, logits.detach()), cache
 
     def embed_windows(self, window: WindowInput, cache: Cache | None) -> Pair:
         """Embed windows: tokens (B, N, D), and features of their noise level (B, N, F)."""
@@ -1501,20 +1474,16 @@ class GPT(nn.Module):
         return logits.narrow(2, int(not self.cfg.diffusion_shift), size)
 
 
-def memory_limit(device: torch.device) -> float:
-    """Bytes that a process on this device can have; infinite if the system does not say."""
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    limits = [math.inf]
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # not on every system
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(limits)
-
-
 def check_memory(cfg: Config, run: Run, val_tokens: int) -> None:
     """Raise UserError if a low estimate of what a run needs exceeds the memory of this machine."""
-    T, limit = cfg.train_seq_len, memory_limit(run.device)
+    limits = [math.inf]  # if the system does not say
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # not on every system
+        if run.device.type == "cuda":
+            limits = [torch.cuda.get_device_properties(run.device).total_memory]
+        else:
+            limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+            limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    T, limit = cfg.train_seq_len, min(limits)
     logits, dim = 4 * cfg.vocab_size, cfg.model_dim
     sizes = cfg.sizes(cfg.diffusion_windows) if cfg.diffusion else []
     noisy = max((T // size * (size + 1) for size, _ in sizes), default=0)
@@ -1646,8 +1615,8 @@ def window_bounds(
     bound (Jensen, over orders); exact at S = 1. Windows follow left to right. Rows are (B, T + 1),
     keys (B, W). Sources: arXiv:1310.1757, arXiv:2110.02037.
     """
-    windows = split_into_windows(rows, size)
-    x0 = windows.x0
+    tokens, positions = split_into_windows(rows, size)
+    before, x0 = tokens[..., :1], tokens[..., 1:]
     cache = model.forward_causal(rows[:, :-1])[1]
     start = random_uniform(split_key(keys, 1), 1)[..., 0]
     estimates = []
@@ -1656,8 +1625,7 @@ def window_bounds(
         order = random_uniform(split_key(keys, 2, k), size).argsort(dim=-1).argsort(dim=-1)
         masked = order < m[..., None]
         noisy = apply_noise(x0, masked, m.float() / size, split_key(keys, 3, k), model.cfg, 1.0)
-        window = WindowInput(windows.before, noisy, windows.positions, mask)
-        logits = model.forward_denoise(window, cache)
+        logits = model.forward_denoise(WindowInput(before, noisy, positions, mask), cache)
         estimates.append((token_nll(logits, x0).double() * masked).sum(-1) * size / m)
     return torch.stack(estimates)
 
@@ -1767,14 +1735,14 @@ def corrupt_for_decoding(
     return apply_noise(tokens, masked, t, keys, cfg, mask_share)
 
 
-def num_still_masked(total: Tensor, step: int, num_steps: int) -> Tensor:
-    """Of `total` (B, 1) masked tokens, how many remain after `step` of `num_steps` passes."""
+def unmask_confident(
+    masked: Tensor, log_p: Tensor, total: Tensor, step: int, num_steps: int
+) -> Tensor:
+    """Unmask the most probable tokens; return what is still masked, (B, S) bool, after `step` of
+    `num_steps` passes, which take even shares of `total` (B, 1) tokens masked at first.
+    """
     steps = total.clamp(1, num_steps)
-    return total - (total * step + steps - 1) // steps
-
-
-def unmask_confident(masked: Tensor, log_p: Tensor, remaining: Tensor) -> Tensor:
-    """Keep only the `remaining` (B, 1) least probable of the masked tokens masked: (B, S) bool."""
+    remaining = total - (total * step + steps - 1) // steps
     rank = log_p.masked_fill(~masked, math.inf).argsort(dim=-1).argsort(dim=-1)
     return masked & (rank < remaining)
 
@@ -1804,7 +1772,7 @@ def decode_refine(model: GPT, ids: Tensor, start: int, stop: int, num_steps: int
             previous = expected_embedding(model, logits)
         log_p, tokens = logits[:, 0].log_softmax(-1).max(-1)
         x[:, start:] = torch.where(masked, tokens, x[:, start:])
-        masked = unmask_confident(masked, log_p, num_still_masked(total, step + 1, num_steps))
+        masked = unmask_confident(masked, log_p, total, step + 1, num_steps)
     return x
 
 
@@ -1829,14 +1797,12 @@ def evaluate_parallel(model: GPT, run: Run, val: TokenLoader) -> None:
 
 def time_decoding(model: GPT, run: Run, ids: Tensor, start: int, stop: int, steps: int) -> Facts:
     """Decode the true spans [start, stop) of rows (B, L) again: accuracy and speed."""
-    seconds = []
+    refine = functools.partial(decode_refine, num_steps=steps)
+    decode, seconds = refine if steps else decode_autoregressive, []
     for _ in range(4):
         began = run.clock()
         with run.autocast():
-            if steps:
-                out = decode_refine(model, ids, start, stop, steps)
-            else:
-                out = decode_autoregressive(model, ids, start, stop)
+            out = decode(model, ids, start, stop)
         seconds.append(run.clock() - began)
     correct, forwards = (out == ids)[:, start:stop].float(), steps or stop - start
     found = {"token_acc": correct.mean().item(), "exact_seq": correct.amin(-1).mean().item()}
@@ -2081,7 +2047,7 @@ class TrainState:
         if self.cfg.resume == "auto" and paths:
             self.load(paths)
         elif self.cfg.init_from:
-            start_from_artifact(self)
+            self.start_from_artifact()
 
     def load(self, paths: Sequence[Path]) -> None:
         """Take over the first of some checkpoints."""
@@ -2104,6 +2070,20 @@ class TrainState:
         if about.get("program_sha256") != ours.get("program_sha256"):
             self.run.log.event("warning", reason=f"{path} was written by another train_gpt.py")
 
+    def start_from_artifact(self) -> None:
+        """Take the weights of INIT_FROM that this model has. UserError: damaged, or no fit."""
+        cfg, own = self.cfg, self.tensors
+        model, identity = load_artifact(Path(cfg.init_from), self.run.device, "INIT_FROM: artifact")
+        asked = {name: getattr(cfg, name) for name in SHAPE_SETTINGS}
+        asked["tokenizer_sha256"] = self.run.identity.get("tokenizer_sha256")
+        shared = {name: p.detach() for name, p in model.named_parameters() if name in own}
+        theirs = {f"{name}:ema": w for name, w in shared.items() if f"{name}:ema" in own} | shared
+        differ = changes(vars(model.cfg) | identity, asked)
+        ours = {name: own[name] for name in theirs}
+        self.take_over("INIT_FROM", cfg.init_from, differ, theirs, ours)
+        fresh = len(self.weights()) - len(shared)
+        self.run.log.event("init_from", artifact=cfg.init_from, fresh=fresh)
+
     @staticmethod
     def take_over(name: str, path: str, changed: str, theirs: Weights, ours: Weights) -> None:
         """Copy tensors of a file to ours. UserError: other settings, names or shapes (named)."""
@@ -2112,21 +2092,6 @@ class TrainState:
             raise UserError(f"{path} does not fit: {differ}; {rule}")
         for key, w in ours.items():
             w.copy_(theirs[key])
-
-
-def start_from_artifact(state: TrainState) -> None:
-    """Take the weights of INIT_FROM that this model has. UserError: damaged, or does not fit."""
-    cfg, own = state.cfg, state.tensors
-    model, identity = load_artifact(Path(cfg.init_from), state.run.device, "INIT_FROM: artifact")
-    asked = {name: getattr(cfg, name) for name in SHAPE_SETTINGS}
-    asked["tokenizer_sha256"] = state.run.identity.get("tokenizer_sha256")
-    shared = {name: p.detach() for name, p in model.named_parameters() if name in own}
-    averages = {f"{name}:ema": w for name, w in shared.items() if f"{name}:ema" in own}
-    theirs, differ = shared | averages, changes(vars(model.cfg) | identity, asked)
-    ours = {name: own[name] for name in theirs}
-    state.take_over("INIT_FROM", cfg.init_from, differ, theirs, ours)
-    fresh = len(state.weights()) - len(shared)
-    state.run.log.event("init_from", artifact=cfg.init_from, fresh=fresh)
 
 
 class Objective:
@@ -2146,35 +2111,31 @@ class Objective:
 
     def __call__(self, rows: Tensor, part: int, size: int, now: ScheduleState) -> Pair:
         """Return the loss of rows (B, T + 1) of a part, and its terms (2,); size 0: no windows."""
-        cfg, clean = self.cfg, self.next_token_loss(rows)
+        cfg = self.cfg
+        clean, cache = self.next_token_loss(rows)
+        clean_loss, clean_logits = clean
         if not size:
-            return clean.loss, torch.stack((clean.loss.detach(), torch.zeros_like(clean.loss)))
+            return clean_loss, torch.stack((clean_loss.detach(), torch.zeros_like(clean_loss)))
         count = max(round(len(rows) * cfg.diffusion_row_frac), 1)
-        windows = split_into_windows(rows[:count], size)
+        tokens, positions = split_into_windows(rows[:count], size)
+        before, x0 = tokens[..., :1], tokens[..., 1:]
+        number = torch.arange(x0.shape[1], device=rows.device)  # of a window in its row
         row = part * len(rows) + torch.arange(count, device=rows.device)[:, None]  # in the batch
-        keys, noisy = self.corrupt(windows.x0, row, now)
-        clean_logits = clean.logits[:count].view(*windows.x0.shape, -1)  # (B, W, S, V)
-        mask = self.masks[size]
+        keys = split_key(row, cfg.seed, now.step, number)  # (B, W)
+        offset = random.Random(f"t {cfg.seed} {now.step}").randrange(1 << 30)
+        ramp = now.progress if cfg.diffusion_ramp == "run" else now.step / cfg.iterations
+        t = noise_level(cfg, keys, offset + row * len(number) + number, ramp)
+        noisy, mask = corrupt(x0, t, keys, cfg), self.masks[size]
         if now.progress < cfg.diffusion_anneal_frac:
             chance = now.progress / cfg.diffusion_anneal_frac
             mask = anneal_mask(mask, chance, f"anneal {cfg.seed} {now.step} {size}")
-        window = WindowInput(windows.before, noisy, windows.positions, mask)
-        predictions = self.denoise(window, clean.cache.first_rows(count), keys)
-        losses = [denoising_loss(p, clean_logits, windows.x0, noisy, cfg) for p in predictions]
+        window = WindowInput(before, noisy, positions, mask)
+        predictions = self.denoise(window, cache.first_rows(count), keys)
+        targets = clean_logits[:count].view(*x0.shape, -1)  # (B, W, S, V)
+        losses = [denoising_loss(p, targets, x0, noisy, cfg) for p in predictions]
         loss = torch.stack(losses).mean()
-        total = cfg.mercury_clean_loss_weight * clean.loss + cfg.diffusion_loss_weight * loss
-        return total, torch.stack((clean.loss, loss)).detach()
-
-    def corrupt(self, x0: Tensor, row: Tensor, now: ScheduleState) -> tuple[Tensor, Corruption]:
-        """Return keys (B, W) and corrupted windows of x0 (B, W, S) in rows (B, 1) of the batch."""
-        cfg, num = self.cfg, x0.shape[1]
-        number = torch.arange(num, device=x0.device)
-        keys = split_key(row, cfg.seed, now.step, number)
-        offset = random.Random(f"t {cfg.seed} {now.step}").randrange(1 << 30)
-        window_index = offset + row * num + number
-        ramp = now.progress if cfg.diffusion_ramp == "run" else now.step / cfg.iterations
-        t = noise_level(cfg, keys, window_index, ramp)
-        return keys, corrupt(x0, t, keys, cfg)
+        total = cfg.mercury_clean_loss_weight * clean_loss + cfg.diffusion_loss_weight * loss
+        return total, torch.stack((clean_loss, loss)).detach()
 
     def denoise(self, window: WindowInput, cache: Cache, keys: Tensor) -> list[Tensor]:
         """Unroll DIFFUSION_PASSES over windows; each pass reads what the last one predicted. With

@@ -441,8 +441,8 @@ def test_parallel_decoding_is_scored_by_decoded_tokens_only(
     readings = itertools.cycle([0, 0, 0, 1, 1, 4, 4, 6])
     monkeypatch.setattr(run, "clock", lambda: next(readings))
 
-    def decode(model: tg.GPT, ids: Tensor, start: int, stop: int, steps: int = 0) -> Tensor:
-        calls.append((tuple(ids.shape), start, stop, steps))
+    def decode(model: tg.GPT, ids: Tensor, start: int, stop: int, num_steps: int = 0) -> Tensor:
+        calls.append((tuple(ids.shape), start, stop, num_steps))
         wrong = ids.clone()
         wrong[0, start] += 1  # one token of the first example
         wrong[:, :start] += 1  # and what does not count
@@ -479,7 +479,7 @@ def test_parallel_examples_are_evenly_spaced_over_the_split(
     cfg, seen = tiny(**data, parallel_eval_examples=5), list[Tensor]()
     loader = tg.TokenLoader(cfg, "val")
 
-    def decode(model: tg.GPT, ids: Tensor, *_: Any) -> Tensor:
+    def decode(model: tg.GPT, ids: Tensor, *_: Any, **more: Any) -> Tensor:
         seen.append(ids)
         return ids
 

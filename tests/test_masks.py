@@ -29,11 +29,11 @@ def test_window_mask_equals_the_rule_in_loops(seq_len: int, size: int, causal: b
             reads = other == window and (other_position <= position or not causal)
             assert mask[query, seq_len + key] == reads, (query, key)
     row = torch.arange(seq_len + 1)[None]
-    windows = tg.split_into_windows(row, size)
-    assert windows.positions.tolist() == [position for _, position in places]
+    windows, found = tg.split_into_windows(row, size)
+    assert found.tolist() == [position for _, position in places]
     # Of a row whose tokens are their positions.
-    tokens = torch.cat((windows.before, windows.x0), dim=-1)
-    assert tokens.flatten().equal(windows.positions)
+    assert windows.shape == (1, seq_len // size, size + 1)
+    assert windows.flatten().equal(found)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -96,8 +96,8 @@ def test_a_window_reads_exactly_the_tokens_of_its_mask(
 ) -> None:
     model = model_of(diffusion_causal=causal, diffusion_shift=shift, diffusion_corruption_mode=mode)
     row = random_rows(1, T + 1, V, seed=2)
-    windows, mask = tg.split_into_windows(row, size), tg.window_mask(T, size, causal, CPU)
-    x0 = windows.x0
+    windows, positions = tg.split_into_windows(row, size)
+    x0, mask = windows[..., 1:], tg.window_mask(T, size, causal, CPU)
     corrupted = torch.rand(x0.shape, generator=torch.Generator().manual_seed(3)) < 0.6
     t, keys = torch.full(x0.shape[:2], 0.6), torch.arange(x0.shape[1])[None]
     noisy = tg.apply_noise(x0, corrupted, t, keys, model.cfg, 0.7)
@@ -105,10 +105,10 @@ def test_a_window_reads_exactly_the_tokens_of_its_mask(
     def logits(row: Tensor, before: Tensor, xt: Tensor) -> Tensor:
         cache = model.forward_causal(row[:, :-1])[1]
         corruption = noisy._replace(xt=xt)
-        window = tg.WindowInput(before, corruption, windows.positions, mask)
+        window = tg.WindowInput(before, corruption, positions, mask)
         return model.forward_denoise(window, cache)[0]
 
-    before = windows.before.clone()
+    before = windows[..., :1].clone()
     base = logits(row, before, noisy.xt)
     window, token = torch.meshgrid(torch.arange(T // size), torch.arange(size), indexing="ij")
     # Of the input that predicts a token; 0 is the clean token before.
@@ -163,7 +163,7 @@ def test_infill_reads_the_suffix_and_continuation_does_not(shift: bool) -> None:
 def test_next_visible_is_the_next_one_of_the_same_window_within_reach(
     size: int, reach: int
 ) -> None:
-    positions = tg.split_into_windows(random_rows(1, T + 1, V), size).positions
+    positions = tg.split_into_windows(random_rows(1, T + 1, V), size)[1]
     starts = torch.arange(len(positions)) % (size + 1) == 0
     draws = torch.rand(6, len(positions), generator=torch.Generator().manual_seed(size))
     visible = (draws < 0.3) | starts

@@ -34,12 +34,12 @@ def window_of(
     cfg: tg.Config, rows: Tensor, size: int, share: float = 0.6, previous: Tensor | None = None
 ) -> tuple[tg.WindowInput, Tensor]:
     """Windows that tile rows (B, T + 1), a share of their tokens corrupted, and the true tokens."""
-    windows = tg.split_into_windows(rows, size)
-    x0, mask = windows.x0, tg.window_mask(T, size, cfg.diffusion_causal, CPU)
+    tokens, positions = tg.split_into_windows(rows, size)
+    x0, mask = tokens[..., 1:], tg.window_mask(T, size, cfg.diffusion_causal, CPU)
     keys = tg.split_key(torch.arange(len(rows))[:, None], 1, torch.arange(x0.shape[1]))
     corrupted = tg.random_uniform(keys, size) < share
     noisy = tg.apply_noise(x0, corrupted, torch.full(x0.shape[:2], 0.6), keys, cfg, 1.0)
-    return tg.WindowInput(windows.before, noisy, windows.positions, mask, previous), x0
+    return tg.WindowInput(tokens[..., :1], noisy, positions, mask, previous), x0
 
 
 def test_the_baseline_has_the_number_of_parameters_of_the_challenge() -> None:
@@ -315,17 +315,17 @@ def test_a_group_of_heads_equals_heads_with_the_same_keys(heads: tuple[int, int]
 
 def test_next_token_loss_is_the_mean_cross_entropy() -> None:
     model, rows = model_of(), random_rows(2, T + 1, V)
-    found = model.next_token_loss(rows)
+    (loss, clean_logits), clean_cache = model.next_token_loss(rows)
     logits, cache = model.forward_causal(rows[:, :-1])
-    assert found.logits.equal(logits)
-    assert not found.logits.requires_grad
-    assert found.loss.requires_grad
-    assert found.cache.tokens.equal(cache.tokens)
+    assert clean_logits.equal(logits)
+    assert not clean_logits.requires_grad
+    assert loss.requires_grad
+    assert clean_cache.tokens.equal(cache.tokens)
     nats = -logits.double().log_softmax(-1).gather(-1, rows[:, 1:, None])
     # A log-softmax of logits up to the cap, and the mean.
     bound = rounding(V, 2 * T) * model.cfg.logit_softcap
-    assert found.loss.item() == pytest.approx(nats.mean().item(), abs=bound)
-    some = found.cache.first_rows(1)
+    assert loss.item() == pytest.approx(nats.mean().item(), abs=bound)
+    some = clean_cache.first_rows(1)
     assert some.tokens.equal(rows[:1, :-1])
     for part, whole in ((some.keys, cache.keys), (some.values, cache.values)):
         assert all(x.equal(y[:1]) for x, y in zip(part, whole, strict=True))

@@ -285,11 +285,11 @@ def test_a_prediction_is_fed_back_as_trained() -> None:
             mercury_self_condition_prob=0.5,
             mercury_self_condition_fraction=0.25,
         )
-        windows = tg.split_into_windows(random_rows(500, 17, 64), 4)
+        tokens, positions = tg.split_into_windows(random_rows(500, 17, 64), 4)
         keys = tg.split_key(torch.arange(500)[:, None], torch.arange(4))
-        noisy = tg.corrupt(windows.x0, torch.full((500, 4), 0.6), keys, cfg)
+        noisy = tg.corrupt(tokens[..., 1:], torch.full((500, 4), 0.6), keys, cfg)
         mask = objective.masks[4]
-        window = tg.WindowInput(windows.before, noisy, windows.positions, mask)
+        window = tg.WindowInput(tokens[..., :1], noisy, positions, mask)
         logits = torch.randn(500, 4, 4, 64)
         fed = tg.feed_back(objective.model, window, logits, keys)
         assert fed.noisy.corrupted.equal(noisy.corrupted)

@@ -33,14 +33,20 @@ class Text(NamedTuple):
     rows: Tensor  # (B, T + 1) int64
     keys: Tensor  # (B, W) int64, the randomness of each window
     samples: int  # K
-    windows: tg.Windows  # x0 (B, W, S)
+    windows: Tensor  # (B, W, S + 1) int64, each after the clean token before it
+    positions: Tensor  # (N,) int64, of the windows' tokens
     mask: Tensor  # (N, T + N) bool, N = W (S + 1)
     cache: tg.Cache
     bytes: Tensor  # (B,) float64, as the challenge counts them
 
     @property
+    def x0(self) -> Tensor:
+        """Clean tokens of the windows, (B, W, S)."""
+        return self.windows[..., 1:]
+
+    @property
     def size(self) -> int:
-        return self.windows.x0.shape[-1]
+        return self.x0.shape[-1]
 
 
 class Estimate(NamedTuple):
@@ -58,12 +64,12 @@ def prepare(
     seq_len = rows.shape[1] - 1
     size = seq_len // keys.shape[1]
     mask = tg.window_mask(seq_len, size, model.cfg.diffusion_causal, rows.device)
-    windows = tg.split_into_windows(rows, size)
+    windows, positions = tg.split_into_windows(rows, size)
     cache = model.forward_causal(rows[:, :-1])[1]
     here = rows.cpu()
     counted = counter.count(here[:, :-1], here[:, 1:]).sum(-1)
     num_bytes = counted.double().to(rows.device)
-    return Text(model, counter, rows, keys, samples, windows, mask, cache, num_bytes)
+    return Text(model, counter, rows, keys, samples, windows, positions, mask, cache, num_bytes)
 
 
 def summarise(parts: Sequence[Estimate]) -> tuple[float, float]:
@@ -87,12 +93,12 @@ def summarise(parts: Sequence[Estimate]) -> tuple[float, float]:
 
 def window_nats(text: Text, masked: Tensor, sample: int = 0) -> Tensor:
     """Nats of all tokens of all windows where `masked` ones are [MASK], both (B, W, S)."""
-    windows, t = text.windows, masked.float().mean(-1).clamp_min(1e-6)
+    x0, t = text.x0, masked.float().mean(-1).clamp_min(1e-6)
     keys = tg.split_key(text.keys, 3, sample)
-    noisy = tg.apply_noise(windows.x0, masked, t, keys, text.model.cfg, 1.0)
-    window = tg.WindowInput(windows.before, noisy, windows.positions, text.mask)
+    noisy = tg.apply_noise(x0, masked, t, keys, text.model.cfg, 1.0)
+    window = tg.WindowInput(text.windows[..., :1], noisy, text.positions, text.mask)
     logits = text.model.forward_denoise(window, text.cache)
-    return tg.token_nll(logits, windows.x0).double()
+    return tg.token_nll(logits, x0).double()
 
 
 class Draw(NamedTuple):
@@ -208,7 +214,7 @@ def weight_pooled(text: Text) -> Estimate:
     Windows with more of them count more: the training loss of masked language models. #2079 and
     #2096 print it, for one random t, as their score. It is too high. Uniform: 1.
     """
-    drawn, per_token = list(by_count(text)), text.bytes.sum() / text.windows.x0.numel()
+    drawn, per_token = list(by_count(text)), text.bytes.sum() / text.x0.numel()
     counts = torch.stack([d.masked.sum((-2, -1)) for d in drawn])
     return Estimate(weighted(text, unweighted(drawn)), counts * per_token)
 
@@ -239,7 +245,7 @@ def boundaries_free(text: Text) -> Estimate:
     They cost nothing then. Uniform: the share of tokens that stand for text.
     """
     silent = (text.counter.base_bytes == 0) & ~text.counter.opens
-    x0 = text.windows.x0
+    x0 = text.x0
     scored = ~silent.to(x0.device)[x0]
     drawn = (d._replace(masked=d.masked & scored) for d in by_count(text))
     return Estimate(weighted(text, drawn), text.bytes)
@@ -252,7 +258,7 @@ def circular_two_pass(text: Text) -> Estimate:
     left to right, at S = 1, which alone would be exact. Uniform: 1.
     """
     seq_len, place = text.rows.shape[1] - 1, torch.arange(text.size, device=text.rows.device)
-    shape = text.windows.x0.shape
+    shape = text.x0.shape
     odd = (place % 2 == 1).expand(shape)
     single = tg.window_mask(seq_len, 1, text.model.cfg.diffusion_causal, text.rows.device)
     keys = tg.split_key(text.keys[:, :1], 5, torch.arange(seq_len, device=text.rows.device))

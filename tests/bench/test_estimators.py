@@ -238,12 +238,13 @@ def fit(model: tg.GPT, letters: Tensor, steps: int) -> None:
     mask, places = tg.window_mask(16, 8, False, CPU), torch.arange(48).view(24, 2)
     for step in range(steps):
         rows, keys = sticky(letters, 24, 100 + step), tg.split_key(places, step)
-        clean, windows = model.next_token_loss(rows), tg.split_into_windows(rows, 8)
-        x0, t = windows.x0, tg.noise_level(cfg, keys, places + 48 * step, 0.0)
+        (clean_loss, _), cache = model.next_token_loss(rows)
+        tokens, positions = tg.split_into_windows(rows, 8)
+        x0, t = tokens[..., 1:], tg.noise_level(cfg, keys, places + 48 * step, 0.0)
         noisy = tg.corrupt(x0, t, keys, cfg)
-        window = tg.WindowInput(windows.before, noisy, windows.positions, mask)
-        logits = model.forward_denoise(window, clean.cache)
-        loss = clean.loss + tg.denoising_loss(logits, logits, x0, noisy, cfg)
+        window = tg.WindowInput(tokens[..., :1], noisy, positions, mask)
+        logits = model.forward_denoise(window, cache)
+        loss = clean_loss + tg.denoising_loss(logits, logits, x0, noisy, cfg)
         adam.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         adam.step()

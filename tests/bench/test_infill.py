@@ -268,13 +268,13 @@ def assert_near(ours: Any, theirs: Any) -> None:
 def test_a_window_of_possibly_corrupted_tokens_matches_training_inputs(causal: bool) -> None:
     size, model = 8, real_model("hybrid", diffusion_causal=causal)
     rows = random_rows(3, 2 * size + 1, V)
-    windows = tg.split_into_windows(rows, size)
-    x0 = windows.x0
+    windows, positions = tg.split_into_windows(rows, size)
+    x0 = windows[..., 1:]
     every, t = torch.ones_like(x0, dtype=torch.bool), torch.full(x0.shape[:2], 0.25)
     inputs = tg.WindowInput(
-        before=windows.before,
+        before=windows[..., :1],
         noisy=tg.Corruption(x0, ~every, every, t),
-        positions=windows.positions,
+        positions=positions,
         mask=tg.window_mask(2 * size, size, causal, CPU),
     )
     expected = model.forward_denoise(inputs, model.forward_causal(rows[:, :-1])[1])[:, 1]
