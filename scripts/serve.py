@@ -108,6 +108,7 @@ def check_host(args: argparse.Namespace) -> list[str]:
 
 def bind(host: str, port: int) -> socket.socket:
     """Listen; UserError: the port is in use, or the address is not this machine's."""
+    made: socket.socket | None = None
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         made = socket.socket(family, socket.SOCK_STREAM)
@@ -115,6 +116,8 @@ def bind(host: str, port: int) -> socket.socket:
         made.bind((host, port))
         made.listen(1024)
     except OSError as error:
+        if made is not None:
+            made.close()
         remedy = "stop the other server, or name another --port or --host"
         fail(f"--host={host} --port={port} cannot be used ({error.strerror or error}); {remedy}")
     return made

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 import torch
-import uvicorn
 
 import train_gpt as tg
 from scripts import serve
