@@ -65,6 +65,7 @@ class Panel {
     else facts.lengths.forEach((length, i) => {
       const open = facts.open[i], piece = characters.slice(at, at + length).join("");
       const made = span(rows, open ? "open" : "token", piece);
+      made.classList.toggle("line", piece.includes("\n"));
       made.style.setProperty("--p", facts.p[i]);
       made.title = `probability ${facts.p[i].toFixed(3)}${open ? ", masked" : ""}`;
       at += length;
@@ -77,7 +78,8 @@ class Panel {
     this.slider.hidden = this.frames.length < 2;
     if (facts) {
       const left = facts.open.reduce((sum, open) => sum + open, 0);
-      this.say(`Pass ${facts.pass}: ${left} of ${facts.open.length} still masked`);
+      const masked = left ? `, ${left} of them still masked` : "";
+      this.say(`Pass ${facts.pass}: ${facts.open.length} tokens${masked}`);
     }
   }
 
