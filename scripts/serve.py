@@ -53,6 +53,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     default = "default: models/python.ptz, else the newest final_model.*.ptz of this folder"
     add("--artifact", type=Path, metavar="FILE", help=default)
     add("--tokenizer", type=Path, metavar="MODEL", help="default: beside it, or the one it names")
+    lengths = "of spans, by bench/serving.py (default: FILE.lengths.json beside it, or ours)"
+    add("--length-correction", type=Path, metavar="FILE", help=lengths)
     add("--model-name", metavar="NAME", help="name for clients (default: that of the file)")
     add("--host", default="127.0.0.1", help="address; another than %(default)s needs a key file")
     parser.whole("--port", 8000, "0: any that is free", low=0, high=65535)
@@ -131,6 +133,14 @@ def tokenizer_path(args: argparse.Namespace, artifact: Path, named: str) -> Path
     return beside if beside.is_file() else Path(named)
 
 
+def length_file(args: argparse.Namespace, artifact: Path) -> Path | None:
+    """Find the correction of span lengths: named, beside the artifact, or the packaged one."""
+    if args.length_correction is not None:
+        return Path(args.length_correction)
+    beside = artifact.with_suffix(".lengths.json")
+    return beside if beside.is_file() else None
+
+
 def make_service(args: argparse.Namespace, device: torch.device) -> Service:
     """Load the model and its tokenizer; UserError: one is missing or not the other's."""
     from scripts.serving import hole
@@ -154,7 +164,9 @@ def make_service(args: argparse.Namespace, device: torch.device) -> Service:
         rule = "finds that results on this machine depend on the slot; leave it out"
         fail(f"--deterministic --slots={args.slots} {rule}, or try another number of --slots")
     engine = Engine(artifact.model, limits, metrics, args.deterministic)
-    options = Options(args.max_rows, args.suffix_tokens, hole.read_correction())
+    options = Options(
+        args.max_rows, args.suffix_tokens, hole.read_correction(length_file(args, path))
+    )
     return Service(model, engine, metrics, options, Access(hosts, keys, args.max_body))
 
 

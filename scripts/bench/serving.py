@@ -67,6 +67,7 @@ from scripts.serving.text import Vocabulary
 PARTS = ("load", "context", "deadlines", "lengths", "fallback", "memory")
 TOKENS = 32  # decoded per request of the load test
 DEADLINES_MS = (25, 50, 100, 200, 400, 800)
+PRIOR_NATS = 3.0
 PREFIX, SUFFIX = 96, 48  # tokens around a span of validation text
 Rows = list[dict[str, Any]]
 
@@ -332,25 +333,30 @@ def length_rows(bench: Bench, count: int) -> list[tuple[int, list[Row]]]:
 def fit_correction(nats: torch.Tensor, true: torch.Tensor) -> dict[int, float]:
     """Fit nats to add by length: multinomial logistic regression on the exact scores.
 
-    P(length n) is proportional to exp(-a (nats_n + c_n)), with one scale a and c_2 = 0.
+    P(length n) is proportional to exp(-a (nats_n + c_n)), with one scale a. The offsets c_n are
+    drawn to the values at which all lengths score alike on average, with a standard deviation of
+    `PRIOR_NATS`: where scores tell little of the length, nothing else would hold them.
 
     Args:
         nats: (N, lengths) float64, of span and suffix.
         true: (N,) int64, index of the true length.
     """
+    centre = -nats.mean(0)
     scale = torch.tensor(-2.0, dtype=torch.double, requires_grad=True)  # log a
-    offsets = torch.zeros(len(hole.LENGTHS) - 1, dtype=torch.double, requires_grad=True)
+    offsets = centre.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([scale, offsets], max_iter=500, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        shift = torch.cat((offsets.new_zeros(1), offsets))
-        value = torch.nn.functional.cross_entropy(-scale.exp() * (nats + shift), true)
+        logits = -scale.exp() * (nats + offsets)
+        value = torch.nn.functional.cross_entropy(logits, true, reduction="sum")
+        value = value + ((offsets - centre) / PRIOR_NATS).square().sum() / 2
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
     optimizer.step(loss)  # type: ignore[no-untyped-call]
-    return dict(zip(hole.LENGTHS, [0.0, *offsets.detach().tolist()], strict=True))
+    found = (offsets - offsets[0]).tolist()
+    return dict(zip(hole.LENGTHS, found, strict=True))
 
 
 def measure_lengths(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:

@@ -24,8 +24,9 @@ def candidates(most: int) -> list[int]:
     return [length for length in LENGTHS if length <= most] or [most]
 
 
-def read_correction(path: Path = FITTED) -> dict[int, float]:
-    """Read nats to add by length; UserError: the file is missing or damaged."""
+def read_correction(path: Path | None = None) -> dict[int, float]:
+    """Read nats to add by length, else those fitted here; UserError: missing or damaged."""
+    path = path or FITTED
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["correction_nats"]
         return {int(length): float(nats) for length, nats in found.items()}

@@ -295,8 +295,8 @@ class Passes:
     ) -> tg.WindowInput:
         """Lay out one window of each row, padded to `width` = 1 + S tokens.
 
-        Padding is visible, is not possibly corrupted, stands at no consecutive positions, and is
-        read by nobody. `t` is the masked share of the row's own window, as in training.
+        Nothing reads padding, and it is at no consecutive positions, so that it is no token's next
+        visible one. `t` is the masked share of the row's own window, as in training.
         """
         shape, size = (len(rows), width), width - 1
         tokens = self._fill(shape, 0, {i: each.tokens for i, each in at.items()})
@@ -314,12 +314,11 @@ class Passes:
         noisy = tg.corrupt_for_decoding(
             tokens[:, None, 1:], masked[:, None], t, keys, self.model.cfg
         )
-        possibly = noisy.possibly_corrupted & own[:, None, 1:]
         place = torch.arange(places, device=self.device)
         last = first + (column.expand(shape) if self.model.cfg.diffusion_causal else num)
         return tg.WindowInput(
             before=tokens[:, None, :1],
-            noisy=noisy._replace(possibly_corrupted=possibly),
+            noisy=noisy,
             positions=positions,
             mask=(place <= last[..., None]).expand(*shape, places)[:, None],
             previous=self._previous(shape, at),

@@ -17,7 +17,7 @@ from scripts.serving.api import Service
 from scripts.serving.engine import Draining, QueueFull
 from scripts.serving.rows import Event, Row
 from tests.conftest import BOS, VOCAB, random_rows
-from tests.serving.conftest import LENGTH, decode, make, make_row, prepare
+from tests.serving.conftest import LENGTH, decode, export, make, make_row, prepare
 
 NewRow = Callable[..., Row]
 SAMPLED = Sampling(temperature=0.8, top_k=50, top_p=0.95, seed=7)
@@ -37,6 +37,16 @@ def reference(service: Service, row: Row, setting: Decoding) -> list[int]:
     return found[: found.index(end)] if end in found else found
 
 
+def different_rows(service: Service, setting: Decoding, has_suffix: bool) -> list[Row]:
+    """Rows that differ in start, length, suffix and key; every second has no suffix."""
+    rows = list[Row]()
+    for i, (start, num) in enumerate([(1, 24), (17, 9), (40, 17), (33, 1)]):
+        suffix = prompt_of(5 + i)[1:] if has_suffix and i % 2 else []
+        prompt = prompt_of(start, i)
+        rows.append(make_row(service, prompt, num, setting, suffix=suffix, index=i % 3))
+    return rows
+
+
 @pytest.mark.parametrize("sampling", [decoding.GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("mode", ["ar", "speculative", "refine", "block", "threshold"])
 def test_rows_of_one_batch_get_what_decode_gives_each(
@@ -45,15 +55,32 @@ def test_rows_of_one_batch_get_what_decode_gives_each(
     setting = MODES[mode]._replace(sampling=sampling)
     if mode == "speculative":
         setting = setting._replace(window=0)  # a row drafts by lookup only
-    has_suffix = mode not in ("ar", "speculative")
-    rows = list[Row]()
-    for i, (start, num) in enumerate([(1, 24), (17, 9), (40, 17), (33, 1)]):
-        suffix = prompt_of(5 + i)[1:] if has_suffix else []
-        prompt = prompt_of(start, i)
-        rows.append(make_row(service, prompt, num, setting, suffix=suffix, index=i % 3))
-    decode(service, rows)
+    rows = decode(service, different_rows(service, setting, mode not in ("ar", "speculative")))
     for row in rows:
         assert row.span == reference(service, row, setting)
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "causal windows": {"recipe": "retrograde"},
+    "uniform noise": {"diffusion_corruption_mode": "uniform", "time_embed_dim": 4},
+    "gaussian noise": {"diffusion_corruption_mode": "gaussian"},
+    "self-conditioning": {"self_condition": "soft", "mercury_self_condition_prob": 0.5},
+    "bigrams": {"bigram_vocab_size": 64, "value_residual": True},
+    "no shift": {"recipe": "mdlm_30_70"},
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_rows_of_any_model_get_what_decode_gives_each(
+    data: dict[str, Any], tmp_path: Path, model: str
+) -> None:
+    """Padding, idle slots and neighbours reach no input of any model."""
+    service = make(export(data, tmp_path / "tiny.ptz", **MODELS[model]), "--slots", "6")
+    prepare(service)
+    for mode in ("ar", "refine", "block"):
+        setting = MODES[mode]._replace(steps=3)
+        for row in decode(service, different_rows(service, setting, mode != "ar")):
+            assert row.span == reference(service, row, setting)
 
 
 def test_edit_gives_what_edit_of_decoding_gives(service: Service) -> None:
