@@ -109,14 +109,16 @@ def check_host(args: argparse.Namespace) -> list[str]:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Listen; UserError: the port is in use, or the address is not this machine's."""
+    """Take a port; UserError: it is in use, or the address is not this machine's.
+
+    Nobody can connect before the server listens, when the model has been read.
+    """
     made: socket.socket | None = None
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         made = socket.socket(family, socket.SOCK_STREAM)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
-        made.listen(1024)
     except OSError as error:
         if made is not None:
             made.close()
@@ -163,7 +165,11 @@ def make_service(args: argparse.Namespace, device: torch.device) -> Service:
     if args.deterministic and not check_deterministic(artifact.model, args.slots):
         rule = "finds that results on this machine depend on the slot; leave it out"
         fail(f"--deterministic --slots={args.slots} {rule}, or try another number of --slots")
-    engine = Engine(artifact.model, limits, metrics, args.deterministic)
+    try:
+        engine = Engine(artifact.model, limits, metrics, args.deterministic)
+    except (RuntimeError, MemoryError) as error:
+        why = str(error).splitlines()[0]
+        fail(f"--slots={args.slots}: their buffers cannot be allocated ({why}); use fewer slots")
     options = Options(
         args.max_rows, args.suffix_tokens, hole.read_correction(length_file(args, path))
     )

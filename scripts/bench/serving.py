@@ -60,7 +60,6 @@ from scripts.decoding import MODES, Sampling
 from scripts.serving import hole
 from scripts.serving.engine import Engine, Limits
 from scripts.serving.metrics import Metrics
-from scripts.serving.passes import Passes
 from scripts.serving.rows import Row
 from scripts.serving.text import Vocabulary
 
@@ -293,7 +292,6 @@ def decode_rows(bench: Bench, rows: Sequence[Row], slots: int) -> None:
     limits = Limits(slots, len(rows), 1e9)
     engine = Engine(bench.artifact.model, limits, Metrics())
     with torch.inference_mode():
-        engine.passes = Passes(engine.model, slots)
         engine.submit(rows)
         while not engine.idle:
             engine.tick()

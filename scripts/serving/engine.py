@@ -115,6 +115,8 @@ class Engine:
         self.load = 0  # tokens in the passes of the last tick
         self.row_seconds = 1.0  # moving average of the time that a row holds a slot
         self.ready = self.draining = self.stopping = False
+        with torch.inference_mode(), autocast(next(model.parameters()).device):
+            self.passes = Passes(model, limits.slots, deterministic)
         self.thread = threading.Thread(target=self._work, name="model", daemon=True)
 
     # --- used by any thread ---
@@ -174,7 +176,6 @@ class Engine:
 
     def _work(self) -> None:
         with torch.inference_mode(), autocast(next(self.model.parameters()).device):
-            self.passes = Passes(self.model, self.limits.slots, self.deterministic)
             self._warm_up()
             self.ready = True
             while not self.stopping:

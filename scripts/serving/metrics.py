@@ -31,7 +31,7 @@ class Metrics:
         self.deadlines = counter("deadlines", "Rows with a deadline", "kept")
         self.cancelled = counter("cancelled", "Requests whose client left")
         self.tick = seconds("tick", "Passes of all rows together")
-        self.request = seconds("request", "Requests that were decoded", "route")
+        self.request = seconds("request", "Time to the end of a response", "route")
         self.queue = Gauge("serve_queue_rows", "Rows that wait", registry=registry)
         self.slots = Gauge("serve_active_rows", "Rows in slots", registry=registry)
 

@@ -17,7 +17,7 @@ from scripts.serving.api import Service
 from scripts.serving.engine import Draining, QueueFull
 from scripts.serving.rows import Event, Row
 from tests.conftest import BOS, VOCAB, random_rows
-from tests.serving.conftest import LENGTH, decode, export, make, make_row, prepare
+from tests.serving.conftest import LENGTH, decode, export, make, make_row
 
 NewRow = Callable[..., Row]
 SAMPLED = Sampling(temperature=0.8, top_k=50, top_p=0.95, seed=7)
@@ -76,7 +76,6 @@ def test_rows_of_any_model_get_what_decode_gives_each(
 ) -> None:
     """Padding, idle slots and neighbours reach no input of any model."""
     service = make(export(data, tmp_path / "tiny.ptz", **MODELS[model]), "--slots", "6")
-    prepare(service)
     for mode in ("ar", "refine", "block"):
         setting = MODES[mode]._replace(steps=3)
         for row in decode(service, different_rows(service, setting, mode != "ar")):
@@ -153,11 +152,9 @@ def mixed_rows(service: Service, count: int) -> list[Row]:
 
 def test_deterministic_rows_have_the_bits_of_their_solo_runs(artifact: Path) -> None:
     service = make(artifact, "--slots", "6", "--deterministic")
-    prepare(service)
     together = decode(service, mixed_rows(service, 50))
     alone = make(artifact, "--slots", "6", "--deterministic")
     for row, solo in zip(together, mixed_rows(alone, 50), strict=True):
-        prepare(alone)
         for slot in alone.engine.slots:
             slot.tokens = slot.tokens[:0]
         decode(alone, [solo])

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,12 +21,14 @@ from typing import Any
 import httpx
 import pytest
 
+import train_gpt as tg
 from scripts import serve
 from scripts.serving.engine import Engine
-from tests.conftest import ROOT
+from tests.conftest import CPU, ROOT
 from tests.serving.conftest import running
 
 CLIENTS = 200
+LOCAL: dict[str, Any] = {"trust_env": False, "verify": False}  # of httpx: no proxy, no certificates
 SUFFIX = "\n    return token\n"
 
 
@@ -59,7 +62,7 @@ def test_50_mixed_requests_equal_their_solo_runs(artifact: Path) -> None:
         alone = [text_of(server.post("/v1/completions", **body)) for body in bodies]
 
         async def together() -> list[httpx.Response]:
-            async with httpx.AsyncClient(base_url=server.url, timeout=60, trust_env=False) as http:
+            async with httpx.AsyncClient(base_url=server.url, timeout=60, **LOCAL) as http:
                 posts = [http.post("/v1/completions", json=body) for body in bodies]
                 return await asyncio.gather(*posts)
 
@@ -94,7 +97,7 @@ async def client(http: httpx.AsyncClient, body: dict[str, Any], leaves: bool) ->
 
 async def crowd(url: str, bodies: list[dict[str, Any]]) -> list[tuple[int, str]]:
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=90, limits=limits, trust_env=False) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=90, limits=limits, **LOCAL) as http:
         return await asyncio.gather(
             *(client(http, body, leaves=i % 5 == 0) for i, body in enumerate(bodies))
         )
@@ -141,17 +144,15 @@ def test_clients_that_leave_free_their_slots(artifact: Path) -> None:
 
 
 async def leave(url: str, body: dict[str, Any]) -> bool:
-    """Leave after a third of a second; say whether something has come."""
-    came = False
-    with contextlib.suppress(TimeoutError):
-        async with (
-            asyncio.timeout(0.3),
-            httpx.AsyncClient(base_url=url, trust_env=False) as http,
-            http.stream("POST", "/v1/completions", json=body) as response,
-        ):
-            async for _ in response.aiter_lines():
-                came = True
-    return came
+    """Leave when something has come, or after a third of a second; say which it was."""
+    async with httpx.AsyncClient(base_url=url, **LOCAL) as http:
+        await http.get("/health")  # opens the connection
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5 if body["stream"] else 0.3):
+                async with http.stream("POST", "/v1/completions", json=body) as response:
+                    async for _ in response.aiter_lines():
+                        return True
+    return False
 
 
 def slow_down(engine: Engine, seconds: float = 0.02) -> None:
@@ -200,7 +201,7 @@ def wait_ready(url: str) -> None:
     end = time.monotonic() + 60
     while time.monotonic() < end:
         try:
-            if httpx.get(f"{url}/health", trust_env=False).status_code == 200:
+            if httpx.get(f"{url}/health", **LOCAL).status_code == 200:
                 return
         except httpx.TransportError:
             pass
@@ -218,15 +219,13 @@ def test_sigterm_answers_what_has_begun_and_ends_with_143(artifact: Path) -> Non
         body = dict(prompt=["def f(x):"] * 16, max_tokens=60, temperature=1, seed=3)
 
         def ask() -> None:
-            found = httpx.post(f"{url}/v1/completions", json=body, timeout=60, trust_env=False)
+            found = httpx.post(f"{url}/v1/completions", json=body, timeout=60, **LOCAL)
             answers.append(found.status_code)
             assert len(found.json()["choices"]) == 16
 
         asking = threading.Thread(target=ask)
         asking.start()
-        while not any(
-            s["is_processing"] for s in httpx.get(f"{url}/slots", trust_env=False).json()
-        ):
+        while not any(s["is_processing"] for s in httpx.get(f"{url}/slots", **LOCAL).json()):
             time.sleep(0.005)
         # A second server cannot have the port.
         with process(artifact, "--port", url.rsplit(":", 1)[1]) as second:
@@ -237,8 +236,8 @@ def test_sigterm_answers_what_has_begun_and_ends_with_143(artifact: Path) -> Non
         server.send_signal(signal.SIGTERM)
         time.sleep(0.1)
         if asking.is_alive():
-            assert httpx.get(f"{url}/health", trust_env=False).status_code == 503
-            late = httpx.post(f"{url}/v1/completions", json=body, trust_env=False)
+            assert httpx.get(f"{url}/health", **LOCAL).status_code == 503
+            late = httpx.post(f"{url}/v1/completions", json=body, **LOCAL)
             assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
         asking.join(60)
         assert answers == [200]
@@ -254,6 +253,7 @@ def test_what_cannot_be_served_is_one_line(
     short.write_text("secret\n")
     other.write_bytes(b"no tokenizer")
     busy = serve.bind("127.0.0.1", 0)
+    busy.listen()
     port = str(busy.getsockname()[1])
     cases = {
         ("--host", "0.0.0.0"): "--host=0.0.0.0 is reachable from other machines",
@@ -270,6 +270,30 @@ def test_what_cannot_be_served_is_one_line(
         assert message in err
         assert err.count("\n") == 1
     busy.close()
+
+
+def test_the_packaged_model_is_served_by_default(
+    artifact: Path, data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokenizer and its correction of span lengths stand beside it."""
+    packaged = tmp_path / "models" / "python.ptz"
+    packaged.parent.mkdir()
+    monkeypatch.setattr(serve, "PACKAGED", packaged)
+    monkeypatch.chdir(tmp_path)
+    args = serve.parse_args(["--device", "cpu"])
+    with pytest.raises(tg.UserError, match="--artifact FILE"):
+        serve.make_service(args, CPU)
+    shutil.copy(artifact, tmp_path / "final_model.int8.ptz")
+    assert serve.make_service(args, CPU).model.name == "final_model.int8"
+    shutil.copy(artifact, packaged)
+    shutil.copy(data["tokenizer_path"], packaged.with_suffix(".model"))
+    packaged.with_suffix(".lengths.json").write_text('{"correction_nats": {"2": 5}}')
+    service = serve.make_service(args, CPU)
+    assert service.model.name == "python"
+    assert service.options.correction == {2: 5.0}
+    packaged.with_suffix(".model").write_bytes(b"another")
+    with pytest.raises(tg.UserError, match="is not the tokenizer"):
+        serve.make_service(args, CPU)
 
 
 def test_loading_is_503(artifact: Path) -> None:
