@@ -19,6 +19,7 @@ import scripts.process  # noqa: F401 -- first: Ctrl-C ends the imports below in 
 
 # isort: split
 import argparse
+import importlib.util
 import ipaddress
 import os
 import socket
@@ -76,6 +77,15 @@ def add_limits(parser: Parser) -> None:
     parser.real("--max-seconds", 120.0, "of a request, its wait included", 0.1, 86400)
     parser.real("--drain-seconds", 30.0, "to finish requests after SIGTERM", 0, 86400)
     parser.whole("--suffix-tokens", 64, "text after a span that its window reads")
+
+
+def check_packages() -> None:
+    """Raise UserError if a package of the server is not installed."""
+    needed = ("starlette", "uvicorn", "pydantic", "sse_starlette", "prometheus_client")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        remedy = "pip install -r requirements-serve.txt"
+        fail(f"scripts/serve.py needs {', '.join(missing)}: {remedy}")
 
 
 def read_keys(path: Path | None) -> list[bytes]:
@@ -216,6 +226,7 @@ def make_server(service: Service, drain_seconds: float) -> uvicorn.Server:
 
 def run(args: argparse.Namespace) -> None:
     """Serve until a signal comes."""
+    check_packages()
     import torch
 
     if args.threads:

@@ -28,7 +28,6 @@ from scripts.serving.metrics import Metrics
 from scripts.serving.shapes import ChatShape, Edited, FimShape, Json, LlamaShape, Shape
 
 STATIC = Path(__file__).with_name("static")
-LONGEST_PIECE = 16  # characters of a token, at most: SentencePiece's default
 DEFAULT_TOKENS = 16  # of OpenAI's completions
 SEND_SECONDS = 30.0  # a client that takes longer to read a chunk is given up
 POLICY = (
@@ -95,8 +94,9 @@ class Service:
 
     def encode(self, text: str, param: str, continues: bool = False) -> list[int]:
         """Turn text into tokens; ApiError: it cannot fit the context."""
-        if len(text) > LONGEST_PIECE * self.model.length:
-            tokens = f"more than {len(text) // LONGEST_PIECE} tokens"
+        longest = self.model.vocabulary.longest
+        if len(text) > longest * self.model.length:
+            tokens = f"more than {len(text) // longest} tokens"
             raise self.too_long(tokens, param)
         return self.model.vocabulary.encode(text, continues)
 
@@ -149,10 +149,11 @@ class Service:
         wish = wish._replace(n=body.n or 1, echo=bool(body.echo), top=body.logprobs)
         return await self.answer(request, wish, Shape)
 
-    def suffix(self, text: str | None) -> list[int]:
-        """Return the tokens after a span that its window reads."""
-        cut = (text or "")[: LONGEST_PIECE * self.options.suffix_tokens]
-        return self.model.vocabulary.encode(cut, True)[: self.options.suffix_tokens]
+    def suffix(self, text: str | None, spare: int = 0) -> list[int]:
+        """Return the tokens after a span that its window reads, and up to `spare` more."""
+        limit = self.options.suffix_tokens
+        cut = (text or "")[: self.model.vocabulary.longest * (limit + 1)]
+        return self.model.vocabulary.encode(cut, True)[: limit + spare]
 
     @staticmethod
     def wanted(body: bodies.OpenAI, default: int) -> int:
@@ -212,12 +213,11 @@ class Service:
         extra = "".join(f"{each.filename}\n{each.text}\n\n" for each in body.input_extra or [])
         text = extra + body.input_prefix + (body.prompt or "")
         # No more characters can matter; cutting them first bounds the time of encoding.
-        most = LONGEST_PIECE * self.model.length
+        most = self.model.vocabulary.longest * self.model.length
         prefix = self.model.vocabulary.encode(text[-most:])
-        suffix = self.suffix(body.input_suffix)
-        cut = len(text) > most or len(self.model.vocabulary.decode(suffix)) < len(body.input_suffix)
-        num = min(given, self.model.length // 4)
-        suffix = suffix[: self.model.length // 4]
+        after, num = self.suffix(body.input_suffix, 1), min(given, self.model.length // 4)
+        suffix = after[: min(self.options.suffix_tokens, self.model.length // 4)]
+        cut = len(text) > most or len(suffix) < len(after)
         room = self.model.length - 1 - num - len(suffix)
         rows = [self.model.vocabulary.bos, *prefix[max(len(prefix) - room, 0) :]]
         wish = self.llama(body, rows, 1, suffix, num)

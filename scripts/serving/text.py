@@ -23,6 +23,8 @@ class Vocabulary:
     Attributes:
         bos: token that opens a document, and so ends the one before.
         pieces: name of each token.
+        longest: characters of the longest piece; a text has no fewer tokens than its length in
+            characters divided by it.
         drops_space: the tokenizer drops the space of a first piece when it decodes.
     """
 
@@ -30,6 +32,7 @@ class Vocabulary:
         self.tokenizer = tokenizer
         self.bos: int = tokenizer.bos_id()
         self.pieces: list[str] = [tokenizer.id_to_piece(i) for i in range(len(self))]
+        self.longest = max(map(len, self.pieces))
         self.bytes = [self._bytes_of(i) for i in range(len(self))]
         self._space: int = tokenizer.piece_to_id(SPACE_MARK)
         first = next((i for i, raw in enumerate(self.bytes) if raw[:1] == b" " != raw[1:2]), -1)

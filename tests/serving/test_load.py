@@ -272,6 +272,16 @@ def test_what_cannot_be_served_is_one_line(
     busy.close()
 
 
+def test_missing_packages_are_named(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None if "u" in name else 1)
+    assert serve.main(["--artifact", str(artifact)]) == 2
+    assert "uvicorn, prometheus_client: pip install -r requirements-serve.txt" in (
+        capsys.readouterr().err
+    )
+
+
 def test_the_packaged_model_is_served_by_default(
     artifact: Path, data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
