@@ -70,6 +70,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_rows_of_any_model_get_what_decode_gives_each(
     data: dict[str, Any], tmp_path: Path, model: str
@@ -150,6 +151,7 @@ def mixed_rows(service: Service, count: int) -> list[Row]:
     return rows
 
 
+@pytest.mark.slow
 def test_deterministic_rows_have_the_bits_of_their_solo_runs(artifact: Path) -> None:
     service = make(artifact, "--slots", "6", "--deterministic")
     together = decode(service, mixed_rows(service, 50))
