@@ -236,6 +236,7 @@ def run(args: argparse.Namespace) -> None:
         service = make_service(args, pick_device(args.device))
         host, port = listening.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        listening.listen(1024)  # who reads the address can connect
         print(f"{service.model.name}: {url} (process {os.getpid()})", flush=True)
         make_server(service, args.drain_seconds).run(sockets=[listening])
     finally:
