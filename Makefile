@@ -1,4 +1,6 @@
 # make demo    train a small model on the Python standard library, score it, show it filling in code
+# make serve   serve MODEL=file.ptz on 127.0.0.1:8000 (default: models/python.ptz, else the newest
+#              final_model.*.ptz of this folder); more options: SERVE="--port 8080 --slots 8"
 # make check   lint, types and fast tests: within a minute on two idle cores
 # make test    lint, types, all tests, a run on two processes, and a minute of campaigns
 # PYTHON=python3.12 make ...   another interpreter (3.11 or newer)
@@ -11,7 +13,7 @@ OUT := out/demo
 ARTIFACT = $$(ls -t $(OUT)/final_model.*.ptz | head -n 1)
 RECORD := logs/record_cpu
 
-.PHONY: venv demo lint check test
+.PHONY: venv demo serve lint check test
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.requirements
@@ -22,7 +24,11 @@ $(VENV)/.requirements: requirements.txt
 	$(BIN)/pip install -q -r requirements.txt
 	@touch $@
 
-$(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements
+$(VENV)/.requirements-serve: requirements-serve.txt $(VENV)/.requirements
+	$(BIN)/pip install -q -r requirements-serve.txt
+	@touch $@
+
+$(VENV)/.requirements-dev: requirements-dev.txt requirements-serve.txt $(VENV)/.requirements
 	$(BIN)/pip install -q -r requirements-dev.txt
 	@touch $@
 
@@ -37,6 +43,9 @@ demo: $(VENV)/.requirements
 	$(BIN)/python scripts/sample.py --artifact $(ARTIFACT) --demo $(DATA)
 	@echo "log       $(OUT)/logs/demo.txt and $(OUT)/logs/demo.jsonl"
 	@echo "artifact  $(ARTIFACT)"
+
+serve: $(VENV)/.requirements-serve
+	$(BIN)/python scripts/serve.py $(if $(MODEL),--artifact $(MODEL)) $(SERVE)
 
 lint: $(VENV)/.requirements-dev
 	$(BIN)/ruff check .
