@@ -1735,14 +1735,14 @@ def corrupt_for_decoding(
     return apply_noise(tokens, masked, t, keys, cfg, mask_share)
 
 
-def unmask_confident(
-    masked: Tensor, log_p: Tensor, total: Tensor, step: int, num_steps: int
-) -> Tensor:
-    """Unmask the most probable tokens; return what is still masked, (B, S) bool, after `step` of
-    `num_steps` passes, which take even shares of `total` (B, 1) tokens masked at first.
-    """
+def num_still_masked(total: Tensor, step: int, num_steps: int) -> Tensor:
+    """Of `total` (B, 1) masked tokens, how many remain after `step` of `num_steps` passes."""
     steps = total.clamp(1, num_steps)
-    remaining = total - (total * step + steps - 1) // steps
+    return total - (total * step + steps - 1) // steps
+
+
+def unmask_confident(masked: Tensor, log_p: Tensor, remaining: Tensor) -> Tensor:
+    """Keep only the `remaining` (B, 1) least probable of the masked tokens masked: (B, S) bool."""
     rank = log_p.masked_fill(~masked, math.inf).argsort(dim=-1).argsort(dim=-1)
     return masked & (rank < remaining)
 
@@ -1772,7 +1772,7 @@ def decode_refine(model: GPT, ids: Tensor, start: int, stop: int, num_steps: int
             previous = expected_embedding(model, logits)
         log_p, tokens = logits[:, 0].log_softmax(-1).max(-1)
         x[:, start:] = torch.where(masked, tokens, x[:, start:])
-        masked = unmask_confident(masked, log_p, total, step + 1, num_steps)
+        masked = unmask_confident(masked, log_p, num_still_masked(total, step + 1, num_steps))
     return x
 
 

@@ -404,8 +404,8 @@ def unmask(run: Run, windows: MaskedWindows, logits: Tensor, total: Tensor) -> M
     positions = windows.first + torch.arange(1, masked.shape[1] + 1, device=masked.device)
     predicted, log_p = run.sample(logits[:, 0], positions)
     tokens = torch.where(masked, predicted, windows.tokens[:, 0, 1:])
-    masked = tg.unmask_confident(masked, log_p, total, step, decoding.steps)
-    masked = masked & (log_p.exp() < decoding.threshold)
+    remaining = tg.num_still_masked(total, step, decoding.steps)
+    masked = tg.unmask_confident(masked, log_p, remaining) & (log_p.exp() < decoding.threshold)
     if run.watch is not None:
         run.watch(positions, tokens, log_p, masked)
     soft = run.model.cfg.self_condition == "soft"
