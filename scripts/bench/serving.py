@@ -457,7 +457,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     cfg, threads = bench.artifact.model.cfg, torch.get_num_threads()
     result: dict[str, Any] = {
         "artifact": {
-            "parameters": tg.count_parameters(cfg),
+            "parameters": sum(p.numel() for p in bench.artifact.model.parameters()),
             "train_seq_len": cfg.train_seq_len,
             "program_sha256": bench.artifact.program_sha256,
             "data_sha256": bench.artifact.data_sha256,
