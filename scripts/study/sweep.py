@@ -236,9 +236,8 @@ def chosen_rows(names: Sequence[str]) -> list[str]:
     left_out = read_ladder().left_out
     known = {name: [name] for name in rows()} | ladders()
     faults = [f"NAME={name!r} is left out: {left_out[name]}" for name in names if name in left_out]
-    faults += [
-        why for name in names if name not in left_out for why in unknown("NAME", name, known)
-    ]
+    for name in (name for name in names if name not in left_out):
+        faults += [f"{why} (rows: {tg.LADDER_FILE})" for why in unknown("NAME", name, known)]
     check_faults(faults)
     return list(dict.fromkeys(row for name in names for row in known[name]))
 

@@ -475,6 +475,7 @@ def test_an_interrupted_sweep_ends_its_run_and_says_how_to_resume(
         (["defect_caus"],
          "NAME='defect_caus' is unknown; closest: defect_causal, defects"),
         (["ar", "~~~"], "NAME='~~~' is unknown; closest: none"),
+        (["ar", "~~~"], f"(rows: {tg.LADDER_FILE})"),
         (["defect_nocache"], "NAME='defect_nocache' is left out: it concerns"),
         (["ar", "--set", "NUM_LAYER=2"], "--set='NUM_LAYER' is unknown; closest: NUM_LAYERS"),
         (["ar", "--set", "MATRIX_LR"], "--set MATRIX_LR: must be NAME=VALUE"),
