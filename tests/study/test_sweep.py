@@ -475,7 +475,6 @@ def test_an_interrupted_sweep_ends_its_run_and_says_how_to_resume(
         (["defect_caus"],
          "NAME='defect_caus' is unknown; closest: defect_causal, defects"),
         (["ar", "~~~"], "NAME='~~~' is unknown; closest: none"),
-        (["ar", "~~~"], f"(rows: {tg.LADDER_FILE})"),
         (["defect_nocache"], "NAME='defect_nocache' is left out: it concerns"),
         (["ar", "--set", "NUM_LAYER=2"], "--set='NUM_LAYER' is unknown; closest: NUM_LAYERS"),
         (["ar", "--set", "MATRIX_LR"], "--set MATRIX_LR: must be NAME=VALUE"),
@@ -497,6 +496,11 @@ def test_a_fault_is_named_before_any_run(bench: Bench, argv: list[str], said: st
     _, out = bench.run(*argv, code=2)
     assert f"error: {said}" in out
     assert bench.calls() == []
+
+
+def test_a_row_that_is_not_known_is_told_with_the_file_of_rows(bench: Bench) -> None:
+    _, out = bench.run("~~~", code=2)
+    assert out.rstrip().endswith(f"(rows: {tg.LADDER_FILE})")
 
 
 def test_a_damaged_ladder_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
