@@ -244,7 +244,8 @@ class Config:
         machine = gpu if torch.cuda.is_available() and given.get("device") != "cpu" else "cpu"
         preset = given.get("preset", "auto").replace("auto", machine)
         faults += unknown("DIFFUSION_TRAIN_MODE", mode or "none", TRAIN_MODES)
-        faults += unknown("RECIPE", recipe, recipes) + unknown("PRESET", preset, PRESETS)
+        faults += [f"{why} (more: {LADDER_FILE})" for why in unknown("RECIPE", recipe, recipes)]
+        faults += unknown("PRESET", preset, PRESETS)
         rows = {f"recipe {recipe}": recipes.get(recipe, {}) | {"recipe": recipe}}
         rows[f"preset {preset}"] = PRESETS.get(preset, {}) | {"preset": preset}
         if (rows[f"recipe {recipe}"] | given).get("strength"):
@@ -538,14 +539,15 @@ def lock_folder(cfg: Config) -> IO[bytes]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab")  # noqa: SIM115 -- open as long as it is held
+    except OSError as error:
+        raise UserError(f"{name} cannot be written ({error}); name another") from error
+    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
         rule = f"is in use by {path.read_text().strip()}; stop that run, or set another OUT_DIR"
         raise UserError(f"{name} {rule}") from error
-    except (OSError, AttributeError) as error:  # Windows, or a file system without locks
-        if not os.access(path, os.W_OK):
-            raise UserError(f"{name} cannot be written ({error}); name another") from error
+    except (OSError, AttributeError) as error:  # a file system without locks, or Windows
         print(f"warning: {name} is not locked against other runs ({error})", file=sys.stderr)
     with contextlib.suppress(OSError):  # a full disk
         file.truncate(0)
@@ -554,20 +556,21 @@ def lock_folder(cfg: Config) -> IO[bytes]:
     return file
 
 
-LAUNCHER = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="", MASTER_PORT="0")
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
 
 
 def launcher_place(cfg: Config) -> dict[str, int]:
     """Return RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them. UserError: they do not fit."""
-    texts = {name: os.environ.get(name, default) for name, default in LAUNCHER.items()}
-    host = texts.pop("MASTER_ADDR")
-    whole = all(re.fullmatch(r"\d{1,8}", text) for text in texts.values())
-    place = {name: int(text) if whole else 0 for name, text in texts.items()}
+    texts = {name: os.environ.get(name, "") for name in LAUNCHER}
+    if not any(texts[name] for name in LAUNCHER[:3]):
+        return {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    whole = {name: re.fullmatch(r"\d{1,8}", texts[name]) for name in LAUNCHER[:4]}
+    place = {name: int(texts[name]) if whole[name] else -1 for name in whole}
     size, port = place["WORLD_SIZE"], place.pop("MASTER_PORT")
-    lost = size > 1 and not (host and 0 < port < 1 << 16)
-    if lost or max(place["RANK"], place["LOCAL_RANK"]) >= size:
-        found = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in LAUNCHER)
-        rule = "must be whole numbers, ranks below WORLD_SIZE, and host and port of rank 0"
+    lost = size > 1 and not (texts["MASTER_ADDR"] and 0 < port < 1 << 16)
+    if lost or min(place.values()) < 0 or max(place["RANK"], place["LOCAL_RANK"]) >= size:
+        found = ", ".join(f"{name}={text!r}" for name, text in texts.items())
+        rule = "must be whole numbers, ranks below WORLD_SIZE, and port and host of rank 0"
         raise UserError(f"{found} {rule}; torchrun sets them, else unset them")
     if cfg.micro_batches % size:
         rule = cfg.fill("must divide {MICRO_BATCHES}; raise it")
@@ -1814,7 +1817,7 @@ def time_decoding(model: GPT, run: Run, ids: Tensor, start: int, stop: int, step
 SIZE_LIMIT = 16_000_000  # bytes of code + model that the challenge allows
 EVALUATION_SECONDS = 600  # that it allows for all scores
 IDENTITY = ("data_sha256", "tokenizer_sha256", "program_sha256")  # of checkpoints and artifacts
-ARTIFACT_FORMAT = "text-diffusion-3"
+ARTIFACT_FORMAT = "text-diffusion-4"
 SCALE = ":scale"  # ends the name of the scales of an integer tensor
 KEEP_FLOAT_NUMEL = 65_536  # tensors of up to this many numbers stay fp16
 XZ_MAGIC = b"\xfd7zXZ"
@@ -1921,7 +1924,7 @@ def save_artifact(path: Path, weights: Weights, run: Run) -> None:
 
 def decompress(data: bytes) -> bytes:
     """Undo any scheme, up to the size that stands first. ValueError: another size, or damaged."""
-    xz, most = data.startswith(XZ_MAGIC), (1 << 26) + 16 * len(data)
+    xz, most = data.startswith(XZ_MAGIC), (1 << 26) + 64 * len(data)
     unpacker: Any = lzma.LZMADecompressor() if xz else zlib.decompressobj()
     head: bytes = unpacker.decompress(data, 8)
     size, left = 32 + int.from_bytes(head, "little"), b"" if xz else unpacker.unconsumed_tail
@@ -2337,6 +2340,7 @@ def main(argv: Sequence[str] = ()) -> int:
     """Run the program; return 0, 2 after an error that the user can repair, 130 after a signal."""
     prepare_streams()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    hints = [*near_misses(os.environ)]
     try:
         if {"-h", "--help"} & set(argv):
             print(f"{__doc__}\n{Config().table({})}")
@@ -2348,11 +2352,11 @@ def main(argv: Sequence[str] = ()) -> int:
         counter = ByteCounter(cfg)
         with Run.start(cfg) as run:
             run.header(source)
+            hints.clear()  # they are in the log
             execute(run, loader, val, counter)
     except (UserError, OSError, KeyboardInterrupt) as error:
-        hints = "".join(f"warning: {hint}\n" for hint in near_misses(os.environ))
         text = (str(error) or "interrupted before training").replace("\n", "\nerror: ")
-        print(f"{hints}error: {text}", file=sys.stderr)
+        print(*[f"warning: {hint}" for hint in hints], f"error: {text}", sep="\n", file=sys.stderr)
         return getattr(error, "status", 130 if isinstance(error, KeyboardInterrupt) else 2)
     return 0
 

@@ -305,6 +305,7 @@ def train_adapter(
     run.log.event("before", window=args.window, **of, **before)
     state = tg.TrainState(run.cfg, run, text.train, model)
     state.resume()
+    run.agree(vars(run.cfg) | run.identity | {"step": state.step})
     tg.train(state, text.val, text.counter)
     if run.rank == 0:
         about = {"artifact_sha256": artifact_sha256, "rank": args.rank, **run.identity}

@@ -121,9 +121,30 @@ def test_a_missing_address_of_rank_0_is_named(
     ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": host}
     for name, value in (ranks | {"MASTER_PORT": port}).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(tg.UserError, match="host and port of rank 0; torchrun sets them") as caught:
+    with pytest.raises(tg.UserError, match="port and host of rank 0; torchrun sets them") as caught:
         tg.launcher_place(tiny())
-    assert f"MASTER_ADDR={host!r}, MASTER_PORT={port!r}" in str(caught.value)
+    assert f"MASTER_PORT={port!r}, MASTER_ADDR={host!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_missing_launcher_variable_is_named(
+    missing: str, empty: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}
+    for name, value in (given | {"MASTER_PORT": "29500"}).items():
+        monkeypatch.setenv(name, value)
+    assert tg.launcher_place(tiny()) == {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1}
+    monkeypatch.setenv(missing, "") if empty else monkeypatch.delenv(missing)
+    with pytest.raises(tg.UserError, match=f"{missing}=''.* torchrun sets them"):
+        tg.launcher_place(tiny())
+
+
+def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("MASTER_PORT", "tcp://10.0.0.1:80")  # of a service of that name
+    assert tg.launcher_place(tiny()) == {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 
 
 def run_ranks(folder: Path, data: dict[str, Any], **differ: Any) -> list[tuple[int, str]]:

@@ -173,6 +173,13 @@ def test_a_system_without_locks_is_a_word_not_an_end(
     assert err.startswith(f"warning: OUT_DIR={cfg.out_dir!r} is not locked against other runs (")
 
 
+def test_a_lock_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
+    cfg = tiny(out_dir=str(tmp_path))
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(tg.UserError, match="cannot be written"):
+        tg.lock_folder(cfg)
+
+
 def test_two_runs_do_not_share_a_checkpoint() -> None:
     with pytest.raises(tg.UserError, match=r"RUN_ID='r\.previous' names files"):
         tiny(run_id="r.previous")

@@ -68,7 +68,7 @@ class TextDiffusionForCausalLM(PreTrainedModel, GenerationMixin):
         if length > limit:
             rule = f"this model was trained to read at most {limit} (train_seq_len)"
             raise ValueError(f"input_ids has {length} tokens; {rule}; shorten it")
-        if attention_mask is not None and bool((attention_mask.diff(dim=1) > 0).any()):
+        if attention_mask is not None and bool((attention_mask.long().diff(dim=1) > 0).any()):
             rule = "only padding after the last token of a row is supported"
             raise ValueError(f"attention_mask hides tokens before others; {rule}")
 

@@ -19,11 +19,20 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from scripts.decoding import LOSSLESS
 from scripts.serving import bodies
 from scripts.serving.engine import Engine
 from scripts.serving.errors import ApiError, json_response, of_validation
 from scripts.serving.gate import Gate
-from scripts.serving.jobs import Choice, Job, Model, Options, Wish, deadline_kept
+from scripts.serving.jobs import (
+    Choice,
+    Job,
+    Model,
+    Options,
+    Wish,
+    choose_mode,
+    deadline_kept,
+)
 from scripts.serving.metrics import Metrics
 from scripts.serving.shapes import ChatShape, Edited, FimShape, Json, LlamaShape, Shape
 
@@ -114,6 +123,9 @@ class Service:
         given = [prompt] if one else prompt
         if not given or any(part == [] for part in given):
             raise ApiError(400, f"{param} is empty; send text or tokens", "invalid_value", param)
+        if len(given) > self.options.max_rows:  # before any is encoded
+            rule = f"{len(given)} prompts exceed {self.options.max_rows}; send fewer at a time"
+            raise ApiError(400, f"{param}: {rule}", "too_many_rows", param)
         bos, rows, hidden = self.model.vocabulary.bos, list[list[int]](), list[int]()
         for part in given:
             tokens = self.encode(part, param) if isinstance(part, str) else list(part)
@@ -128,8 +140,9 @@ class Service:
     def fit(self, wish: Wish, param: str = "prompt") -> Wish:
         """Bound the number of tokens by the context; ApiError: there is no room for one."""
         longest = max(map(len, wish.prompts)) + len(wish.suffix)
-        # What is decoded causally is not read itself, so the last token may lie one further.
-        room = self.model.length - longest + (not wish.suffix and wish.num > 0)
+        room = self.model.length - longest
+        if wish.num > 0 and choose_mode(wish.body, wish, self.model) in LOSSLESS:
+            room += 1  # the last token is not read itself, so it may lie one further
         if room < min(wish.num, 1):
             raise self.too_long(f"{longest} tokens", param)
         return wish._replace(num=min(wish.num, room))
@@ -342,7 +355,7 @@ class Service:
             raise ApiError(400, rule, "invalid_value", "content")
         vocabulary = self.model.vocabulary
         special = text == vocabulary.pieces[vocabulary.bos]  # how clients ask for its number
-        ids = [vocabulary.bos] if special else vocabulary.encode(text)
+        ids = [vocabulary.bos] if special else await asyncio.to_thread(vocabulary.encode, text)
         if (body.add_special or body.add_special_tokens) and not special:
             ids = [vocabulary.bos, *ids]
         tokens: list[Any] = list(ids)

@@ -182,7 +182,12 @@ class Engine:
                 with self.wake:
                     while self.idle and not self.stopping:
                         self.wake.wait()
-                self.tick()
+                try:
+                    self.tick()
+                except Exception as error:  # whatever it is, the thread must live on
+                    for row in [*self.active()]:
+                        row.error = error
+                        self._free(row)
         for row in [*self.waiting, *self.active()]:
             row.error = Draining("the server has ended")
             row.tell("done")

@@ -28,6 +28,14 @@ def host_name(value: str) -> str:
         return ""
 
 
+def origin_host(value: str) -> str:
+    """Return host and port in an Origin header; empty: not valid."""
+    try:
+        return urlsplit(value).netloc
+    except ValueError:
+        return ""
+
+
 class Gate:
     """ASGI middleware; what it refuses is a JSON error.
 
@@ -83,7 +91,7 @@ class Gate:
             )
             raise ApiError(403, f"{rule}, or start it with --allowed-host", "host_not_allowed")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+        if origin is not None and origin_host(origin) != headers.get("host"):
             rule = "pages of other sites may not use this server"
             raise ApiError(403, f"Origin {origin!r}: {rule}", "origin_not_allowed")
         if path not in OPEN and self.keys:

@@ -147,7 +147,9 @@ class Row:
         end = self.decoding.sampling.end
         for i, token in enumerate(tokens):
             if token == end:
-                self.finish, self.end = "eos", (token, log_p[i], list(tops[i : i + 1]))
+                self.finish = "eos"
+                if self.decoding.mode in LOSSLESS:
+                    self.end = token, log_p[i], list(tops[i : i + 1])
                 break
             self.span.append(token)
             self.log_p.append(log_p[i])

@@ -62,7 +62,7 @@ for folder in folders:
         logits=model(ids).logits.detach(),
         loss=model(ids, labels=ids).loss.detach(),
         masked=masked, masked_loss=model(ids, labels=masked).loss.detach(),
-        padded=model(ids, attention_mask=mask).logits.detach(),
+        padded=model(ids, attention_mask=mask.bool()).logits.detach(),
         as_tuple=model(ids, return_dict=False)[0].detach(),
         generated=model.generate(ids[:, :9], max_new_tokens=12, eos_token_id=None),
         ended=model.generate(ids[:1, :9], max_new_tokens=40, do_sample=True, temperature=9.0),

@@ -471,13 +471,29 @@ def test_other_hosts_origins_and_methods_are_refused(server: Running) -> None:
         page = client.post(
             "/tokenize", json={"content": "a"}, headers={"Origin": "https://evil.example"}
         )
+        odd = client.post("/tokenize", json={"content": "a"}, headers={"Origin": "http://["})
         own = client.post("/tokenize", json={"content": "a"}, headers={"Origin": server.url})
         local = client.get("/health", headers={"Host": "localhost:1"})
         method = client.get("/v1/completions")
-    assert (foreign.status_code, page.status_code) == (403, 403)
+    assert (foreign.status_code, page.status_code, odd.status_code) == (403, 403, 403)
     assert (own.status_code, local.status_code) == (200, 200)
     assert "access-control-allow-origin" not in own.headers  # CORS is off
     assert (method.status_code, method.json()["error"]["type"]) == (405, "invalid_request_error")
+
+
+def test_windows_end_inside_the_context(server: Running) -> None:
+    tokens = [1, *[5] * (LENGTH - 11)]
+    for mode, room in (("ar", 11), ("speculative", 11), ("block", 10), ("refine", 10)):
+        body = {"prompt": tokens, "max_tokens": 50, "mode": mode, "guard": False}
+        found = server.post("/v1/completions", **body).json()
+        assert found["usage"]["completion_tokens"] <= room
+        if found["choices"][0]["finish_reason"] == "length":
+            assert found["usage"]["completion_tokens"] == room
+
+
+def test_many_prompts_are_refused_before_they_are_read(server: Running) -> None:
+    found = server.post("/v1/completions", prompt=["a"] * 100_000)
+    assert (found.status_code, found.json()["error"]["code"]) == (400, "too_many_rows")
 
 
 def test_a_model_without_a_denoiser_says_so(causal_artifact: Path) -> None:
