@@ -2339,9 +2339,10 @@ def execute(run: Run, loader: TokenLoader, val: TokenLoader, counter: ByteCounte
 def main(argv: Sequence[str] = ()) -> int:
     """Run the program; return 0, 2 after an error that the user can repair, 130 after a signal."""
     prepare_streams()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    hints = [*near_misses(os.environ)]
+    hints = list[str]()
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        hints += near_misses(os.environ)
         if {"-h", "--help"} & set(argv):
             print(f"{__doc__}\n{Config().table({})}")
             return 0

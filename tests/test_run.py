@@ -607,10 +607,12 @@ def test_an_interrupt_before_training_is_one_line(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tg, "TokenLoader", interrupted)
-    monkeypatch.setattr("os.environ", env_of(settings()))
-    assert tg.main() == 130
-    assert capsys.readouterr().err == "error: interrupted before training\n"
+    for name in ("TokenLoader", "near_misses"):
+        with monkeypatch.context() as patch:
+            patch.setattr(tg, name, interrupted)
+            patch.setattr("os.environ", env_of(settings()))
+            assert tg.main() == 130
+        assert capsys.readouterr().err == "error: interrupted before training\n"
 
 
 def test_names_close_to_a_setting_are_told_with_an_error(
