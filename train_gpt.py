@@ -244,7 +244,8 @@ class Config:
         machine = gpu if torch.cuda.is_available() and given.get("device") != "cpu" else "cpu"
         preset = given.get("preset", "auto").replace("auto", machine)
         faults += unknown("DIFFUSION_TRAIN_MODE", mode or "none", TRAIN_MODES)
-        faults += [f"{why} (more: {LADDER_FILE})" for why in unknown("RECIPE", recipe, recipes)]
+        looked = f"{LADDER_FILE} ({'is' if LADDER_FILE.exists() else 'is not'} there)"
+        faults += [f"{why}; and {looked}" for why in unknown("RECIPE", recipe, recipes)]
         faults += unknown("PRESET", preset, PRESETS)
         rows = {f"recipe {recipe}": recipes.get(recipe, {}) | {"recipe": recipe}}
         rows[f"preset {preset}"] = PRESETS.get(preset, {}) | {"preset": preset}
