@@ -23,7 +23,6 @@ POLL_SECONDS = 0.002
 GRACE_SECONDS = 15.0  # for a process that was asked to end
 MARK = "CAMPAIGN_TRY"  # in the environment of every process of a try; no setting of the program
 OURS = {name.upper() for name in tg.Config.__dataclass_fields__}
-LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 Watch = Callable[[int], object]  # called again and again with the id of the running process
 
@@ -50,7 +49,7 @@ class Outcome(NamedTuple):
 
 def base_environment(folder: Path) -> dict[str, str]:
     """This environment without settings of the program, on one thread."""
-    kept = {k: v for k, v in os.environ.items() if k.upper() not in OURS | LAUNCHER}
+    kept = {k: v for k, v in os.environ.items() if k.upper() not in OURS.union(tg.LAUNCHER)}
     return kept | {"OMP_NUM_THREADS": "1", MARK: str(folder)}
 
 
@@ -68,9 +67,13 @@ def fork(
     sys.stdout.flush()
     sys.stderr.flush()
     before = printed(folder)
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, tg.ENDING_SIGNALS
+    )  # until the child takes them
     pid = os.fork()
     if pid == 0:
         run_child(body, folder, base_environment(folder) | dict(env), limits)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, tg.ENDING_SIGNALS)
     return follow(pid, folder, before, limits, watch)
 
 
@@ -87,8 +90,9 @@ def run_child(
             os.dup2(os.open(name, flags, 0o644), number)
         os.environ.clear()
         os.environ.update(env)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for ending in tg.ENDING_SIGNALS:
+            signal.signal(ending, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, tg.ENDING_SIGNALS)
         if limits.address_mib:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             most = pages * resource.getpagesize() + limits.address_mib * 2**20
