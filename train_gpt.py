@@ -1895,7 +1895,7 @@ def pack(weights: Weights, about: Mapping[str, Any], scheme: Scheme, levels: int
     for name, w in weights.items():
         if w.ndim == 2 and w.numel() > KEEP_FLOAT_NUMEL:
             is_embedding = name in ("tok_emb", "lm_head")
-            largest = is_embedding * scheme.embedding_levels or levels
+            largest = (is_embedding and scheme.embedding_levels) or levels
             tensors[name], tensors[name + SCALE] = quantize_rows(w.detach().cpu(), largest)
         else:
             tensors[name] = w.detach().cpu().half()
@@ -2046,12 +2046,16 @@ class TrainState:
             self.run.log.event("warning", reason=str(error))
 
     def resume(self) -> None:
-        """Continue from a checkpoint, or start from INIT_FROM. UserError: damaged, or no fit."""
+        """Continue from a checkpoint, or start from INIT_FROM. UserError: damaged, or no fit, or
+        ranks start from different settings, data or steps.
+        """
         paths = [path for path in self.cfg.checkpoints if path.exists()]
         if self.cfg.resume == "auto" and paths:
             self.load(paths)
         elif self.cfg.init_from:
             self.start_from_artifact()
+        content = dict(self.run.identity, data_path="", tokenizer_path="")  # may lie elsewhere
+        self.run.agree(vars(self.cfg) | content | {"step": self.step})
 
     def load(self, paths: Sequence[Path]) -> None:
         """Take over the first of some checkpoints."""
@@ -2302,20 +2306,22 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def execute(run: Run, loader: TokenLoader, val: TokenLoader, counter: ByteCounter) -> None:
-    """Train, export, and score the reloaded artifact."""
-    cfg = run.cfg
-    facts, warnings = check_data(cfg, loader, val, counter)
+def log_data(run: Run, facts: Facts, warnings: Sequence[str]) -> None:
+    """Log what check_data found; checkpoints and artifact of the run carry its identity."""
     run.log.event("data", **facts)
     for warning in warnings:
         run.log.event("warning", reason=warning)
     run.identity = {name: facts[name] for name in IDENTITY[:2]} | run.identity
     run.bytes_ratio = facts["val_bytes"] / facts["source_bytes"]
+
+
+def execute(run: Run, loader: TokenLoader, val: TokenLoader, counter: ByteCounter) -> None:
+    """Train, export, and score the reloaded artifact."""
+    cfg = run.cfg
+    log_data(run, *check_data(cfg, loader, val, counter))
     check_memory(cfg, run, val.total)
     state = TrainState(cfg, run, loader)
     state.resume()
-    content = dict(run.identity, data_path="", tokenizer_path="")  # may lie elsewhere on each node
-    run.agree(vars(cfg) | content | {"step": state.step})
     train(state, val, counter)
     with run.timed("export"):
         if run.rank == 0:

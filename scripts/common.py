@@ -106,6 +106,15 @@ class Parser(argparse.ArgumentParser):
         shown = text if default is None else f"{text} (default %(default)s)"
         self.add_argument(flag, type=in_range(kind, *limits), default=default, help=shown)
 
+    def artifact(
+        self,
+        default: str = "the newest final_model.*.ptz of the current folder",
+        tokenizer: str = "the one that the artifact names",
+    ) -> None:
+        """Add --artifact and --tokenizer, with what they are by default."""
+        self.add_argument("--artifact", type=Path, metavar="FILE", help=f"default: {default}")
+        self.add_argument("--tokenizer", type=Path, metavar="MODEL", help=f"default: {tokenizer}")
+
     def device(self) -> None:
         """Add --device, for `pick_device`."""
         self.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -287,15 +287,6 @@ def score(model: tg.GPT, run: tg.Run, text: Text, window: int) -> dict[str, Any]
     return found
 
 
-def log_data(run: tg.Run, text: Text) -> None:
-    """Log facts and warnings about the data; checkpoints of the run carry its identity."""
-    run.log.event("data", **text.facts)
-    for warning in text.warnings:
-        run.log.event("warning", reason=warning)
-    run.identity = {name: text.facts[name] for name in tg.IDENTITY[:2]} | run.identity
-    run.bytes_ratio = text.facts["val_bytes"] / text.facts["source_bytes"]
-
-
 def train_adapter(
     args: argparse.Namespace, run: tg.Run, model: tg.GPT, text: Text, artifact_sha256: str
 ) -> dict[str, Any]:
@@ -305,7 +296,6 @@ def train_adapter(
     run.log.event("before", window=args.window, **of, **before)
     state = tg.TrainState(run.cfg, run, text.train, model)
     state.resume()
-    run.agree(vars(run.cfg) | run.identity | {"step": state.step})
     tg.train(state, text.val, text.counter)
     if run.rank == 0:
         about = {"artifact_sha256": artifact_sha256, "rank": args.rank, **run.identity}
@@ -353,7 +343,7 @@ def finetune(args: argparse.Namespace, env: Mapping[str, str]) -> dict[str, Any]
     model.cfg = cfg
     with tg.Run.start(cfg) as run:
         run.header(source)
-        log_data(run, text)
+        tg.log_data(run, text.facts, text.warnings)
         result = train_adapter(args, run, model, text, sha256)
         tuned = load_artifact(args.artifact, run.device).model
         load_adapter(args.out, tuned, args.artifact)  # the file is scored, not the live model

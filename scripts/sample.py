@@ -66,10 +66,8 @@ DENOISING = ("steps", "window", "threshold", "remask_threshold")
 def add_text_options(parser: Parser) -> None:
     """Add options of the model and of the text that it reads."""
     add, given = parser.add_argument, parser.add_mutually_exclusive_group()
-    newest = "default: the newest final_model.*.ptz of the current folder"
-    add("--artifact", type=Path, metavar="FILE", help=newest)
+    parser.artifact()
     add("--adapter", type=Path, metavar="FILE", help="of scripts/finetune.py, for this artifact")
-    add("--tokenizer", type=Path, metavar="MODEL", help="default: the one that the artifact names")
     given.add_argument("--prompt", metavar="TEXT", help="text to start from; may be empty")
     given.add_argument("--prompt-file", type=Path, metavar="PATH", help="file with the prompt")
     demo = "take a Python function of this validation data"

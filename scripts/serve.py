@@ -51,9 +51,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    default = "default: models/python.ptz, else the newest final_model.*.ptz of this folder"
-    add("--artifact", type=Path, metavar="FILE", help=default)
-    add("--tokenizer", type=Path, metavar="MODEL", help="default: beside it, or the one it names")
+    default = "models/python.ptz, else the newest final_model.*.ptz of this folder"
+    parser.artifact(default, "beside it, or the one it names")
     lengths = "of spans, by bench/serving.py (default: FILE.lengths.json beside it, or ours)"
     add("--length-correction", type=Path, metavar="FILE", help=lengths)
     add("--model-name", metavar="NAME", help="name for clients (default: that of the file)")

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 import torch
 
 import train_gpt as tg
-from tests.conftest import ROOT, env_of, read_events, settings, tiny
+from tests.conftest import ROOT, env_of, read_events, settings, tiny, train_lines, wait_for
 
 Launch = Callable[..., subprocess.Popen[str]]
 
@@ -135,7 +134,10 @@ def test_a_missing_launcher_variable_is_named(
     for name, value in (given | {"MASTER_PORT": "29500"}).items():
         monkeypatch.setenv(name, value)
     assert tg.launcher_place(tiny()) == {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1}
-    monkeypatch.setenv(missing, "") if empty else monkeypatch.delenv(missing)
+    if empty:
+        monkeypatch.setenv(missing, "")
+    else:
+        monkeypatch.delenv(missing)
     with pytest.raises(tg.UserError, match=f"{missing}=''.* torchrun sets them"):
         tg.launcher_place(tiny())
 
@@ -217,21 +219,13 @@ def worker(parent: int, rank: int) -> int:
     raise AssertionError(f"rank {rank} is not running")
 
 
-def steps_of(log: Path) -> int:
-    return log.read_text(encoding="utf-8").count('"train"') if log.exists() else 0
-
-
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_with_a_message(launch: Launch, tmp_path: Path) -> None:
     settings: dict[str, Any] = dict(
         micro_batches=4, iterations=100_000, checkpoint_seconds=0.05, run_id="r"
     )
     process = launch(torchrun(2), **settings)
-    log, deadline = tmp_path / "out" / "logs" / "r.jsonl", time.monotonic() + 60
-    while steps_of(log) < 5:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: train_lines(tmp_path / "out") >= 5, process)
     os.kill(worker(process.pid, 1), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode not in (0, None)

@@ -44,9 +44,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    newest = "default: the newest final_model.*.ptz of the current folder"
-    add("--artifact", type=Path, metavar="FILE", help=newest)
-    add("--tokenizer", type=Path, metavar="MODEL", help="default: the one that the artifact names")
+    parser.artifact()
     tasks = "names or YAML files of tasks, separated by commas"
     add("--tasks", type=names, required=True, metavar="TASKS", help=tasks)
     parser.whole("--limit", None, "documents of each task (default: all)")

@@ -56,9 +56,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    newest = "default: the newest final_model.*.ptz of the current folder"
-    add("--artifact", type=Path, metavar="FILE", help=newest)
-    add("--tokenizer", type=Path, metavar="MODEL", help="default: the one that the artifact names")
+    parser.artifact()
     log = "log of the run that made the artifact: its scores go into the model card"
     add("--log", type=Path, metavar="FILE.jsonl", help=log)
     add("--out", type=Path, metavar="FOLDER", required=True, help="folder to make")

@@ -81,12 +81,12 @@ class TextDiffusionLM(TemplateLM):
         super().__init__()
         if mode not in MODES:
             fail(f"--mode={mode} is unknown; name one of {', '.join(MODES)}")
-        loaded = load_artifact(Path(artifact), pick_device(device))
+        self._device = pick_device(device)
+        loaded = load_artifact(Path(artifact), self._device)
         self.model, self.batch_size, self.decoding = loaded.model, batch_size, MODES[mode]
         path = tokenizer or self.model.cfg.tokenizer_path
         remedy = "name that one: --tokenizer MODEL"
         self.processor = open_tokenizer(loaded, path, "tokenizer ", remedy).tokenizer
-        self._device = pick_device(device)
         check_decoding(self.decoding)
         check_span(self.model, torch.zeros(1, 1), 1, 1, needs_denoiser(self.decoding))
         self.rolled = defaultdict[str, list[str]](list)  # documents of each rolling task

@@ -21,7 +21,7 @@ import torch
 
 import train_gpt as tg
 from scripts.common import autocast
-from scripts.decoding import GREEDY
+from scripts.decoding import GREEDY, LOSSLESS
 from scripts.serving.passes import Choices, Denoise, Pass, Passes, Read, Result, Step
 from scripts.serving.rows import Row
 
@@ -185,7 +185,7 @@ class Engine:
                 try:
                     self.tick()
                 except Exception as error:  # whatever it is, the thread must live on
-                    for row in [*self.active()]:
+                    for row in self.active():
                         row.error = error
                         self._free(row)
         for row in [*self.waiting, *self.active()]:
@@ -260,7 +260,7 @@ class Engine:
         best = max(free, key=lambda i: self.slots[i].common(prompt))
         if self.slots[best].common(prompt) >= CHUNK:
             return best
-        return free[0] if row.decoding.mode in ("ar", "speculative") else free[-1]
+        return free[0] if row.decoding.mode in LOSSLESS else free[-1]
 
     def _read_prompts(self) -> None:
         """Read chunks of prompts, those of the row that was admitted first before others."""

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from scripts.decoding import MODES, Decoding, Sampling
+from scripts.decoding import LOSSLESS, MODES, Decoding, Sampling
 from scripts.serving import hole
 from scripts.serving.bodies import EFFORTS, Body
 from scripts.serving.engine import Draining, Engine, QueueFull, TimedOut
@@ -20,7 +20,7 @@ from scripts.serving.rows import Cell, Event, Row
 from scripts.serving.text import Vocabulary
 
 WINDOW_MODES = ("refine", "block", "threshold")  # they read text after the span
-REVISED_BELOW = 0.02  # probability, as in MODES["draft_refine"]
+REVISED_BELOW = MODES["draft_refine"].remask_threshold  # probability
 
 
 class Options(NamedTuple):
@@ -95,7 +95,7 @@ def choose_mode(body: Body, wish: Wish, model: Model) -> str:
     if default == "ar" and model.denoiser and any(value is not None for value in plans):
         default = "block"
     mode = "edit" if wish.draft else body.mode or default
-    if not model.denoiser and mode not in ("ar", "speculative"):
+    if not model.denoiser and mode not in LOSSLESS:
         what = "suffix" if wish.suffix and not body.mode else "mode"
         rule = "needs a denoiser, and this model was trained without one (DIFFUSION_LOSS_WEIGHT=0)"
         remedy = "use mode ar without a suffix, or serve another artifact"

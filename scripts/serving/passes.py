@@ -146,14 +146,14 @@ class Passes:
     def take(self, wanted: Sequence[Pass]) -> list[Result]:
         """Take all passes that rows want, as many rows at once as can be; results in order."""
         results: dict[int, Result] = {}
-        loops: dict[type, Callable[[list[int], list[Pass]], list[Result]]] = {
+        loops: dict[type, Callable[[int, list[Pass]], list[Result]]] = {
             Step: self._step,
             Read: self._read,
             Denoise: self._denoise,
         }
         for kind, width, group in self._groups(wanted):
             passes = [wanted[i] for i in group]
-            found = loops[kind]([width], passes)
+            found = loops[kind](width, passes)
             results |= dict(zip(group, found, strict=True))
         return [results[i] for i in range(len(wanted))]
 
@@ -209,10 +209,10 @@ class Passes:
         logits = self.model.forward_causal(tokens, self._view(rows, places), positions)[0]
         return logits[torch.tensor(list(at), device=self.device)]
 
-    def _step(self, widths: list[int], group: list[Pass]) -> list[Result]:
+    def _step(self, width: int, group: list[Pass]) -> list[Result]:
         steps = [each for each in group if isinstance(each, Step)]
-        logits = self._causal(widths[0], steps)
-        column = torch.arange(widths[0], device=self.device)
+        logits = self._causal(width, steps)
+        column = torch.arange(width, device=self.device)
         first = torch.tensor([[each.first + 1] for each in steps], device=self.device)
         tokens, log_p = self._sample(steps, logits, first + column)
         lists = zip(steps, tokens.tolist(), log_p.tolist(), logits, strict=True)
@@ -221,9 +221,9 @@ class Passes:
             for s, t, p, row in lists
         ]
 
-    def _read(self, widths: list[int], group: list[Pass]) -> list[Result]:
+    def _read(self, width: int, group: list[Pass]) -> list[Result]:
         reads = [each for each in group if isinstance(each, Read)]
-        logits = self._causal(widths[0], reads)
+        logits = self._causal(width, reads)
         results = list[Result]()
         for read, row in zip(reads, logits, strict=True):
             count = len(read.targets)
@@ -261,12 +261,12 @@ class Passes:
             tokens[index], log_p[index] = sample_tokens(logits[index], sampling, keys[index])
         return tokens, log_p
 
-    def _denoise(self, widths: list[int], group: list[Pass]) -> list[Result]:
+    def _denoise(self, width: int, group: list[Pass]) -> list[Result]:
         """Denoise windows of different sizes and places, and unmask confident tokens."""
         windows = [each for each in group if isinstance(each, Denoise)]
         rows, places = self._place([each.slot for each in windows])
         at = {each.slot - rows.start: each for each in windows}
-        inputs = self._window_input(rows, places, widths[0], at)
+        inputs = self._window_input(rows, places, width, at)
         logits = self.model.forward_denoise(inputs, self._view(rows, places))
         index = torch.tensor(list(at), device=self.device)
         logits = logits[index]  # (rows of `group`, 1, S, V)

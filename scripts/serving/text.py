@@ -11,10 +11,10 @@ import codecs
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from train_gpt import SPACE_MARK
+
 if TYPE_CHECKING:
     import sentencepiece as spm
-
-SPACE_MARK = "\u2581"  # a space, inside a piece
 
 
 class Vocabulary:
