@@ -67,9 +67,7 @@ def fork(
     sys.stdout.flush()
     sys.stderr.flush()
     before = printed(folder)
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK, tg.ENDING_SIGNALS
-    )  # until the child takes them
+    signal.pthread_sigmask(signal.SIG_BLOCK, tg.ENDING_SIGNALS)  # until the child takes them
     pid = os.fork()
     if pid == 0:
         run_child(body, folder, base_environment(folder) | dict(env), limits)
