@@ -287,7 +287,7 @@ class Config:
 
 def parse_shares(text: str) -> list[tuple[str, float]]:
     """Read `name:share,name:share` (a bare name has share 1); the shares are scaled to sum to 1."""
-    shares = list[tuple[str, float]]()
+    shares: list[tuple[str, float]] = []  # torch.compile cannot trace list[...]()
     for part in filter(str.strip, text.split(",")):
         name, _, number = part.partition(":")
         shares.append((name.strip(), float(number) if ":" in part else 1.0))
@@ -599,6 +599,13 @@ def machine_name(device: torch.device) -> str:
     return f"{[*names, platform.machine()][0]}, {os.cpu_count()} cores"
 
 
+@functools.cache
+def product_dtype(device: torch.device) -> torch.dtype:
+    """Type of matrix products: bf16 on GPUs that have it; fp32 on a CPU, which emulates bf16."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
+
+
 def interrupt(number: int, frame: object) -> None:
     """Handle a signal as Ctrl-C; a second one does not disturb the end of the run."""
     signal.signal(number, signal.SIG_IGN)
@@ -655,6 +662,7 @@ class Run:
         cuda = self.device.type == "cuda"
         torch.get_device_module(self.device).set_device(self.device)
         torch.set_float32_matmul_precision("high" if cuda else "highest")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each shape anew; with masks: NaN
         torch.use_deterministic_algorithms(not cuda)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         if self.world_size > 1:
@@ -679,6 +687,8 @@ class Run:
         elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate" in text:
             sizes = self.cfg.fill("{TRAIN_BATCH_TOKENS}, {VAL_BATCH_SIZE} or {MODEL_DIM}")
             why = f"out of memory ({text}); lower {sizes}, or raise MICRO_BATCHES"
+        elif self.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            why = f"torch.compile failed ({text}); set COMPILE=0"
         elif isinstance(error, dist.DistError):
             why = f"lost {lost or 'another rank, which says why '}({text})"
         elif isinstance(error, OSError):
@@ -699,10 +709,17 @@ class Run:
         found = map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))
         return self.cfg.compile == "1" and any(found)
 
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile, if this run does: one graph per window size, gradient mode and shape."""
+        if not self.compile:
+            return function
+        torch._dynamo.config.recompile_limit = 64
+        return torch.compile(function, dynamic=False, fullgraph=True)
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Compute in bf16 on CUDA, in fp32 on CPU (where bf16 matrix products are emulated)."""
-        kind = self.device.type
-        return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
+        """Compute in what `product_dtype` says, bf16 or fp32."""
+        bf16 = product_dtype(self.device) == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
     def clock(self) -> float:
         torch.get_device_module(self.device).synchronize()
@@ -757,7 +774,8 @@ class Run:
         facts: Facts = dict(time=time.strftime("%FT%TZ", time.gmtime()), command=" ".join(sys.argv))
         facts |= dict(machine=machine_name(self.device), device=str(self.device))
         facts |= dict(python=sys.version.split()[0], torch=torch.__version__)
-        facts |= dict(precision="bf16" if self.device.type == "cuda" else "fp32")
+        bf16 = product_dtype(self.device) == torch.bfloat16
+        facts |= dict(precision="bf16" if bf16 else "fp32")
         facts |= dict(world_size=self.world_size, threads=torch.get_num_threads())
         sha256 = self.identity["program_sha256"]
         self.log.event("header", **facts, compile=self.compile, sha256=sha256)
@@ -765,6 +783,8 @@ class Run:
         self.log.event("config", table=table, source=source, values=vars(self.cfg))
         if self.cfg.compile == "1" and not self.compile:
             self.log.event("warning", reason="COMPILE=1 finds no C++ compiler: nothing is compiled")
+        if self.device.type == "cuda" and not bf16:
+            self.log.event("warning", reason="this GPU has no bf16: everything is fp32, and slow")
         for warning in near_misses(os.environ):
             self.log.event("warning", reason=warning)
 
@@ -1005,14 +1025,14 @@ class Corruption(NamedTuple):
     noise: Tensor | None = None  # (B, W, S, D) Gaussian noise of embeddings; mode gaussian only
 
 
-def noise_level(cfg: Config, keys: Tensor, window_index: Tensor, ramp: float) -> Tensor:
+def noise_level(cfg: Config, keys: Tensor, window_index: Tensor, ramp: float | Tensor) -> Tensor:
     """Choose t of each window, (B, W) float32 in (0, 1]. The uniform rate steps by the golden ratio
     with `window_index` (B, W): any run of windows covers [min, max]. `ramp`: share done of it.
     """
     low, high = cfg.diffusion_min_mask_ratio, cfg.diffusion_max_mask_ratio
     u = (window_index.double() * GOLDEN_RATIO).frac().float()  # in [0, 1), so t stays above `low`
     if cfg.diffusion_rate == "fixed":
-        u = torch.full_like(u, 1 - ramp if cfg.diffusion_progressive else 0.0)
+        u = torch.zeros_like(u) + (1 - ramp if cfg.diffusion_progressive else 0.0)
     full = random_uniform(split_key(keys, 1), 1)[..., 0] < cfg.diffusion_full_prob
     return torch.where(full, 1.0, high - (high - low) * u).clamp_min(1e-6)
 
@@ -1218,6 +1238,7 @@ class WindowInput(NamedTuple):
     mask: Tensor  # (N, keys) or (B, 1, N, keys) bool: which keys of cache and windows a token reads
     previous: Tensor | None = None  # (B, W, S, D) expected embedding by the last pass
     cache_positions: Tensor | None = None  # (B, N) places to write in a cache of static buffers
+    table: Tensor | None = None  # rotary() of the positions, if computed before
 
 
 class Layout(NamedTuple):
@@ -1240,11 +1261,12 @@ class Layout(NamedTuple):
         return keys.scatter_(2, index, k), values.scatter_(2, index, v)
 
 
+Maybe = Tensor | None
 Mix = Pair | None  # shares (2,) of own values and those of the first layer; the latter
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:])
+    return F.rms_norm(x, x.shape[-1:]).to(x.dtype)  # some versions of autocast return fp32
 
 
 def softcap(doubled: Tensor, cap: float) -> Tensor:
@@ -1287,9 +1309,9 @@ class Attention(nn.Module):
         k = self.c_k(x).view(heads).transpose(1, 2)  # (B, G, N, C)
         v = self.c_v(x).view(heads).transpose(1, 2)
         if residual is not None:
-            mix, first = residual
+            mix, first = residual[0].to(v.dtype), residual[1]
             v = mix[0] * v + mix[1] * first
-        q = apply_rotary(rms_norm(q), layout.rotary)  # norms are fp32
+        q = apply_rotary(rms_norm(q), layout.rotary)  # in fp32, as its table
         k = apply_rotary(rms_norm(k), layout.rotary).to(v.dtype)
         q = (q * self.q_gain[:, None, None]).to(v.dtype)
         own = k, v
@@ -1320,16 +1342,17 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, emb0: Tensor, layout: Layout, layer: int, residual: Mix
     ) -> tuple[Tensor, Pair]:
-        x = self.resid_mix[0] * x + self.resid_mix[1] * emb0
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * emb0
         mods = None  # scale and shift of both branches
         if layout.time is not None and self.time_proj is not None:
             mods = F.linear(layout.time, self.time_proj).chunk(4, dim=-1)
         h = rms_norm(x) if mods is None else rms_norm(x) * (1 + mods[0]) + mods[1]
         y, kv = self.attn(h, layout, layer, residual)
-        x = x + self.attn_scale * y
+        x = x + self.attn_scale.to(x.dtype) * y
         h = rms_norm(x) if mods is None else rms_norm(x) * (1 + mods[2]) + mods[3]
         h = F.relu(self.fc(h)).square()
-        return x + self.mlp_scale * self.proj(h), kv
+        return x + self.mlp_scale.to(x.dtype) * self.proj(h), kv
 
 
 class GPT(nn.Module):
@@ -1398,13 +1421,18 @@ class GPT(nn.Module):
         return emb + F.linear(ahead, self.next_visible_proj)
 
     def trunk(self, emb0: Tensor, layout: Layout) -> tuple[Tensor, list[Pair]]:
-        """Return logits (B, N, V) fp32 of embedded tokens (B, N, D); keys and values by layer."""
-        x, num = emb0, self.num_down
+        """Return logits (B, N, V) fp32 of embedded tokens (B, N, D); keys and values by layer. The
+        residual stream is what autocast computes in.
+        """
+        kind, num = emb0.device.type, self.num_down
+        if torch.is_autocast_enabled(kind):
+            emb0 = emb0.to(torch.get_autocast_dtype(kind))
+        x = emb0
         outputs: list[Tensor] = []  # torch.compile cannot trace list[Tensor]()
         kvs: list[Pair] = []
         for i, block in enumerate(self.blocks):
             if num <= i < 2 * num:
-                x = x + self.skip_weights[i - num] * outputs[2 * num - 1 - i]
+                x = x + self.skip_weights[i - num].to(x.dtype) * outputs[2 * num - 1 - i]
             residual: Mix = None
             if self.value_mix is not None and i > 0:
                 residual = self.value_mix[i - 1], kvs[0][1]
@@ -1417,7 +1445,7 @@ class GPT(nn.Module):
         return logits, kvs
 
     def forward_causal(
-        self, ids: Tensor, cache: Cache | None = None, positions: Tensor | None = None
+        self, ids: Tensor, cache: Cache | None = None, positions: Maybe = None, table: Maybe = None
     ) -> tuple[Tensor, Cache]:
         """Read tokens (B, T) causally: logits (B, T, V) float32; position i predicts token i + 1.
         Without a cache the tokens begin the text, and a fresh cache of them is returned. With
@@ -1432,17 +1460,10 @@ class GPT(nn.Module):
             mask = (places <= positions[..., None])[:, None]  # (B, 1, T, places)
         emb = rms_norm(F.embedding(ids, self.tok_emb))
         emb = self.add_bigrams(emb, ids, positions, cache)
-        layout = Layout(rotary(positions, self.cfg), mask, None, cache, positions)
+        table = rotary(positions, self.cfg) if table is None else table
+        layout = Layout(table, mask, None, cache, positions)
         logits, kvs = self.trunk(emb, layout)
         return logits, cache or Cache([k for k, _ in kvs], [v for _, v in kvs], ids)
-
-    def next_token_loss(self, rows: Tensor) -> tuple[Pair, Cache]:
-        """Read rows (B, T + 1) causally and compare each prediction with the next token. Returns
-        the loss (nats per token) with logits (B, T, V) without gradient, and the cache.
-        """
-        logits, cache = self.forward_causal(rows[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-        return (loss, logits.detach()), cache
 
     def embed_windows(self, window: WindowInput, cache: Cache | None) -> Pair:
         """Embed windows: tokens (B, N, D), and features of their noise level (B, N, F)."""
@@ -1471,7 +1492,7 @@ class GPT(nn.Module):
     def forward_denoise(self, window: WindowInput, cache: Cache | None = None) -> Tensor:
         """Denoise windows, which may read a cache: logits (B, W, S, V) of their tokens."""
         emb, time = self.embed_windows(window, cache)
-        table = rotary(window.positions, self.cfg)
+        table = rotary(window.positions, self.cfg) if window.table is None else window.table
         layout = Layout(table, window.mask, time, cache, window.cache_positions)
         size = window.noisy.xt.shape[2]
         logits = self.trunk(emb, layout)[0].view(len(emb), -1, size + 1, self.cfg.vocab_size)
@@ -1549,11 +1570,11 @@ def assign_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 def orthogonalize(g: Tensor, steps: int) -> Tensor:
     """Move singular values of (n, rows, cols) towards 1 by quintic Newton-Schulz iterations.
-    Computes in bf16 on CUDA, in fp32 on CPU. Source: Jordan 2024, kellerjordan.github.io/posts/muon
+    Computes in `product_dtype`. Source: Jordan 2024, kellerjordan.github.io/posts/muon
     """
     a, b = 3.4445, -4.7750
     c = 2.0315
-    x: Tensor = g.bfloat16() if g.is_cuda else g
+    x: Tensor = g.to(product_dtype(g.device))
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -2107,50 +2128,66 @@ class Objective:
 
     def __init__(self, cfg: Config, run: Run, model: GPT) -> None:
         self.cfg, self.model = cfg, model
-        self.next_token_loss, self.forward_denoise = model.next_token_loss, model.forward_denoise
-        if run.compile:  # one graph per stream, window size and gradient mode
-            torch._dynamo.config.recompile_limit = 64
-            compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True)
-            self.next_token_loss = compiled(model.next_token_loss)
-            self.forward_denoise = compiled(model.forward_denoise)
-        sizes = [size for size, _ in cfg.sizes(cfg.diffusion_windows)] if cfg.diffusion else []
-        causal = cfg.diffusion_causal
-        self.masks = {s: window_mask(cfg.train_seq_len, s, causal, run.device) for s in sizes}
+        self.clean, self.windows = run.compiled(self.clean_loss), run.compiled(self.window_loss)
+        self.forward_denoise = model.forward_denoise
+        T, sizes = cfg.train_seq_len, cfg.sizes(cfg.diffusion_windows) if cfg.diffusion else []
+        self.masks = {s: window_mask(T, s, cfg.diffusion_causal, run.device) for s, _ in sizes}
+        self.table = rotary(torch.arange(T + 1, device=run.device), cfg)
 
     def __call__(self, rows: Tensor, part: int, size: int, now: ScheduleState) -> Pair:
         """Return the loss of rows (B, T + 1) of a part, and its terms (2,); size 0: no windows."""
-        cfg = self.cfg
-        clean, cache = self.next_token_loss(rows)
-        clean_loss, clean_logits = clean
+        cfg, count = self.cfg, max(round(len(rows) * self.cfg.diffusion_row_frac), 1)
+        clean_loss, clean = self.clean(rows, count if size else 0)
         if not size:
             return clean_loss, torch.stack((clean_loss.detach(), torch.zeros_like(clean_loss)))
-        count = max(round(len(rows) * cfg.diffusion_row_frac), 1)
-        tokens, positions = split_into_windows(rows[:count], size)
-        before, x0 = tokens[..., :1], tokens[..., 1:]
-        number = torch.arange(x0.shape[1], device=rows.device)  # of a window in its row
         row = part * len(rows) + torch.arange(count, device=rows.device)[:, None]  # in the batch
-        keys = split_key(row, cfg.seed, now.step, number)  # (B, W)
         offset = random.Random(f"t {cfg.seed} {now.step}").randrange(1 << 30)
         ramp = now.progress if cfg.diffusion_ramp == "run" else now.step / cfg.iterations
-        t = noise_level(cfg, keys, offset + row * len(number) + number, ramp)
-        noisy, mask = corrupt(x0, t, keys, cfg), self.masks[size]
+        moment = [row.new_full((), n, dtype=torch.float64) for n in (now.step, offset, ramp)]
+        mask = self.masks[size]
         if now.progress < cfg.diffusion_anneal_frac:
             chance = now.progress / cfg.diffusion_anneal_frac
             mask = anneal_mask(mask, chance, f"anneal {cfg.seed} {now.step} {size}")
-        window = WindowInput(before, noisy, positions, mask)
-        predictions = self.denoise(window, cache.first_rows(count), keys)
-        targets = clean_logits[:count].view(*x0.shape, -1)  # (B, W, S, V)
-        losses = [denoising_loss(p, targets, x0, noisy, cfg) for p in predictions]
-        loss = torch.stack(losses).mean()
+        loss = self.windows(rows[:count], row, size, moment, mask, *clean)
         total = cfg.mercury_clean_loss_weight * clean_loss + cfg.diffusion_loss_weight * loss
         return total, torch.stack((clean_loss, loss)).detach()
+
+    def clean_loss(self, rows: Tensor, keep: int) -> tuple[Tensor, tuple[Tensor, Cache] | None]:
+        """Compare each prediction of the clean stream with the next token: nats per token. Also
+        return the first `keep` rows of its logits, without gradient, and of its cache.
+        """
+        logits, cache = self.model.forward_causal(rows[:, :-1], table=self.table[:, :, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        return loss, (logits[:keep].detach(), cache.first_rows(keep)) if keep else None
+
+    def window_loss(
+        self, rows: Tensor, row: Tensor, size: int, moment: Sequence[Tensor], mask: Tensor,
+        clean_logits: Tensor, cache: Cache,
+    ) -> Tensor:  # fmt: skip
+        """Corrupt windows of rows (B, T + 1), which are rows `row` (B, 1) of the batch, and return
+        their denoising loss, nats per token. `moment`: step, offset of t and ramp (a graph would
+        hold numbers as constants).
+        """
+        cfg = self.cfg
+        tokens, positions = split_into_windows(rows, size)
+        before, x0 = tokens[..., :1], tokens[..., 1:]
+        number = torch.arange(x0.shape[1], device=rows.device)  # of a window in its row
+        keys = split_key(row, cfg.seed, moment[0].long(), number)  # (B, W)
+        t = noise_level(cfg, keys, moment[1].long() + row * len(number) + number, moment[2])
+        noisy = corrupt(x0, t, keys, cfg)
+        window = WindowInput(before, noisy, positions, mask, table=self.table[:, :, positions])
+        predictions = self.denoise(window, cache, keys)
+        targets = clean_logits.view(*x0.shape, -1)  # (B, W, S, V)
+        losses = [denoising_loss(p, targets, x0, noisy, cfg) for p in predictions]
+        return torch.stack(losses).mean()
 
     def denoise(self, window: WindowInput, cache: Cache, keys: Tensor) -> list[Tensor]:
         """Unroll DIFFUSION_PASSES over windows; each pass reads what the last one predicted. With
         self-conditioning (arXiv:2208.04202) one more pass comes first, without gradient. Returns
         logits (B, W, S, V) of passes that carry loss.
         """
-        cfg, found = self.cfg, list[Tensor]()
+        cfg = self.cfg
+        found: list[Tensor] = []
         for i in range(0 if cfg.self_condition == "none" else -1, cfg.diffusion_passes):
             with torch.set_grad_enabled(i >= 0):
                 logits = self.forward_denoise(window, cache)
@@ -2186,8 +2223,12 @@ def window_size(cfg: Config, now: ScheduleState, part: int) -> int:
     return int(draw.choices(sizes, shares)[0])
 
 
-def train_step(state: TrainState, objective: Objective, now: ScheduleState) -> Tensor:
-    """Take one optimizer step, without a device sync; return this rank's two loss terms, (2,)."""
+def train_step(
+    state: TrainState, objective: Objective, now: ScheduleState, size: int | None = None
+) -> Tensor:
+    """Take one optimizer step, without a device sync; return this rank's two loss terms, (2,).
+    `size` of the windows, None: drawn.
+    """
     cfg, run = state.cfg, state.run
     T = cfg.train_seq_len
     num_rows = cfg.train_batch_tokens // cfg.micro_batches // T
@@ -2195,9 +2236,9 @@ def train_step(state: TrainState, objective: Objective, now: ScheduleState) -> T
     for part in range(run.rank, cfg.micro_batches, run.world_size):
         position = now.step * cfg.train_batch_tokens + part * num_rows * T
         rows = state.loader.rows(position, num_rows, T, run.device)
-        size = window_size(cfg, now, part)
+        drawn = window_size(cfg, now, part) if size is None else size
         with run.autocast():
-            loss, terms = objective(rows, part, size, now)
+            loss, terms = objective(rows, part, drawn, now)
         (loss / cfg.micro_batches).backward()  # type: ignore[no-untyped-call]
         sums += terms / cfg.micro_batches
     if run.world_size > 1:  # one transfer for all gradients
@@ -2219,15 +2260,16 @@ def check_finite(state: TrainState, sums: Tensor) -> dict[str, float]:
 
 
 def warm_up(state: TrainState, objective: Objective) -> None:
-    """Compile the graphs of every window size before the clock starts; weights stay as they are."""
-    cfg, T = state.cfg, state.cfg.train_seq_len
-    num_rows = cfg.train_batch_tokens // cfg.micro_batches // T
-    for size in ([*objective.masks] or [0]) * cfg.warmup_steps:
-        rows = state.loader.rows(0, num_rows, T, state.run.device)
-        with state.run.autocast():
-            loss, _ = objective(rows, 0, size, ScheduleState(cfg.iterations, 1.0, 0.0))
-        loss.backward()  # type: ignore[no-untyped-call]
-    state.model.zero_grad(set_to_none=True)
+    """Take whole steps of every window size before the clock starts, which compile, reduce and
+    allocate; then restore what they changed.
+    """
+    step, saved = state.step, {name: w.clone() for name, w in state.tensors.items()}
+    first = window_size(state.cfg, ScheduleState.at(state.cfg, step, state.seconds), 0)
+    for size in [*{first, *objective.masks}] * state.cfg.warmup_steps:
+        train_step(state, objective, ScheduleState(step, 1.0, 0.0), size)
+    for name, w in state.tensors.items():
+        w.copy_(saved[name])
+    state.step = step
 
 
 def log_step(state: TrainState, sums: Tensor, began: float) -> None:

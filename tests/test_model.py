@@ -13,7 +13,7 @@ from torch import Tensor
 
 import train_gpt as tg
 from scripts import decoding
-from tests.conftest import CPU, MAIN, random_rows, randomise, rounding, tiny
+from tests.conftest import CPU, MAIN, make_run, random_rows, randomise, rounding, tiny
 
 T, V = 16, 64
 RECIPES_WITH_DENOISER = [name for name in MAIN if tiny(name).diffusion]
@@ -315,7 +315,10 @@ def test_a_group_of_heads_equals_heads_with_the_same_keys(heads: tuple[int, int]
 
 def test_next_token_loss_is_the_mean_cross_entropy() -> None:
     model, rows = model_of(), random_rows(2, T + 1, V)
-    (loss, clean_logits), clean_cache = model.next_token_loss(rows)
+    objective = tg.Objective(model.cfg, make_run(model.cfg), model)
+    loss, (clean_logits, clean_cache) = objective.clean_loss(rows, 2)  # type: ignore[misc]
+    alone, nothing = objective.clean_loss(rows, 0)
+    assert (alone.item(), nothing) == (loss.item(), None)
     logits, cache = model.forward_causal(rows[:, :-1])
     assert clean_logits.equal(logits)
     assert not clean_logits.requires_grad
@@ -325,7 +328,8 @@ def test_next_token_loss_is_the_mean_cross_entropy() -> None:
     # A log-softmax of logits up to the cap, and the mean.
     bound = rounding(V, 2 * T) * model.cfg.logit_softcap
     assert loss.item() == pytest.approx(nats.mean().item(), abs=bound)
-    some = clean_cache.first_rows(1)
+    (some_logits, some) = objective.clean_loss(rows, 1)[1]  # type: ignore[misc]
+    assert some_logits.equal(logits[:1])
     assert some.tokens.equal(rows[:1, :-1])
     for part, whole in ((some.keys, cache.keys), (some.values, cache.values)):
         assert all(x.equal(y[:1]) for x, y in zip(part, whole, strict=True))

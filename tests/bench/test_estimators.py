@@ -238,7 +238,8 @@ def fit(model: tg.GPT, letters: Tensor, steps: int) -> None:
     mask, places = tg.window_mask(16, 8, False, CPU), torch.arange(48).view(24, 2)
     for step in range(steps):
         rows, keys = sticky(letters, 24, 100 + step), tg.split_key(places, step)
-        (clean_loss, _), cache = model.next_token_loss(rows)
+        clean_logits, cache = model.forward_causal(rows[:, :-1])
+        clean_loss = tg.token_nll(clean_logits, rows[:, 1:]).mean()
         tokens, positions = tg.split_into_windows(rows, 8)
         x0, t = tokens[..., 1:], tg.noise_level(cfg, keys, places + 48 * step, 0.0)
         noisy = tg.corrupt(x0, t, keys, cfg)
