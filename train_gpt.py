@@ -18,6 +18,7 @@ noisy stream, K Monte Carlo samples. Names: x0 clean tokens, xt corrupted tokens
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import functools
@@ -401,8 +402,9 @@ RECIPES: Rows = {  # what differs from the defaults; more rows: LADDER_FILE
 }
 
 PRESETS: Rows = {  # hardware size: model, batch and time, never the objective
-    "8xh100": dict(),
-    "1xgpu": dict(train_batch_tokens=131_072, micro_batches=4, val_batch_size=131_072),
+    "8xh100": dict(checkpoint_seconds=0.0),  # each would take seconds of the clock
+    "1xgpu": dict(train_batch_tokens=131_072, micro_batches=4, val_batch_size=131_072,
+                  checkpoint_seconds=0.0),
     "cpu": dict(
         num_layers=4, model_dim=160, num_heads=4, num_kv_heads=2, train_seq_len=256,
         train_batch_tokens=4096, micro_batches=4, max_wallclock_seconds=150.0, matrix_lr=0.02,
@@ -600,10 +602,9 @@ def machine_name(device: torch.device) -> str:
 
 
 @functools.cache
-def product_dtype(device: torch.device) -> torch.dtype:
-    """Type of matrix products: bf16 on GPUs that have it; fp32 on a CPU, which emulates bf16."""
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if fast else torch.float32
+def has_bf16(device: torch.device) -> bool:
+    """Say whether matrix products are bf16, which a CPU and old GPUs emulate, or fp32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def interrupt(number: int, frame: object) -> None:
@@ -717,9 +718,7 @@ class Run:
         return torch.compile(function, dynamic=False, fullgraph=True)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Compute in what `product_dtype` says, bf16 or fp32."""
-        bf16 = product_dtype(self.device) == torch.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=has_bf16(self.device))
 
     def clock(self) -> float:
         torch.get_device_module(self.device).synchronize()
@@ -774,8 +773,7 @@ class Run:
         facts: Facts = dict(time=time.strftime("%FT%TZ", time.gmtime()), command=" ".join(sys.argv))
         facts |= dict(machine=machine_name(self.device), device=str(self.device))
         facts |= dict(python=sys.version.split()[0], torch=torch.__version__)
-        bf16 = product_dtype(self.device) == torch.bfloat16
-        facts |= dict(precision="bf16" if bf16 else "fp32")
+        facts |= dict(precision="bf16" if has_bf16(self.device) else "fp32")
         facts |= dict(world_size=self.world_size, threads=torch.get_num_threads())
         sha256 = self.identity["program_sha256"]
         self.log.event("header", **facts, compile=self.compile, sha256=sha256)
@@ -783,8 +781,8 @@ class Run:
         self.log.event("config", table=table, source=source, values=vars(self.cfg))
         if self.cfg.compile == "1" and not self.compile:
             self.log.event("warning", reason="COMPILE=1 finds no C++ compiler: nothing is compiled")
-        if self.device.type == "cuda" and not bf16:
-            self.log.event("warning", reason="this GPU has no bf16: everything is fp32, and slow")
+        if self.device.type == "cuda" and not has_bf16(self.device):
+            self.log.event("warning", reason="this GPU has no bf16: all is computed in fp32")
         for warning in near_misses(os.environ):
             self.log.event("warning", reason=warning)
 
@@ -1116,13 +1114,25 @@ def window_mask(seq_len: int, size: int, causal: bool, device: torch.device) -> 
     return rule(queries[:, None], torch.arange(seq_len + len(queries), device=device))
 
 
-def anneal_mask(mask: Tensor, chance: float, seed: str) -> Tensor:
+def anneal_mask(mask: Tensor, chance: float, key: Tensor) -> Tensor:
     """Keep pairs of a query and a later key of its window with a chance (arXiv:2410.17891)."""
-    noisy, keys = (torch.arange(n) for n in mask.shape)
+    noisy, keys = (torch.arange(n, device=mask.device) for n in mask.shape)
     earlier = keys - (len(keys) - len(noisy)) <= noisy[:, None]
-    generator = torch.Generator().manual_seed(random.Random(seed).randrange(1 << 31))
-    drawn = torch.rand(mask.shape, generator=generator) < chance
-    return mask & (earlier | drawn).to(mask.device)
+    return mask & (earlier | (random_uniform(split_key(key, noisy), len(keys)) < chance))
+
+
+def split_mask(mask: Tensor, size: int, most: int = 4) -> tuple[Tensor, ...]:
+    """Cut a window_mask into `most` or fewer groups of windows, without the clean keys that none
+    reads: (n, t + n) for n noisy tokens that read the first t clean tokens and each other.
+    """
+    num, found = len(mask), []
+    windows = num // (size + 1)
+    groups = min(most, windows)
+    for i in range(groups):
+        first, last = (windows * j // groups * (size + 1) for j in (i, i + 1))  # tokens
+        clean = mask[first:last, : (last // (size + 1) - 1) * size]
+        found.append(torch.cat((clean, mask[first:last, -num:][:, first:last]), dim=1))
+    return tuple(found)
 
 
 def next_visible(visible: Tensor, positions: Tensor, reach: int) -> Pair:
@@ -1218,6 +1228,10 @@ def denoising_loss(
 
 
 # ==== 5  MODEL -- one trunk; the causal and the denoising pass are two ways through it ============
+Maybe = Tensor | None
+Mask = Maybe | tuple[Tensor, ...]  # None: a token reads those up to its own; tuple: split_mask()
+
+
 class Cache(NamedTuple):
     """What a pass leaves for later ones: fresh, or static buffers whose places are positions."""
 
@@ -1235,7 +1249,7 @@ class WindowInput(NamedTuple):
     before: Tensor  # (B, W, 1) int64
     noisy: Corruption  # (B, W, S)
     positions: Tensor  # (N,) or (B, N) true positions in the text
-    mask: Tensor  # (N, keys) or (B, 1, N, keys) bool: which keys of cache and windows a token reads
+    mask: Mask  # (N, keys) or (B, 1, N, keys) bool, or split: which keys of cache and windows
     previous: Tensor | None = None  # (B, W, S, D) expected embedding by the last pass
     cache_positions: Tensor | None = None  # (B, N) places to write in a cache of static buffers
     table: Tensor | None = None  # rotary() of the positions, if computed before
@@ -1245,7 +1259,7 @@ class Layout(NamedTuple):
     """How the tokens of a pass read each other and the cache, the same in every layer."""
 
     rotary: Tensor  # (2, ..., 1, N, C / 2)
-    mask: Tensor | None  # which keys a token reads; None: those up to its own
+    mask: Mask  # which keys a token reads
     time: Tensor | None = None  # (B, N, F) features of the noise level, 0 where a token is visible
     cache: Cache | None = None
     cache_positions: Tensor | None = None  # (B, N) as in WindowInput
@@ -1261,7 +1275,6 @@ class Layout(NamedTuple):
         return keys.scatter_(2, index, k), values.scatter_(2, index, v)
 
 
-Maybe = Tensor | None
 Mix = Pair | None  # shares (2,) of own values and those of the first layer; the latter
 
 
@@ -1287,6 +1300,24 @@ def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
     cos, sin = table
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Let queries (B, H, N, C) read keys and values (B, G, any, C); the mask as in Layout."""
+    if isinstance(mask, tuple):
+        found: list[Tensor] = []
+        at, clean = 0, k.shape[2] - q.shape[2]
+        for part in mask:
+            n, t = len(part), part.shape[1] - len(part)
+            keys, values = (torch.cat((x[:, :, :t], x.narrow(2, clean + at, n)), 2) for x in (k, v))
+            found.append(attend(q.narrow(2, at, n), keys, values, part))
+            at += n
+        return torch.cat(found, dim=2)
+    repeats = q.shape[1] // k.shape[1]
+    if q.is_cuda and not (mask is None and q.dtype == torch.bfloat16):  # only flash takes groups
+        k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+    how = {"is_causal": mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
+    return F.scaled_dot_product_attention(q, k, v, mask, **how)
 
 
 class Attention(nn.Module):
@@ -1316,11 +1347,7 @@ class Attention(nn.Module):
         q = (q * self.q_gain[:, None, None]).to(v.dtype)
         own = k, v
         k, v = layout.extend(layer, k, v)
-        if q.is_cuda and layout.mask is not None:  # that fused kernel takes no groups
-            k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-            v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-        how = {"is_causal": layout.mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
-        y = F.scaled_dot_product_attention(q, k, v, layout.mask, **how)
+        y = attend(q, k, v, layout.mask)
         return self.proj(y.transpose(1, 2).flatten(2)), own
 
 
@@ -1421,11 +1448,9 @@ class GPT(nn.Module):
         return emb + F.linear(ahead, self.next_visible_proj)
 
     def trunk(self, emb0: Tensor, layout: Layout) -> tuple[Tensor, list[Pair]]:
-        """Return logits (B, N, V) fp32 of embedded tokens (B, N, D); keys and values by layer. The
-        residual stream is what autocast computes in.
-        """
+        """Return logits (B, N, V) fp32 of embedded tokens (B, N, D); keys and values by layer."""
         kind, num = emb0.device.type, self.num_down
-        if torch.is_autocast_enabled(kind):
+        if torch.is_autocast_enabled(kind):  # of its type is the residual stream, too
             emb0 = emb0.to(torch.get_autocast_dtype(kind))
         x = emb0
         outputs: list[Tensor] = []  # torch.compile cannot trace list[Tensor]()
@@ -1570,11 +1595,11 @@ def assign_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 def orthogonalize(g: Tensor, steps: int) -> Tensor:
     """Move singular values of (n, rows, cols) towards 1 by quintic Newton-Schulz iterations.
-    Computes in `product_dtype`. Source: Jordan 2024, kellerjordan.github.io/posts/muon
+    Computes in bf16 on GPUs that have it. Source: Jordan 2024, kellerjordan.github.io/posts/muon
     """
     a, b = 3.4445, -4.7750
     c = 2.0315
-    x: Tensor = g.to(product_dtype(g.device))
+    x: Tensor = g.bfloat16() if has_bf16(g.device) else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -1608,6 +1633,7 @@ class ScheduleState(NamedTuple):
     step: int
     progress: float  # share of the run done
     rate: float  # factor of the learning rates
+    size: int | None = None  # of windows (0: none); None: drawn
 
     @classmethod
     def at(cls, cfg: Config, step: int, seconds: float) -> ScheduleState:
@@ -1632,7 +1658,7 @@ def token_nll_causal(model: GPT, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def window_bounds(
-    model: GPT, rows: Tensor, keys: Tensor, size: int, samples: int, mask: Tensor
+    model: GPT, rows: Tensor, keys: Tensor, size: int, samples: int, mask: Mask
 ) -> Tensor:
     """Sample upper bounds of the windows' negative log-likelihood: (K, B, W) float64 nats.
     By the chain rule in a random order of a window's S tokens, with m = S .. 1 still masked: m is
@@ -1683,11 +1709,15 @@ def score_rows(
     """
     T = run.cfg.train_seq_len
     sums = torch.zeros(4, dtype=torch.float64, device=run.device)  # nats, variance, tokens, bytes
+    most = 0
     for batch, rows in validation_batches(run, val, starts):
         counts = (batch[:, None] == 0) | (torch.arange(T) >= T - new)  # (B, T)
         num_bytes = (counter.count(rows[:, :-1], rows[:, 1:]) * counts).sum()
+        most = max(most, len(rows)) if run.compile else len(rows)
+        more = (0, most - len(rows))  # padding, so that one graph serves all batches
+        given = [F.pad(rows, (0, 0, *more)).to(run.device), F.pad(batch, more).to(run.device)]
         with run.autocast():
-            nats = score(rows.to(run.device), batch.to(run.device)).double()
+            nats = score(*given)[:, : len(rows)].double()
         nats = (nats if new == T else nats * counts.to(run.device)).sum(-1)  # (K, B)
         variance = nats.var(0).sum() / len(nats) if len(nats) > 1 else sums.new_zeros(())
         numbers = (counts.sum().to(sums), num_bytes.to(sums))
@@ -1719,7 +1749,7 @@ def evaluate_bound(
     """Bound the diffusion likelihood over windows of `size`; exact at size 1."""
     cfg, T = run.cfg, run.cfg.train_seq_len
     samples = cfg.nelbo_samples if size > 1 else 1
-    mask = window_mask(T, size, cfg.diffusion_causal, run.device)
+    mask = split_mask(window_mask(T, size, cfg.diffusion_causal, run.device), size)
     number = torch.arange(T // size, device=run.device)
 
     def score(rows: Tensor, starts: Tensor) -> Tensor:
@@ -1731,6 +1761,16 @@ def evaluate_bound(
     starts = torch.arange(num_rows) * total // num_rows * T  # evenly spaced rows
     found, error = score_rows(run, val, counter, score, starts, T)
     return found | {"standard_error": error, "samples": samples}
+
+
+def compile_passes(model: GPT, run: Run) -> GPT:
+    """Return the same model for batches of one shape, which its passes are compiled for on a GPU
+    (on a CPU that takes longer than it saves); decoding has many shapes.
+    """
+    fast = copy.copy(model)
+    for name in ("forward_causal", "forward_denoise") if run.device.type == "cuda" else ():
+        setattr(fast, name, run.compiled(getattr(model, name)))
+    return fast
 
 
 def fill_cache(model: GPT, ids: Tensor, room: int) -> Cache:
@@ -2053,8 +2093,13 @@ class TrainState:
         self.run.log.event(event, **values, **pace)
 
     def save(self) -> None:
-        """Write the checkpoint (rank 0) beside the last one. UserError: weights are not finite."""
+        """Write the checkpoint (rank 0) beside the last one. UserError: weights are not finite, or
+        not the same on all ranks.
+        """
         new, old = self.cfg.checkpoints
+        sums = torch.stack([w.view(torch.int32).sum() for w in self.tensors.values()]).tolist()
+        digest = hashlib.sha256(str(sums).encode()).hexdigest()[:12]
+        self.run.agree({f"weights at step {self.step}": digest})
         if name := first_not_finite(self.tensors):
             rule = f"is not finite at step {self.step}; {furthest(self.cfg)}"
             raise UserError(f"{name} {rule}; last checkpoint: {new}")
@@ -2146,9 +2191,10 @@ class Objective:
         moment = [row.new_full((), n, dtype=torch.float64) for n in (now.step, offset, ramp)]
         mask = self.masks[size]
         if now.progress < cfg.diffusion_anneal_frac:
-            chance = now.progress / cfg.diffusion_anneal_frac
-            mask = anneal_mask(mask, chance, f"anneal {cfg.seed} {now.step} {size}")
-        loss = self.windows(rows[:count], row, size, moment, mask, *clean)
+            key = split_key(row[0], cfg.seed, now.step, size)
+            mask = anneal_mask(mask, now.progress / cfg.diffusion_anneal_frac, key)
+        logits, cache = clean if size < cfg.train_seq_len else (clean[0], None)  # it reads none
+        loss = self.windows(rows[:count], row, size, moment, mask, logits, cache)
         total = cfg.mercury_clean_loss_weight * clean_loss + cfg.diffusion_loss_weight * loss
         return total, torch.stack((clean_loss, loss)).detach()
 
@@ -2162,7 +2208,7 @@ class Objective:
 
     def window_loss(
         self, rows: Tensor, row: Tensor, size: int, moment: Sequence[Tensor], mask: Tensor,
-        clean_logits: Tensor, cache: Cache,
+        clean_logits: Tensor, cache: Cache | None,
     ) -> Tensor:  # fmt: skip
         """Corrupt windows of rows (B, T + 1), which are rows `row` (B, 1) of the batch, and return
         their denoising loss, nats per token. `moment`: step, offset of t and ramp (a graph would
@@ -2175,13 +2221,14 @@ class Objective:
         keys = split_key(row, cfg.seed, moment[0].long(), number)  # (B, W)
         t = noise_level(cfg, keys, moment[1].long() + row * len(number) + number, moment[2])
         noisy = corrupt(x0, t, keys, cfg)
-        window = WindowInput(before, noisy, positions, mask, table=self.table[:, :, positions])
+        groups, table = split_mask(mask, size), self.table[:, :, positions]
+        window = WindowInput(before, noisy, positions, groups, table=table)
         predictions = self.denoise(window, cache, keys)
         targets = clean_logits.view(*x0.shape, -1)  # (B, W, S, V)
         losses = [denoising_loss(p, targets, x0, noisy, cfg) for p in predictions]
         return torch.stack(losses).mean()
 
-    def denoise(self, window: WindowInput, cache: Cache, keys: Tensor) -> list[Tensor]:
+    def denoise(self, window: WindowInput, cache: Cache | None, keys: Tensor) -> list[Tensor]:
         """Unroll DIFFUSION_PASSES over windows; each pass reads what the last one predicted. With
         self-conditioning (arXiv:2208.04202) one more pass comes first, without gradient. Returns
         logits (B, W, S, V) of passes that carry loss.
@@ -2213,32 +2260,27 @@ def feed_back(model: GPT, window: WindowInput, logits: Tensor, keys: Tensor) -> 
     return window._replace(noisy=noisy._replace(xt=xt))
 
 
-def window_size(cfg: Config, now: ScheduleState, part: int) -> int:
-    """Draw the window size of one part of a batch; 0: no windows at this time of the run."""
+def window_size(cfg: Config, now: ScheduleState) -> int:
+    """Draw the window size of a step, on all ranks the same, as the slowest decides; 0: none."""
     late = now.step >= cfg.diffusion_start_step and now.progress >= cfg.diffusion_start_frac
-    if not cfg.diffusion or not late:
-        return 0
+    if now.size is not None or not cfg.diffusion or not late:
+        return now.size or 0
     sizes, shares = zip(*cfg.sizes(cfg.diffusion_windows), strict=True)
-    draw = random.Random(f"window {cfg.seed} {now.step} {part}")
+    draw = random.Random(f"window {cfg.seed} {now.step} 0")  # as part 0 of a batch once did
     return int(draw.choices(sizes, shares)[0])
 
 
-def train_step(
-    state: TrainState, objective: Objective, now: ScheduleState, size: int | None = None
-) -> Tensor:
-    """Take one optimizer step, without a device sync; return this rank's two loss terms, (2,).
-    `size` of the windows, None: drawn.
-    """
+def train_step(state: TrainState, objective: Objective, now: ScheduleState) -> Tensor:
+    """Take one optimizer step, without a device sync; return this rank's two loss terms, (2,)."""
     cfg, run = state.cfg, state.run
     T = cfg.train_seq_len
-    num_rows = cfg.train_batch_tokens // cfg.micro_batches // T
+    num_rows, size = cfg.train_batch_tokens // cfg.micro_batches // T, window_size(cfg, now)
     sums = torch.zeros(2, device=run.device)
     for part in range(run.rank, cfg.micro_batches, run.world_size):
         position = now.step * cfg.train_batch_tokens + part * num_rows * T
         rows = state.loader.rows(position, num_rows, T, run.device)
-        drawn = window_size(cfg, now, part) if size is None else size
         with run.autocast():
-            loss, terms = objective(rows, part, drawn, now)
+            loss, terms = objective(rows, part, size, now)
         (loss / cfg.micro_batches).backward()  # type: ignore[no-untyped-call]
         sums += terms / cfg.micro_batches
     if run.world_size > 1:  # one transfer for all gradients
@@ -2263,10 +2305,11 @@ def warm_up(state: TrainState, objective: Objective) -> None:
     """Take whole steps of every window size before the clock starts, which compile, reduce and
     allocate; then restore what they changed.
     """
-    step, saved = state.step, {name: w.clone() for name, w in state.tensors.items()}
-    first = window_size(state.cfg, ScheduleState.at(state.cfg, step, state.seconds), 0)
-    for size in [*{first, *objective.masks}] * state.cfg.warmup_steps:
-        train_step(state, objective, ScheduleState(step, 1.0, 0.0), size)
+    cfg, step = state.cfg, state.step
+    saved = {name: w.clone() for name, w in state.tensors.items()}
+    first = window_size(cfg, ScheduleState.at(cfg, step, state.seconds))
+    for size in [*{first, *objective.masks}] * cfg.warmup_steps:
+        train_step(state, objective, ScheduleState(step, 1.0, 0.0, size))
     for name, w in state.tensors.items():
         w.copy_(saved[name])
     state.step = step
@@ -2286,7 +2329,7 @@ def log_step(state: TrainState, sums: Tensor, began: float) -> None:
 def train(state: TrainState, val: TokenLoader, counter: ByteCounter) -> None:
     """Run optimizer steps until ITERATIONS or the time limit; only validation stops the clock."""
     cfg, run = state.cfg, state.run
-    objective = Objective(cfg, run, state.model)
+    objective, fast = Objective(cfg, run, state.model), compile_passes(state.model, run)
     if run.compile:
         warm_up(state, objective)
     saved_at, sums = state.seconds, torch.zeros(2, device=run.device)
@@ -2308,29 +2351,29 @@ def train(state: TrainState, val: TokenLoader, counter: ByteCounter) -> None:
         every = cfg.val_loss_every
         if every and state.step % every == 0 and state.step < cfg.iterations:
             state.seconds = run.from_rank0(run.clock() - began)
-            state.log("val", evaluate_exact(state.model, run, val, counter))
+            state.log("val", evaluate_exact(fast, run, val, counter))
             began = run.clock() - state.seconds
     check_finite(state, sums)
     state.save()
-    state.log("val", evaluate_exact(state.model, run, val, counter))
+    state.log("val", evaluate_exact(fast, run, val, counter))
 
 
 # ==== 10  MAIN -- settings, data, train, export, reload, evaluate =================================
 def evaluate(run: Run, model: GPT, val: TokenLoader, counter: ByteCounter) -> None:
     """Log every score of the reloaded artifact."""
-    cfg, split = run.cfg, (run, val, counter)
+    cfg, split = run.cfg, (compile_passes(model, run), run, val, counter)
     with run.timed("val_bpb"):
-        exact = evaluate_exact(model, *split)
+        exact = evaluate_exact(*split)
     run.log.event("final", name=cfg.export_scheme.replace("+", "_"), **exact)
     if abs(run.bytes_ratio - 1) > BYTES_TOLERANCE:
         run.log.event("val_bpb_source_bytes", bpb=exact["bpb"] * run.bytes_ratio)
     if cfg.eval_stride:
         with run.timed("val_bpb_sliding"):
-            sliding = evaluate_exact(model, *split, cfg.eval_stride)
+            sliding = evaluate_exact(*split, cfg.eval_stride)
         run.log.event("val_bpb_sliding", **sliding)
     for size, _ in cfg.sizes(cfg.nelbo_windows) if cfg.diffusion else []:
         with run.timed(f"nelbo_bpb_{size}"):
-            bound = evaluate_bound(model, *split, size)
+            bound = evaluate_bound(*split, size)
         run.log.event("nelbo", window=size, **bound)
     with run.timed("parallel_eval"):
         if run.rank == 0 and cfg.parallel_eval_examples:

@@ -209,6 +209,7 @@ def pick_device(name: str) -> torch.device:
 
     if name == "cuda" and not torch.cuda.is_available():
         fail("--device=cuda finds no CUDA device; use --device=cpu")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan a kernel for every new shape
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 

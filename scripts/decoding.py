@@ -349,6 +349,7 @@ def denoise_tokens(run: Run, windows: MaskedWindows, queries: Tensor) -> Tensor:
     inputs = build_inputs(run, none, none, windows)
     emb, time = model.embed_windows(inputs, run.cache)
     assert inputs.cache_positions is not None
+    assert isinstance(inputs.mask, Tensor)
     layout = tg.Layout(
         rotary=tg.rotary(gather_tokens(inputs.positions, queries), model.cfg),
         mask=gather_tokens(inputs.mask[:, 0], queries)[:, None],

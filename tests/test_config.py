@@ -74,6 +74,8 @@ def test_every_recipe_and_preset_is_consistent(recipe: str, preset: str) -> None
 def test_presets_hold_sizes_and_recipes_do_not() -> None:
     objective = {name for row in MAIN.values() for name in row}
     assert not objective & {name for row in tg.PRESETS.values() for name in row}
+    clock = {name: row.get("checkpoint_seconds", 60.0) for name, row in tg.PRESETS.items()}
+    assert clock == {"8xh100": 0.0, "1xgpu": 0.0, "cpu": 60.0}  # writing takes time of a record
 
 
 def test_auto_preset_looks_at_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -334,6 +334,35 @@ class OneOf(tg.Run):
 
 
 @pytest.mark.parametrize("size", [0, 1, 4])
+def test_where_passes_are_compiled_all_batches_have_one_shape(
+    size: int, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, run, loader, counter = evaluation(**data, val_batch_size=48)
+    expected = score(model, run, loader, counter, size)
+    shapes = list[tuple[int, ...]]()
+
+    def compile(function: Any, **_: Any) -> Any:
+        def compiled(first: Any, *rest: Any) -> Any:
+            shapes.append(tuple((first if isinstance(first, Tensor) else first.noisy.xt).shape))
+            return function(first, *rest)
+
+        return compiled
+
+    monkeypatch.setattr("torch.compile", compile)
+    run.compile = True
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "device", torch.device("cuda"))
+        fast = tg.compile_passes(model, run)
+    assert fast.tok_emb is model.tok_emb
+    found = score(fast, run, loader, counter, size)
+    assert found == pytest.approx(expected, rel=pass_rounding(run.cfg))  # padding does not count
+    assert (found["tokens"], found["bytes"]) == (expected["tokens"], expected["bytes"])
+    assert len(shapes) > 2
+    assert len(set(shapes)) == (2 if size else 1)
+    assert tg.compile_passes(model, run).forward_causal == model.forward_causal  # on a CPU: not
+
+
+@pytest.mark.parametrize("size", [0, 1, 4])
 def test_neither_batch_nor_world_size_changes_a_score(size: int, data: dict[str, Any]) -> None:
     model, run, loader, counter = evaluation(**data)
     expected = score(model, run, loader, counter, size)

@@ -54,15 +54,62 @@ def test_attention_rule_holds_for_windows_at_any_place(size: int, causal: bool) 
 def test_annealed_mask_keeps_later_keys_with_a_chance() -> None:
     causal, both = (tg.window_mask(64, 16, causal, CPU) for causal in (True, False))
     later = both & ~causal
-    assert tg.anneal_mask(both, 0.0, "a").equal(causal)
-    assert tg.anneal_mask(both, 1.0, "a").equal(both)
-    found = tg.anneal_mask(both, 0.3, "a")
+    first, second = torch.tensor([1]), torch.tensor([2])
+    assert tg.anneal_mask(both, 0.0, first).equal(causal)
+    assert tg.anneal_mask(both, 1.0, first).equal(both)
+    found = tg.anneal_mask(both, 0.3, first)
     assert (found & ~later).equal(causal)  # all other pairs are as they were
     drawn = found[later].double()
     assert abs(drawn.mean().item() - 0.3) < 5 * (0.3 * 0.7 / len(drawn)) ** 0.5
-    assert found.equal(tg.anneal_mask(both, 0.3, "a"))
-    other = tg.anneal_mask(both, 0.3, "b")[later].double()
+    assert found.equal(tg.anneal_mask(both, 0.3, first))
+    other = tg.anneal_mask(both, 0.3, second)[later].double()
     assert abs(torch.corrcoef(torch.stack((drawn, other)))[0, 1]) < 5 / len(drawn) ** 0.5
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("seq_len", "size"), [(8, 1), (8, 2), (8, 8), (12, 3), (12, 6), (64, 8)])
+def test_a_split_mask_holds_every_pair_that_is_read(seq_len: int, size: int, causal: bool) -> None:
+    mask = tg.window_mask(seq_len, size, causal, CPU)
+    parts, rest, at = tg.split_mask(mask, size), mask.clone(), 0
+    assert len(parts) == min(4, seq_len // size)
+    for part in parts:
+        num, clean = len(part), part.shape[1] - len(part)
+        own = slice(seq_len + at, seq_len + at + num)
+        assert part[:, :clean].equal(mask[at : at + num, :clean])
+        assert part[:, clean:].equal(mask[at : at + num, own])
+        assert clean == 0 or part[:, clean - 1].any()  # the furthest clean key is read
+        rest[at : at + num, :clean] = False
+        rest[at : at + num, own] = False
+        at += num
+    assert at == len(mask)
+    assert not rest.any()
+    if seq_len == size:
+        assert parts[0].shape == (size + 1, size + 1)  # no clean key at all
+    if (seq_len, size) == (64, 8):
+        assert sum(part.numel() for part in parts) < 0.45 * mask.numel()
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_a_split_mask_gives_the_outputs_and_gradients_of_the_whole(size: int) -> None:
+    rows, found = random_rows(2, T + 1, V), []
+    model = model_of(value_residual=True).double()
+    tokens, positions = tg.split_into_windows(rows, size)
+    keys = tg.split_key(torch.arange(2)[:, None], torch.arange(T // size))
+    noisy = tg.corrupt(tokens[..., 1:], torch.full(keys.shape, 0.6), keys, model.cfg)
+    whole = tg.window_mask(T, size, False, CPU)
+    for mask in (whole, tg.split_mask(whole, size)):
+        model.zero_grad()
+        cache = model.forward_causal(rows[:, :-1])[1]
+        window = tg.WindowInput(tokens[..., :1], noisy, positions, mask)
+        logits = model.forward_denoise(window, cache)
+        logits.square().mean().backward()  # type: ignore[no-untyped-call]
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append((logits, grads))
+    (logits, grads), (other_logits, other_grads) = found
+    torch.testing.assert_close(logits, other_logits, rtol=1e-5, atol=1e-5)
+    assert len(grads) == len(other_grads) > 20
+    for grad, other in zip(grads, other_grads, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-7)
 
 
 def model_of(**overrides: Any) -> tg.GPT:

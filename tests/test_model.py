@@ -313,6 +313,30 @@ def test_a_group_of_heads_equals_heads_with_the_same_keys(heads: tuple[int, int]
         close(found, expected)
 
 
+@pytest.mark.parametrize("value_residual", [False, True])
+def test_the_residual_stream_has_the_type_of_autocast(value_residual: bool) -> None:
+    """On CUDA it is bf16, as the challenge's baseline has it; the parameters stay fp32."""
+    model, rows = model_of(value_residual=value_residual), random_rows(2, T + 1, V)
+    window, _ = window_of(model.cfg, rows, 4)
+    for enabled, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        seen = list[torch.dtype]()
+        hooks = [
+            block.register_forward_hook(
+                lambda _, given, out, seen=seen: seen.extend(
+                    (given[0].dtype, given[1].dtype, out[0].dtype, *(x.dtype for x in out[1]))
+                )
+            )
+            for block in model.blocks
+        ]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits, cache = model.forward_causal(rows[:, :-1])
+            noisy = model.forward_denoise(window, cache)
+        assert (logits.dtype, noisy.dtype) == (torch.float32, torch.float32)
+        assert seen == [dtype] * (2 * 5 * model.cfg.num_layers)
+        for hook in hooks:
+            hook.remove()
+
+
 def test_next_token_loss_is_the_mean_cross_entropy() -> None:
     model, rows = model_of(), random_rows(2, T + 1, V)
     objective = tg.Objective(model.cfg, make_run(model.cfg), model)

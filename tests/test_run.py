@@ -21,11 +21,13 @@ import sentencepiece as spm
 import torch
 
 import train_gpt as tg
+from scripts import common
 from tests.conftest import (
     BOS,
     CPU,
     ROOT,
     VOCAB,
+    Recorder,
     Tokenizers,
     env_of,
     make_run,
@@ -552,6 +554,24 @@ def test_what_ends_a_run_is_explained(
     assert event["reason"] == str(caught.value)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_what_cannot_be_compiled_names_the_way_out(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def backend(*_: Any) -> Any:
+        raise RuntimeError("no kernel")
+
+    cfg = tiny(**data, out_dir=str(tmp_path), run_id="r")
+    tg.atomic_write(cfg.checkpoints[0], b"", "checkpoint")
+    function = torch.compile(lambda x: x + 1, backend=backend)
+    monkeypatch.setattr(tg.Run, "compile", True)
+    with pytest.raises(tg.UserError) as caught, tg.Run.start(cfg):
+        function(torch.ones(2))
+    assert "no kernel" in str(caught.value)
+    assert "set COMPILE=0; the last checkpoint is kept" in str(caught.value)
+
+
 def test_a_fault_of_the_program_is_not_explained_away(data: dict[str, Any], tmp_path: Path) -> None:
     with (
         pytest.raises(RuntimeError, match="shapes differ"),
@@ -627,6 +647,35 @@ def test_names_close_to_a_setting_are_told_with_an_error(
         "warning: SEEED is not a setting; did you mean SEED?",
     ]
     assert lines[2].startswith("error: DATA_PATH='nowhere' holds no")
+
+
+def test_a_gpu_without_bf16_computes_in_fp32_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, data: dict[str, Any], tmp_path: Path
+) -> None:
+    cfg = tiny(**data, out_dir=str(tmp_path), run_id="r")
+    monkeypatch.setattr(tg, "machine_name", lambda _: "old")
+    for supported in (False, True):
+        tg.has_bf16.cache_clear()
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, s=supported, **__: s)
+        assert tg.has_bf16(torch.device("cuda")) == supported
+        log = Recorder()
+        identity = {"program_sha256": ""}
+        tg.Run(cfg, 0, 1, torch.device("cuda"), log, identity=identity).header({})
+        assert log.of("header")[0]["precision"] == ("bf16" if supported else "fp32")
+        reasons = [event["reason"] for event in log.of("warning")]
+        assert any("no bf16" in reason for reason in reasons) == (not supported)
+    tg.has_bf16.cache_clear()
+    assert not tg.has_bf16(torch.device("cpu"))
+
+
+def test_attention_never_runs_on_cudnn(data: dict[str, Any], tmp_path: Path) -> None:
+    """Its masked backward pass may give NaN, and it plans a kernel for every new shape."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    with tg.Run.start(tiny(**data, out_dir=str(tmp_path))):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    common.pick_device("auto")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_a_missing_compiler_is_a_word_not_an_end(

@@ -194,6 +194,75 @@ def test_windows_join_in_at_their_step_and_share(synthetic: dict[str, Any]) -> N
     assert curve(by_step)[:3] == curve(alone)[:3]  # until then it is the baseline, to the bit
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_all_parts_and_ranks_of_a_step_have_one_window_size(
+    ranks: int, synthetic: dict[str, Any]
+) -> None:
+    """The all-reduce waits for the slowest rank; over steps, sizes keep their shares."""
+    cfg = tiny(**synthetic, micro_batches=4, diffusion_windows="4:1,8:3")
+    sizes: dict[int, list[int]] = {}
+    for rank in range(ranks):
+        run = make_run(cfg, rank)
+        run.world_size = ranks
+        run.sum = lambda values: values  # type: ignore[method-assign]
+        state = tg.TrainState(cfg, run, tg.TokenLoader(cfg, "train"))
+        objective = tg.Objective(cfg, run, state.model)
+
+        def seen(rows: Tensor, part: int, size: int, now: tg.ScheduleState) -> tg.Pair:
+            sizes.setdefault(now.step, []).append(size)
+            loss = sum(p.sum() for p in state.model.parameters())  # noqa: B023
+            return loss, torch.zeros(2)  # type: ignore[return-value]
+
+        for step in range(8):
+            now = tg.ScheduleState(step, 0.5, 0.0)
+            tg.train_step(state, seen, now)  # type: ignore[arg-type]
+        assert objective.masks.keys() == {4, 8}
+    assert [len(found) for found in sizes.values()] == [4] * 8
+    assert all(len(set(found)) == 1 for found in sizes.values())
+    drawn = [tg.window_size(cfg, tg.ScheduleState(step, 0.5, 1.0)) for step in range(400)]
+    assert drawn[:8] == [found[0] for found in sizes.values()]
+    assert drawn.count(8) / 400 == pytest.approx(0.75, abs=0.1)
+
+
+def test_a_step_computes_no_rotary_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a graph it would be computed again in every layer."""
+    objective, _ = objective_of()
+
+    def rotary(*_: Any) -> Tensor:
+        raise AssertionError("computed in a step")
+
+    monkeypatch.setattr(tg, "rotary", rotary)
+    for size in (0, *objective.masks):
+        objective(random_rows(4, 17, 64), 0, size, tg.ScheduleState(0, 0.5, 1.0))
+
+
+def test_replicas_that_differ_are_named_with_rank_and_step(
+    synthetic: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = tiny(**synthetic, run_id="r")
+    states = [
+        tg.TrainState(cfg, make_run(cfg, rank), tg.TokenLoader(cfg, "train")) for rank in (0, 1)
+    ]
+    facts = list[Any]()
+
+    def gather(everyone: list[Any], ours: Any, group: Any) -> None:
+        facts.append(ours)
+        everyone[:] = [facts[0], ours]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    for state in states:
+        state.step, state.run.world_size = 7, 2
+        state.run.control = object()  # type: ignore[assignment]
+        state.save()  # the same weights
+    with torch.no_grad():  # the last bit of one number
+        flat = states[1].model.blocks[0].fc.weight.view(-1)  # type: ignore[union-attr, index]
+        flat[3] = torch.nextafter(flat[3], torch.tensor(2.0))
+    cfg.checkpoints[0].unlink()
+    with pytest.raises(tg.UserError, match="rank 1 differs from rank 0: WEIGHTS AT STEP 7 "):
+        states[1].save()
+    assert not cfg.checkpoints[0].exists()
+
+
 def objective_of(**overrides: Any) -> tuple[tg.Objective, tg.Config]:
     cfg = tiny(**overrides)
     return tg.Objective(cfg, make_run(cfg), randomise(tg.GPT(cfg))), cfg

@@ -53,6 +53,7 @@ from scripts.common import (
     write_result,
 )
 
+RANKS = {"8xh100": 8}  # processes that a preset's VAL_BATCH_SIZE is shared by, where not one
 TABLES = ("tok_emb", "lm_head")  # what a scheme may round more finely than the other matrices
 
 
@@ -196,7 +197,12 @@ def sizes(stored: Stored) -> dict[str, float]:
 def scores(
     cfg: tg.Config, weights: Mapping[str, Tensor], window: int, device: torch.device
 ) -> dict[str, float | None]:
-    """Exact bits per byte of the validation split, and the bound (None without a denoiser)."""
+    """Exact bits per byte of the validation split, and the bound (None without a denoiser).
+
+    One process scores as many rows at once as one rank of the run that the preset stands for.
+    """
+    rows = max(cfg.val_batch_size // RANKS.get(cfg.preset, 1), cfg.train_seq_len)
+    cfg = dataclasses.replace(cfg, val_batch_size=rows)
     model = tg.GPT(cfg)
     model.load_state_dict(dict(weights))
     with tempfile.TemporaryDirectory() as nowhere:  # scores write no event

@@ -130,3 +130,20 @@ def test_a_file_that_is_no_checkpoint_is_named(
     status, out, err = call(tmp_path / "x.ckpt", capsys=capsys)
     assert (status, out) == (2, "")
     assert "is missing, damaged or not ours" in err
+
+
+def test_one_process_scores_no_more_rows_at_once_than_a_rank(
+    data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, plain = list[int](), tg.token_nll_causal
+
+    def token_nll_causal(model: tg.GPT, ids: torch.Tensor) -> torch.Tensor:
+        seen.append(len(ids))
+        return plain(model, ids)
+
+    monkeypatch.setattr(tg, "token_nll_causal", token_nll_causal)
+    for preset, most in (("8xh100", 2), ("cpu", 16)):
+        cfg = tiny(**data, preset=preset, val_batch_size=256, diffusion_loss_weight=0.0)
+        bench.scores(cfg, tg.GPT(cfg).state_dict(), 8, torch.device("cpu"))
+        assert max(seen) == most
+        seen.clear()

@@ -39,12 +39,12 @@ def test_flops_are_those_that_a_profiler_counts(size: int, overrides: dict[str, 
     attention = sum(n for op, n in counts.items() if "bmm" in str(op))
     # It counts every pair of query and key, and of those only the ones that a mask leaves are work.
     T, layer = 16, 12 * cfg.num_layers * cfg.model_dim
-    windows = T // size if size else 0
-    noisy = windows * (size + 1)
     carried = {1.0: 1, 0.5: 0.5, 0.01: 0.25}[cfg.diffusion_row_frac]
     passes = carried * (cfg.diffusion_passes + (cfg.self_condition != "none") / 3)
-    dense = layer * (T * T + passes * noisy * (T + noisy))
-    unmasked = tg.window_mask(T, size, cfg.diffusion_causal, CPU).sum().item() if size else 0
+    mask = tg.window_mask(T, size or T, cfg.diffusion_causal, CPU)
+    split = sum(part.numel() for part in tg.split_mask(mask, size)) if size else 0
+    dense = layer * (T * T + passes * split)
+    unmasked = mask.sum().item() if size else 0
     read = layer * (T * (T + 1) / 2 + passes * unmasked)
     assert attention == pytest.approx(4 * dense, rel=1e-6)
     expected = (counter.get_total_flops() - attention) / 4 + read
