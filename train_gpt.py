@@ -1125,9 +1125,8 @@ def split_mask(mask: Tensor, size: int, most: int = 4) -> tuple[Tensor, ...]:
     """Cut a window_mask into `most` or fewer groups of windows, without the clean keys that none
     reads: (n, t + n) for n noisy tokens that read the first t clean tokens and each other.
     """
-    num, found = len(mask), []
-    windows = num // (size + 1)
-    groups = min(most, windows)
+    num, windows = len(mask), len(mask) // (size + 1)
+    groups, found = min(most, windows), []
     for i in range(groups):
         first, last = (windows * j // groups * (size + 1) for j in (i, i + 1))  # tokens
         clean = mask[first:last, : (last // (size + 1) - 1) * size]
@@ -1313,9 +1312,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
             found.append(attend(q.narrow(2, at, n), keys, values, part))
             at += n
         return torch.cat(found, dim=2)
-    repeats = q.shape[1] // k.shape[1]
     if q.is_cuda and not (mask is None and q.dtype == torch.bfloat16):  # only flash takes groups
-        k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     how = {"is_causal": mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
     return F.scaled_dot_product_attention(q, k, v, mask, **how)
 
