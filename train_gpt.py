@@ -39,11 +39,12 @@ import tomllib
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load ends in silence
 
+import filelock
 import numpy as np
 import sentencepiece as spm
 import torch
@@ -53,10 +54,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 try:
-    import fcntl
     import resource
-except ImportError:  # Windows: no lock, and no peak memory in the log
-    fcntl = resource = None  # type: ignore[assignment]
+except ImportError:  # Windows: no peak memory in the log
+    resource = None  # type: ignore[assignment]
 
 
 # ==== 1  SETTINGS AND RECIPES -- default < recipe < preset < strength < environment ===============
@@ -499,11 +499,8 @@ class Log:
             if continued and old.exists():
                 text = old.read_bytes().rstrip(b"\n")
                 self.kept[suffix] += text and text + b"\n"
-            elif old.exists():  # an older log is renamed by its time, over no other file
-                to, number = old, int(old.stat().st_mtime)
-                while to.exists():
-                    to, number = old.with_name(f"{old.stem}.{number}{suffix}"), number + 1
-                old.rename(to)
+            elif old.exists():  # an older log is renamed by its time
+                old.rename(old.with_name(f"{old.stem}.{old.stat().st_mtime_ns}{suffix}"))
 
     def write(self, text: str, suffix: str = ".txt", echo: bool = True) -> None:
         if not self.active:
@@ -521,11 +518,8 @@ class Log:
                 tqdm.write(text)
                 sys.stdout.flush()
         except OSError as error:  # nobody reads it, or that disk is full
-            os.dup2(null := os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            try:
-                print(f"warning: nothing is printed from here ({error.strerror})", file=sys.stderr)
-            except OSError:
-                os.dup2(null, sys.stderr.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.event("warning", reason=f"nothing is printed from here ({error.strerror})")
 
     def event(self, name: str, /, **values: Any) -> None:
         """Write one event as a line for people (LINES) and as JSON, where NaN becomes null."""
@@ -536,27 +530,17 @@ class Log:
         self.write(json.dumps({"event": name, **finite}, allow_nan=False), ".jsonl", echo=False)
 
 
-def lock_folder(cfg: Config) -> IO[bytes]:
-    """Hold OUT_DIR until the returned file is closed. UserError: another run holds it."""
-    path, name = Path(cfg.out_dir, ".lock"), f"OUT_DIR={cfg.out_dir!r}"
+def lock_folder(cfg: Config) -> contextlib.AbstractContextManager[Any]:
+    """Hold OUT_DIR until the returned lock is left. UserError: another run holds it."""
+    name = f"OUT_DIR={cfg.out_dir!r}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "ab")  # noqa: SIM115 -- open as long as it is held
-    except OSError as error:
-        raise UserError(f"{name} cannot be written ({error}); name another") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        rule = f"is in use by {path.read_text().strip()}; stop that run, or set another OUT_DIR"
+        Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
+        return filelock.FileLock(Path(cfg.out_dir, ".lock")).acquire(timeout=0)
+    except filelock.Timeout as error:
+        rule = "is in use by another run; stop that run, or set another OUT_DIR"
         raise UserError(f"{name} {rule}") from error
-    except (OSError, AttributeError) as error:  # a file system without locks, or Windows
-        print(f"warning: {name} is not locked against other runs ({error})", file=sys.stderr)
-    with contextlib.suppress(OSError):  # a full disk
-        file.truncate(0)
-        text = time.strftime(f"process {os.getpid()}, started %FT%TZ", time.gmtime())
-        os.write(file.fileno(), text.encode())  # of which nothing is left to write at the end
-    return file
+    except (OSError, NotImplementedError) as error:  # some file systems have no locks
+        raise UserError(f"{name} cannot be written or locked ({error}); name another") from error
 
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
@@ -567,8 +551,7 @@ def launcher_place(cfg: Config) -> dict[str, int]:
     texts = {name: os.environ.get(name, "") for name in LAUNCHER}
     if not any(texts[name] for name in LAUNCHER[:3]):
         return {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-    whole = {name: re.fullmatch(r"\d{1,8}", texts[name]) for name in LAUNCHER[:4]}
-    place = {name: int(texts[name]) if whole[name] else -1 for name in whole}
+    place = {n: int(t) if re.fullmatch(r"\d{1,8}", t) else -1 for n, t in [*texts.items()][:4]}
     size, port = place["WORLD_SIZE"], place.pop("MASTER_PORT")
     lost = size > 1 and not (texts["MASTER_ADDR"] and 0 < port < 1 << 16)
     if lost or min(place.values()) < 0 or max(place["RANK"], place["LOCAL_RANK"]) >= size:
@@ -582,8 +565,7 @@ def launcher_place(cfg: Config) -> dict[str, int]:
 
 
 def choose_device(cfg: Config, local_rank: int) -> torch.device:
-    visible = cfg.device != "cpu" and torch.cuda.is_available()
-    found = torch.cuda.device_count() if visible else 0
+    found = torch.cuda.device_count() if cfg.device != "cpu" else 0
     if cfg.device != "cuda" and not found:
         return CPU
     if local_rank >= found:
@@ -596,12 +578,11 @@ def machine_name(device: torch.device) -> str:
     """Name a GPU, or the processor with its number of cores: `AMD EPYC, 2 cores`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")  # of Linux
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""  # Linux
+    names = re.findall(r"model name\s*: (.*)", info)
     return f"{[*names, platform.machine()][0]}, {os.cpu_count()} cores"
 
 
-@functools.cache
 def has_bf16(device: torch.device) -> bool:
     """Say whether matrix products are bf16, which a CPU and old GPUs emulate, or fp32."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -690,7 +671,7 @@ class Run:
             why = f"out of memory ({text}); lower {sizes}, or raise MICRO_BATCHES"
         elif self.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
             why = f"torch.compile failed ({text}); set COMPILE=0"
-        elif isinstance(error, dist.DistError):
+        elif isinstance(error, dist.DistError) or "gloo" in text:  # which raises RuntimeError
             why = f"lost {lost or 'another rank, which says why '}({text})"
         elif isinstance(error, OSError):
             why = text
@@ -724,28 +705,17 @@ class Run:
         torch.get_device_module(self.device).synchronize()
         return time.perf_counter()
 
-    @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        began = self.clock()
-        yield
+    def timed(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        began, found = self.clock(), function(*args)
+        self.from_rank0(0.0)  # where only rank 0 works, the others wait
         self.seconds[name] = self.clock() - began
-
-    @contextlib.contextmanager
-    def exchange(self) -> Iterator[None]:
-        """Mark a transfer between ranks: what fails in it is the loss of a rank."""
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # gloo and NCCL raise it when a peer is gone
-            raise dist.DistError(str(error)) from error
+        return found
 
     def agree(self, facts: Facts) -> None:
         """Raise UserError on every rank if one holds other facts than rank 0."""
         everyone = [facts] * self.world_size
         if self.control is not None:
-            with self.exchange():
-                dist.all_gather_object(everyone, facts, group=self.control)
+            dist.all_gather_object(everyone, facts, group=self.control)
         for rank, theirs in enumerate(everyone):
             if differ := changes(everyone[0], theirs):
                 rule = "start all ranks with the same settings, data and checkpoint"
@@ -754,16 +724,14 @@ class Run:
     def sum(self, values: Tensor) -> Tensor:
         """Add a tensor over all ranks, in place."""
         if self.world_size > 1:
-            with self.exchange():
-                dist.all_reduce(values)
+            dist.all_reduce(values)
         return values
 
     def from_rank0(self, value: float) -> float:
         """Give every rank rank 0's number, so that all decide the same on time; also a barrier."""
         box = torch.tensor([value], dtype=torch.float64)
         if self.control is not None:
-            with self.exchange():
-                dist.broadcast(box, 0, group=self.control)
+            dist.broadcast(box, 0, group=self.control)
         return box.item()
 
     def header(self, source: Mapping[str, str]) -> None:
@@ -1068,13 +1036,15 @@ def corrupt(x0: Tensor, t: Tensor, keys: Tensor, cfg: Config) -> Corruption:
 
 
 def apply_noise(
-    x0: Tensor, corrupted: Tensor, t: Tensor, keys: Tensor, cfg: Config, mask_share: float
+    x0: Tensor, corrupted: Tensor, t: Tensor, keys: Tensor, cfg: Config, share: float | None = None
 ) -> Corruption:
-    """Replace marked tokens of x0 (B, W, S) by [MASK] (a share `mask_share`) or random tokens. All
+    """Replace marked tokens of x0 (B, W, S) by [MASK] (a share of them) or random tokens. All
     masked or all random: arXiv:2107.03006; a share of each: arXiv:2503.04482. Mode gaussian draws
-    noise for the embeddings instead; what would be masked becomes pure noise there.
+    noise for the embeddings instead; what would be masked becomes pure noise there. Share None is
+    for decoding: all masked, or all random where training knew only that.
     """
     mode, size = cfg.diffusion_corruption_mode, x0.shape[-1]
+    mask_share = float(mode != "uniform") if share is None else share
     if mode == "gaussian":
         noise = random_normal(split_key(keys, 1), size * cfg.model_dim)
         level = torch.ones_like(t) if mask_share else t
@@ -1237,9 +1207,6 @@ class Cache(NamedTuple):
     keys: list[Tensor]  # one per layer, (B, G, T, C), rotated
     values: list[Tensor]  # one per layer, (B, G, T, C)
     tokens: Tensor  # (B, T) int64
-
-    def first_rows(self, n: int) -> Cache:
-        return Cache([k[:n] for k in self.keys], [v[:n] for v in self.values], self.tokens[:n])
 
 
 class WindowInput(NamedTuple):
@@ -1631,7 +1598,6 @@ class ScheduleState(NamedTuple):
     step: int
     progress: float  # share of the run done
     rate: float  # factor of the learning rates
-    size: int | None = None  # of windows (0: none); None: drawn
 
     @classmethod
     def at(cls, cfg: Config, step: int, seconds: float) -> ScheduleState:
@@ -1705,9 +1671,8 @@ def score_rows(
     overlap all but the one at 0 count their last `new` tokens (then n = T). Returns the loss (nats
     per token), bpb, tokens and bytes, and the standard error of bpb over K samples a row.
     """
-    T = run.cfg.train_seq_len
+    T, most = run.cfg.train_seq_len, 0
     sums = torch.zeros(4, dtype=torch.float64, device=run.device)  # nats, variance, tokens, bytes
-    most = 0
     for batch, rows in validation_batches(run, val, starts):
         counts = (batch[:, None] == 0) | (torch.arange(T) >= T - new)  # (B, T)
         num_bytes = (counter.count(rows[:, :-1], rows[:, 1:]) * counts).sum()
@@ -1790,14 +1755,6 @@ def decode_autoregressive(model: GPT, ids: Tensor, start: int, stop: int) -> Ten
     return x
 
 
-def corrupt_for_decoding(
-    tokens: Tensor, masked: Tensor, t: Tensor, keys: Tensor, cfg: Config
-) -> Corruption:
-    """Corrupt the tokens of windows (B, W, S) that are to be found, as training did."""
-    mask_share = float(cfg.diffusion_corruption_mode != "uniform")
-    return apply_noise(tokens, masked, t, keys, cfg, mask_share)
-
-
 def num_still_masked(total: Tensor, step: int, num_steps: int) -> Tensor:
     """Of `total` (B, 1) masked tokens, how many remain after `step` of `num_steps` passes."""
     steps = total.clamp(1, num_steps)
@@ -1828,7 +1785,7 @@ def decode_refine(model: GPT, ids: Tensor, start: int, stop: int, num_steps: int
     previous = None
     for step in range(min(num_steps, stop - start)):
         t, keys = masked.sum(1, keepdim=True) / size, split_key(rows, 0, start - 1, step)
-        noisy = corrupt_for_decoding(x[:, None, start:], masked[:, None], t, keys, cfg)
+        noisy = apply_noise(x[:, None, start:], masked[:, None], t, keys, cfg)
         before = x[:, None, start - 1 : start]
         logits = model.forward_denoise(WindowInput(before, noisy, positions, mask, previous), cache)
         if cfg.self_condition == "soft":
@@ -1846,7 +1803,7 @@ def evaluate_parallel(model: GPT, run: Run, val: TokenLoader) -> None:
     cfg = run.cfg
     count, start = cfg.parallel_eval_examples, cfg.parallel_eval_prefix_len
     steps = parse_counts(cfg.parallel_eval_steps) if model.mask_emb is not None else []
-    for span in parse_counts(cfg.parallel_eval_span_len):
+    for span in parse_counts(cfg.parallel_eval_span_len) if count and run.rank == 0 else []:
         length = start + span + cfg.parallel_eval_suffix_len
         offsets = [i * (val.total - length) // count for i in range(count)]
         rows = torch.cat([val.rows(offset, 1, length - 1, run.device) for offset in offsets])
@@ -1965,7 +1922,9 @@ def pack(weights: Weights, about: Mapping[str, Any], scheme: Scheme, levels: int
 
 
 def save_artifact(path: Path, weights: Weights, run: Run) -> None:
-    """Write the artifact at the finest levels that fit. UserError: none fit."""
+    """Write the artifact at the finest levels that fit (rank 0). UserError: none fit."""
+    if run.rank > 0:
+        return
     about = {"config": dataclasses.asdict(run.cfg), **run.identity}
     code, name = Path(__file__).stat().st_size, run.cfg.export_scheme
     for levels in SCHEMES[name].levels:
@@ -2096,8 +2055,7 @@ class TrainState:
         """
         new, old = self.cfg.checkpoints
         sums = torch.stack([w.view(torch.int32).sum() for w in self.tensors.values()]).tolist()
-        digest = hashlib.sha256(str(sums).encode()).hexdigest()[:12]
-        self.run.agree({f"weights at step {self.step}": digest})
+        self.run.agree({f"checksum of weights at step {self.step}": hash(tuple(sums))})
         if name := first_not_finite(self.tensors):
             rule = f"is not finite at step {self.step}; {furthest(self.cfg)}"
             raise UserError(f"{name} {rule}; last checkpoint: {new}")
@@ -2172,7 +2130,6 @@ class Objective:
     def __init__(self, cfg: Config, run: Run, model: GPT) -> None:
         self.cfg, self.model = cfg, model
         self.clean, self.windows = run.compiled(self.clean_loss), run.compiled(self.window_loss)
-        self.forward_denoise = model.forward_denoise
         T, sizes = cfg.train_seq_len, cfg.sizes(cfg.diffusion_windows) if cfg.diffusion else []
         self.masks = {s: window_mask(T, s, cfg.diffusion_causal, run.device) for s, _ in sizes}
         self.table = rotary(torch.arange(T + 1, device=run.device), cfg)
@@ -2202,15 +2159,19 @@ class Objective:
         """
         logits, cache = self.model.forward_causal(rows[:, :-1], table=self.table[:, :, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-        return loss, (logits[:keep].detach(), cache.first_rows(keep)) if keep else None
+        keys, values = ([w[:keep] for w in side] for side in (cache.keys, cache.values))
+        kept = logits[:keep].detach(), Cache(keys, values, rows[:keep, :-1])
+        return loss, kept if keep else None
 
     def window_loss(
         self, rows: Tensor, row: Tensor, size: int, moment: Sequence[Tensor], mask: Tensor,
         clean_logits: Tensor, cache: Cache | None,
     ) -> Tensor:  # fmt: skip
         """Corrupt windows of rows (B, T + 1), which are rows `row` (B, 1) of the batch, and return
-        their denoising loss, nats per token. `moment`: step, offset of t and ramp (a graph would
-        hold numbers as constants).
+        their denoising loss, nats per token, over DIFFUSION_PASSES, each of which reads what the
+        last one predicted. With self-conditioning (arXiv:2208.04202) one more pass comes first,
+        without gradient. `moment`: step, offset of t and ramp (numbers would be constants of a
+        graph).
         """
         cfg = self.cfg
         tokens, positions = split_into_windows(rows, size)
@@ -2221,26 +2182,16 @@ class Objective:
         noisy = corrupt(x0, t, keys, cfg)
         groups, table = split_mask(mask, size), self.table[:, :, positions]
         window = WindowInput(before, noisy, positions, groups, table=table)
-        predictions = self.denoise(window, cache, keys)
         targets = clean_logits.view(*x0.shape, -1)  # (B, W, S, V)
-        losses = [denoising_loss(p, targets, x0, noisy, cfg) for p in predictions]
-        return torch.stack(losses).mean()
-
-    def denoise(self, window: WindowInput, cache: Cache | None, keys: Tensor) -> list[Tensor]:
-        """Unroll DIFFUSION_PASSES over windows; each pass reads what the last one predicted. With
-        self-conditioning (arXiv:2208.04202) one more pass comes first, without gradient. Returns
-        logits (B, W, S, V) of passes that carry loss.
-        """
-        cfg = self.cfg
-        found: list[Tensor] = []
+        losses: list[Tensor] = []
         for i in range(0 if cfg.self_condition == "none" else -1, cfg.diffusion_passes):
             with torch.set_grad_enabled(i >= 0):
-                logits = self.forward_denoise(window, cache)
+                logits = self.model.forward_denoise(window, cache)
             if i >= 0:
-                found.append(logits)
+                losses.append(denoising_loss(logits, targets, x0, noisy, cfg))
             if i + 1 < cfg.diffusion_passes:
                 window = feed_back(self.model, window, logits.detach(), split_key(keys, 8 + i))
-        return found
+        return torch.stack(losses).mean()
 
 
 def feed_back(model: GPT, window: WindowInput, logits: Tensor, keys: Tensor) -> WindowInput:
@@ -2261,18 +2212,22 @@ def feed_back(model: GPT, window: WindowInput, logits: Tensor, keys: Tensor) -> 
 def window_size(cfg: Config, now: ScheduleState) -> int:
     """Draw the window size of a step, on all ranks the same, as the slowest decides; 0: none."""
     late = now.step >= cfg.diffusion_start_step and now.progress >= cfg.diffusion_start_frac
-    if now.size is not None or not cfg.diffusion or not late:
-        return now.size or 0
+    if not cfg.diffusion or not late:
+        return 0
     sizes, shares = zip(*cfg.sizes(cfg.diffusion_windows), strict=True)
     draw = random.Random(f"window {cfg.seed} {now.step} 0")  # as part 0 of a batch once did
     return int(draw.choices(sizes, shares)[0])
 
 
-def train_step(state: TrainState, objective: Objective, now: ScheduleState) -> Tensor:
-    """Take one optimizer step, without a device sync; return this rank's two loss terms, (2,)."""
+def train_step(
+    state: TrainState, objective: Objective, now: ScheduleState, size: int | None = None
+) -> Tensor:
+    """Take one optimizer step with windows of `size` (0: none; None: it is drawn), without a device
+    sync; return this rank's two loss terms, (2,).
+    """
     cfg, run = state.cfg, state.run
-    T = cfg.train_seq_len
-    num_rows, size = cfg.train_batch_tokens // cfg.micro_batches // T, window_size(cfg, now)
+    T, size = cfg.train_seq_len, window_size(cfg, now) if size is None else size
+    num_rows = cfg.train_batch_tokens // cfg.micro_batches // T
     sums = torch.zeros(2, device=run.device)
     for part in range(run.rank, cfg.micro_batches, run.world_size):
         position = now.step * cfg.train_batch_tokens + part * num_rows * T
@@ -2304,12 +2259,11 @@ def warm_up(state: TrainState, objective: Objective) -> None:
     allocate; then restore what they changed.
     """
     cfg, step = state.cfg, state.step
-    saved = {name: w.clone() for name, w in state.tensors.items()}
+    saved = [w.clone() for w in state.tensors.values()]
     first = window_size(cfg, ScheduleState.at(cfg, step, state.seconds))
     for size in [*{first, *objective.masks}] * cfg.warmup_steps:
-        train_step(state, objective, ScheduleState(step, 1.0, 0.0, size))
-    for name, w in state.tensors.items():
-        w.copy_(saved[name])
+        train_step(state, objective, ScheduleState(step, 1.0, 0.0), size)
+    torch._foreach_copy_([*state.tensors.values()], saved)
     state.step = step
 
 
@@ -2332,8 +2286,7 @@ def train(state: TrainState, val: TokenLoader, counter: ByteCounter) -> None:
         warm_up(state, objective)
     saved_at, sums = state.seconds, torch.zeros(2, device=run.device)
     began = run.clock() - state.seconds
-    steps = range(state.step, cfg.iterations)
-    for _ in tqdm(steps, "train", disable=run.rank > 0 or None):  # None: on a terminal only
+    for _ in tqdm(range(state.step, cfg.iterations), "train", disable=run.rank > 0 or None):
         state.seconds = run.from_rank0(time.perf_counter() - began)
         if ending_signals():  # its exception was swallowed where none can be raised
             raise KeyboardInterrupt
@@ -2360,23 +2313,17 @@ def train(state: TrainState, val: TokenLoader, counter: ByteCounter) -> None:
 def evaluate(run: Run, model: GPT, val: TokenLoader, counter: ByteCounter) -> None:
     """Log every score of the reloaded artifact."""
     cfg, split = run.cfg, (compile_passes(model, run), run, val, counter)
-    with run.timed("val_bpb"):
-        exact = evaluate_exact(*split)
+    exact = run.timed("val_bpb", evaluate_exact, *split)
     run.log.event("final", name=cfg.export_scheme.replace("+", "_"), **exact)
     if abs(run.bytes_ratio - 1) > BYTES_TOLERANCE:
         run.log.event("val_bpb_source_bytes", bpb=exact["bpb"] * run.bytes_ratio)
     if cfg.eval_stride:
-        with run.timed("val_bpb_sliding"):
-            sliding = evaluate_exact(*split, cfg.eval_stride)
+        sliding = run.timed("val_bpb_sliding", evaluate_exact, *split, cfg.eval_stride)
         run.log.event("val_bpb_sliding", **sliding)
     for size, _ in cfg.sizes(cfg.nelbo_windows) if cfg.diffusion else []:
-        with run.timed(f"nelbo_bpb_{size}"):
-            bound = evaluate_bound(*split, size)
+        bound = run.timed(f"nelbo_bpb_{size}", evaluate_bound, *split, size)
         run.log.event("nelbo", window=size, **bound)
-    with run.timed("parallel_eval"):
-        if run.rank == 0 and cfg.parallel_eval_examples:
-            evaluate_parallel(model, run, val)
-        run.from_rank0(0.0)  # the others wait
+    run.timed("parallel_eval", evaluate_parallel, model, run, val)
 
 
 def prepare_streams() -> None:
@@ -2406,10 +2353,7 @@ def execute(run: Run, loader: TokenLoader, val: TokenLoader, counter: ByteCounte
     state = TrainState(cfg, run, loader)
     state.resume()
     train(state, val, counter)
-    with run.timed("export"):
-        if run.rank == 0:
-            save_artifact(cfg.artifact, state.weights(), run)
-        run.from_rank0(0.0)  # nobody reads the artifact before it is written
+    run.timed("export", save_artifact, cfg.artifact, state.weights(), run)
     model, _ = load_artifact(cfg.artifact, run.device)  # what is scored and decoded is the file
     evaluate(run, model, val, counter)
     total = sum(run.seconds.values()) - run.seconds["export"]
@@ -2443,7 +2387,6 @@ def main(argv: Sequence[str] = ()) -> int:
         counter = ByteCounter(cfg)
         with Run.start(cfg) as run:
             run.header(source)
-            hints.clear()  # they are in the log
             execute(run, loader, val, counter)
     except (UserError, OSError, KeyboardInterrupt) as error:
         text = (str(error) or "interrupted before training").replace("\n", "\nerror: ")

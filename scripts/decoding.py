@@ -298,7 +298,7 @@ def corrupt_windows(run: Run, tokens: Tensor, windows: MaskedWindows) -> tg.Corr
     own, masked = lay_out(torch.ones_like(windows.masked)), lay_out(windows.masked)
     t = (masked.sum(-1) / own.sum(-1)).clamp_min(1e-6)  # (B, 1); a row may have no masked token
     keys = tg.split_key(run.keys, windows.first[:, :1], windows.step)
-    noisy = tg.corrupt_for_decoding(tokens[:, None, 1:], masked, t, keys, run.model.cfg)
+    noisy = tg.apply_noise(tokens[:, None, 1:], masked, t, keys, run.model.cfg)
     return noisy._replace(possibly_corrupted=noisy.possibly_corrupted & own)
 
 

@@ -388,7 +388,7 @@ def test_self_conditioning_trains_with_one_pass_first() -> None:
         ("commit", 2, 3),
     ):
         objective, _ = objective_of(self_condition=self_condition, diffusion_passes=passes)
-        graded, plain = list[bool](), objective.forward_denoise
+        graded, plain = list[bool](), objective.model.forward_denoise
 
         def forward_denoise(
             window: tg.WindowInput, cache: Any, graded: list[bool] = graded, plain: Any = plain
@@ -396,7 +396,7 @@ def test_self_conditioning_trains_with_one_pass_first() -> None:
             graded.append(torch.is_grad_enabled())
             return plain(window, cache)
 
-        objective.forward_denoise = forward_denoise
+        objective.model.forward_denoise = forward_denoise  # type: ignore[assignment, method-assign]
         objective(rows, 0, 4, now)[0].backward()  # type: ignore[no-untyped-call]
         assert graded == [False] * (expected - passes) + [True] * passes
 

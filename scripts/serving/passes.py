@@ -311,9 +311,7 @@ class Passes:
         positions = torch.where(own, first + column, 0)
         t = (masked.sum(1, keepdim=True) / num.clamp(min=1)).clamp_min(1e-6)
         keys = tg.split_key(row_keys, first, steps)
-        noisy = tg.corrupt_for_decoding(
-            tokens[:, None, 1:], masked[:, None], t, keys, self.model.cfg
-        )
+        noisy = tg.apply_noise(tokens[:, None, 1:], masked[:, None], t, keys, self.model.cfg)
         place = torch.arange(places, device=self.device)
         last = first + (column.expand(shape) if self.model.cfg.diffusion_causal else num)
         return tg.WindowInput(
