@@ -493,14 +493,15 @@ class Log:
 
     def __init__(self, cfg: Config, rank: int, continued: bool) -> None:
         self.path, self.active = cfg.path("logs", ".txt"), rank == 0
+        now = time.time_ns()
         self.kept = {suffix: bytearray() for suffix in (".txt", ".jsonl")}
         for suffix in self.kept if self.active else ():
             old = self.path.with_suffix(suffix)
             if continued and old.exists():
                 text = old.read_bytes().rstrip(b"\n")
                 self.kept[suffix] += text and text + b"\n"
-            elif old.exists():  # an older log is renamed by its time
-                old.rename(old.with_name(f"{old.stem}.{old.stat().st_mtime_ns}{suffix}"))
+            elif old.exists():
+                old.rename(old.with_name(f"{old.stem}.until_{now}{suffix}"))
 
     def write(self, text: str, suffix: str = ".txt", echo: bool = True) -> None:
         if not self.active:
@@ -2054,8 +2055,6 @@ class TrainState:
         not the same on all ranks.
         """
         new, old = self.cfg.checkpoints
-        sums = torch.stack([w.view(torch.int32).sum() for w in self.tensors.values()]).tolist()
-        self.run.agree({f"checksum of weights at step {self.step}": hash(tuple(sums))})
         if name := first_not_finite(self.tensors):
             rule = f"is not finite at step {self.step}; {furthest(self.cfg)}"
             raise UserError(f"{name} {rule}; last checkpoint: {new}")
@@ -2066,6 +2065,8 @@ class TrainState:
                 atomic_write(new, pack_tensors(about, self.tensors), "checkpoint", keep=old)
         except UserError as error:
             self.run.log.event("warning", reason=str(error))
+        sums = torch.stack([w.view(torch.int32).sum() for w in self.tensors.values()]).tolist()
+        self.run.agree({f"checksum of weights at step {self.step}": hash(tuple(sums))})
 
     def resume(self) -> None:
         """Continue from a checkpoint, or start from INIT_FROM. UserError: damaged, or no fit, or

@@ -85,7 +85,7 @@ def test_the_program_runs_no_other_file() -> None:
     for word in ("runpy", "importlib", "exec(", "eval(", "spec_from_file"):
         assert word not in SOURCE.replace(".eval()", "")
     modules = {name.split(".")[0] for name in imports_of(ROOT / "train_gpt.py")}
-    packages = {"numpy", "sentencepiece", "torch", "tqdm"}
+    packages = {"filelock", "numpy", "sentencepiece", "torch", "tqdm"}
     assert modules - set(sys.stdlib_module_names) == packages
 
 
