@@ -295,10 +295,13 @@ def test_diffusing_streams_the_whole_text_at_each_pass(server: Running) -> None:
     found = events(server.post("/v1/completions", **body, stream=True, diffusing=True))
     whole = server.post("/v1/completions", **body).json()["choices"][0]["text"]
     frames = [each for each in found[:-1] if "diffusion" in each]
-    assert [frame["diffusion"]["pass"] for frame in frames] == [1, 2, 3, 4, 5]
+    # A frame that was not sent in time is left out, but never the last one.
+    passes = [frame["diffusion"]["pass"] for frame in frames]
+    assert passes == sorted(set(passes))
+    assert passes[-1] == 5
     still = [sum(frame["diffusion"]["open"]) for frame in frames]
-    assert still == sorted(still, reverse=True)
-    assert (len(set(still)), still[-1]) == (5, 0)
+    assert still == sorted(set(still), reverse=True)
+    assert still[-1] == 0
     for frame in frames:
         facts, text = frame["diffusion"], frame["choices"][0]["text"]
         assert sum(facts["lengths"]) == len(text)
