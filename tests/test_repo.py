@@ -157,6 +157,21 @@ def test_a_command_ends_in_one_way(capsys: pytest.CaptureFixture[str]) -> None:
     assert "not finite numbers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("target", ["demo", "model"])
+def test_settings_of_the_makefile_exist(target: str) -> None:
+    command = ["make", "-n", "-o", ".venv/.requirements", target, "STAGE=60"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (line,) = [line for line in printed.replace("\\\n", " ").splitlines() if "train_gpt.py" in line]
+    given = dict(re.findall(r"\b([A-Z_]+)=(\S+)", line))
+    assert given.keys() <= {name.upper() for name in tg.Config.__dataclass_fields__}
+    cfg = tg.Config.from_env(given | {"DEVICE": "cpu"})[0]
+    assert (cfg.recipe, cfg.preset, cfg.strength) == ("record", "cpu", True)
+    if target == "model":  # what is trained in stages, and where it is found
+        assert (cfg.resume, cfg.max_wallclock_seconds) == ("auto", 7200)
+        assert f"cp {cfg.artifact} {common.packaged_name()}" in printed
+        assert "timeout --foreground --signal=INT 60 " in line
+
+
 @pytest.mark.parametrize("name", ["README.md", "submission.json", "LICENSE", "requirements.txt"])
 def test_a_file_that_users_expect_is_there(name: str) -> None:
     assert (ROOT / name).is_file()

@@ -22,7 +22,7 @@ import httpx
 import pytest
 
 import train_gpt as tg
-from scripts import serve
+from scripts import common, serve
 from scripts.serving.engine import Engine
 from tests.conftest import CPU, ROOT
 from tests.serving.conftest import running
@@ -288,10 +288,12 @@ def test_the_packaged_model_is_served_by_default(
     """Its tokenizer and its correction of span lengths stand beside it."""
     packaged = tmp_path / "models" / "python.ptz"
     packaged.parent.mkdir()
-    monkeypatch.setattr(serve, "PACKAGED", packaged)
+    monkeypatch.setattr(common, "PACKAGED", packaged)
     monkeypatch.chdir(tmp_path)
     args = serve.parse_args(["--device", "cpu"])
-    with pytest.raises(tg.UserError, match="--artifact FILE"):
+    with pytest.raises(
+        tg.UserError, match=r"models/python.ptz is not there, .*--artifact FILE, or train"
+    ):
         serve.make_service(args, CPU)
     shutil.copy(artifact, tmp_path / "final_model.int8.ptz")
     assert serve.make_service(args, CPU).model.name == "final_model.int8"
