@@ -29,6 +29,7 @@ from tests.serving.conftest import running
 
 CLIENTS = 200
 LOCAL: dict[str, Any] = {"trust_env": False, "verify": False}  # of httpx: no proxy, no certificates
+PATIENT = ("--max-seconds", "1000")  # a busy machine of two cores is slow
 SUFFIX = "\n    return token\n"
 
 
@@ -57,12 +58,12 @@ def text_of(response: httpx.Response) -> str:
 @pytest.mark.slow
 def test_50_mixed_requests_equal_their_solo_runs(artifact: Path) -> None:
     bodies = wishes(50)
-    options = ("--slots", "8", "--queue", "300", "--deterministic")
+    options = ("--slots", "8", "--queue", "300", "--deterministic", *PATIENT)
     with running(artifact, *options) as server:
         alone = [text_of(server.post("/v1/completions", **body)) for body in bodies]
 
         async def together() -> list[httpx.Response]:
-            async with httpx.AsyncClient(base_url=server.url, timeout=300, **LOCAL) as http:
+            async with httpx.AsyncClient(base_url=server.url, timeout=1000, **LOCAL) as http:
                 posts = [http.post("/v1/completions", json=body) for body in bodies]
                 return await asyncio.gather(*posts)
 
@@ -97,7 +98,7 @@ async def client(http: httpx.AsyncClient, body: dict[str, Any], leaves: bool) ->
 
 async def crowd(url: str, bodies: list[dict[str, Any]]) -> list[tuple[int, str]]:
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits, **LOCAL) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=1000, limits=limits, **LOCAL) as http:
         return await asyncio.gather(
             *(client(http, body, leaves=i % 5 == 0) for i, body in enumerate(bodies))
         )
@@ -106,7 +107,7 @@ async def crowd(url: str, bodies: list[dict[str, Any]]) -> list[tuple[int, str]]
 @pytest.mark.slow
 def test_200_clients_of_whom_a_fifth_leave(artifact: Path) -> None:
     bodies = wishes(CLIENTS)
-    with running(artifact, "--slots", "16", "--queue", "150") as server:
+    with running(artifact, "--slots", "16", "--queue", "150", *PATIENT) as server:
         alone = dict[int, str]()
         slow_down(
             server.service.engine, 0.01
