@@ -167,7 +167,7 @@ def score_table(groups: Sequence[Group]) -> str:
 
 def decode_table(groups: Sequence[Group]) -> str:
     """One row a group, task and span; one column a number of passes: token accuracy and decoded
-    tokens a second.
+    tokens per second.
     """
     shared = shared_changes(groups)
     ways = sorted(
@@ -355,8 +355,8 @@ def whole(values: Sequence[float], of: Any = statistics.mean) -> str:
 
 
 def cost_table(rows: Rows) -> str:
-    """One line a row: steps, speed, memory, exact bits per byte, bounds, infill, size, and what was
-    published.
+    """One line per row: steps, speed, memory, exact bits per byte, bounds, infill, size, and the
+    published score.
     """
     windows = windows_of(rows)
     head = [
@@ -455,7 +455,7 @@ def length_of(row: Mapping[str, Any]) -> list[Any]:
 
 
 def record_table(rows: Rows, chance: float | None) -> str:
-    """One line a recipe: size, exact bits per byte, ratio to the naive baseline, bound, infill."""
+    """One line per recipe: size, exact bits per byte, ratio to naive `ar`, bound, infill."""
     beside = "" if chance is None else f" (chance {chance:.3f})"
     head = ["recipe", "n", "parameters", "val_bpb", "ratio to naive `ar`"]
     head += [f"bound, window {RECORD_WINDOW}"]
