@@ -118,7 +118,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_decoding_options(parser)
     watch = "show every pass on standard error, coloured by confidence (needs rich)"
     add("--watch", action="store_true", help=watch)
-    parser.real("--delay", 0.15, "seconds a pass stays on the terminal", 0, 60)
+    parser.real("--delay", 0.15, "seconds for which a pass stays on the terminal", 0, 60)
     add("--html", type=Path, metavar="PATH", help="write a page that plays the passes")
     parser.device()
     compiled = "compile passes: takes a minute, faster for long outputs (mode ar)"

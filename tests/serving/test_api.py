@@ -313,7 +313,7 @@ def test_diffusing_streams_the_whole_text_at_each_pass(server: Running) -> None:
     assert found[-2]["choices"][0]["finish_reason"] == "length"
 
 
-def test_the_length_of_a_hole_is_chosen_by_the_exact_score(server: Running, artifact: Path) -> None:
+def test_the_length_of_a_span_is_chosen_by_the_exact_score(server: Running, artifact: Path) -> None:
     body = dict(prompt=PROMPT, suffix="\n    return token", max_tokens=20, seed=1, guard=False)
     chosen = server.post("/v1/completions", **body).json()["choices"][0]
     facts = chosen["decoding"]["hole"]
