@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import train_gpt as tg
 from scripts import common
 from tests.conftest import ROOT
 

@@ -36,7 +36,7 @@ def decode_all(service: Service) -> None:
 
 
 async def settle() -> None:
-    """Let calls that another thread asked for be made."""
+    """Let calls that another thread requested be made."""
     await asyncio.sleep(0)
     await asyncio.sleep(0)
 
