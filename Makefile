@@ -1,4 +1,7 @@
-# make demo    train a small model on the Python standard library, score it, show it filling in code
+# make demo    train a small model on the Python standard library, score it, show it filling in code,
+#              beside random weights and the shipped model (models/python.ptz), if it is there
+# make model   train models/python.ptz, two hours; stop it at any time, or by STAGE=1800 (seconds),
+#              and call it again to go on: models/README.md
 # make serve   serve MODEL=file.ptz on 127.0.0.1:8000 (default: models/python.ptz, else the newest
 #              final_model.*.ptz of this folder); more options: SERVE="--port 8080 --slots 8"
 # make check   lint, types and fast tests: within a minute on two idle cores
@@ -12,8 +15,11 @@ DATA := data/stdlib
 OUT := out/demo
 ARTIFACT = $$(ls -t $(OUT)/final_model.*.ptz | head -n 1)
 RECORD := logs/record_cpu
+MODEL_OUT := out/model
+MODEL_SECONDS := 7200
+MODEL_BYTES := 6000000
 
-.PHONY: venv demo serve lint check test
+.PHONY: venv demo model serve lint check test
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.requirements
@@ -40,9 +46,18 @@ demo: $(VENV)/.requirements
 	$(BIN)/python scripts/prepare_data.py --out $(DATA)
 	DATA_PATH=$(DATA) TOKENIZER_PATH=$(DATA)/tokenizer.model RUN_ID=demo OUT_DIR=$(OUT) \
 	    NELBO_SEQUENCES=64 PARALLEL_EVAL_EXAMPLES=64 $(BIN)/python train_gpt.py
-	$(BIN)/python scripts/sample.py --artifact $(ARTIFACT) --demo $(DATA)
+	$(BIN)/python scripts/sample.py --artifact $(ARTIFACT) --demo $(DATA) --compare
 	@echo "log       $(OUT)/logs/demo.txt and $(OUT)/logs/demo.jsonl"
 	@echo "artifact  $(ARTIFACT)"
+
+model: $(VENV)/.requirements
+	$(BIN)/python scripts/prepare_data.py --out $(DATA)
+	RECIPE=record PRESET=cpu RUN_ID=python RESUME=auto MAX_WALLCLOCK_SECONDS=$(MODEL_SECONDS) ITERATIONS=1000000 \
+	    DATA_PATH=$(DATA) TOKENIZER_PATH=$(DATA)/tokenizer.model OUT_DIR=$(MODEL_OUT) \
+	    $(if $(STAGE),timeout --foreground --signal=INT $(STAGE)) $(BIN)/python train_gpt.py
+	test $$(wc -c < $(MODEL_OUT)/final_model.int6.ptz) -le $(MODEL_BYTES)
+	cp $(DATA)/tokenizer.model models/python.model
+	cp $(MODEL_OUT)/final_model.int6.ptz models/python.ptz
 
 serve: $(VENV)/.requirements-serve
 	$(BIN)/python scripts/serve.py $(if $(MODEL),--artifact $(MODEL)) $(SERVE)

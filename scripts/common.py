@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NONE = "-"  # a table cell nothing was measured for
 MAX_INT = 2**31 - 1
 ARTIFACTS = ("final_model.int6.ptz", "final_model.int8.ptz")  # of train_gpt.py
+PACKAGED = ROOT / "models" / "python.ptz"  # what `make model` makes; used where it is there
 
 
 def fail(*faults: str) -> NoReturn:
@@ -213,13 +214,31 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def newest_artifact() -> Path:
-    """Find the newest artifact of the current folder; UserError: there is none."""
+def packaged_name() -> str:
+    """Name the packaged model as the documents do."""
+    return "/".join(PACKAGED.parts[-2:])
+
+
+def default_artifact() -> Path:
+    """Take the packaged model, else the newest of the current folder; UserError: neither."""
+    if PACKAGED.is_file():
+        return PACKAGED
+    return newest_artifact(f"{packaged_name()} is not there, and ")
+
+
+def newest_artifact(before: str = "") -> Path:
+    """Find the newest artifact of the current folder; UserError, after `before`: none."""
     found = [path for path in Path().glob("final_model.*.ptz") if path.is_file()]
     if not found:
-        neither = f"the current folder holds neither {' nor '.join(ARTIFACTS)}"
+        neither = f"{before}the current folder holds neither {' nor '.join(ARTIFACTS)}"
         fail(f"{neither}; name one by --artifact FILE, or train one: python train_gpt.py")
     return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def tokenizer_path(given: Path | None, artifact: Path, named: str) -> Path:
+    """Find the tokenizer: the one that is given, beside the artifact, or of its settings."""
+    beside = artifact.with_suffix(".model")
+    return given or (beside if beside.is_file() else Path(named))
 
 
 def load_artifact(path: Path, device: torch.device) -> Artifact:

@@ -93,7 +93,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.whole("--vocab-size", 1024, "pieces of a trained tokenizer", high=MAX_VOCAB)
     held_out = "share of documents held out (default: stdlib 5, files 2)"
     add("--val-percent", type=in_range(float, 0, 100), help=held_out)
-    parser.whole("--shard-tokens", 100_000_000, "most tokens a shard", high=MAX_SHARD_TOKENS)
+    parser.whole("--shard-tokens", 100_000_000, "most tokens per shard", high=MAX_SHARD_TOKENS)
     parser.whole("--max-bytes", None, f"stdlib: most bytes of text (default {STDLIB_MAX_BYTES})")
     shards = "fineweb: how many training shards (default 1)"
     parser.whole("--train-shards", None, shards, high=1_000_000)

@@ -6,6 +6,7 @@
     python scripts/sample.py --edit --remask-threshold 0.002 <draft.py
     python scripts/sample.py --prompt 'import os' --mode auto --latency 0.1
     python scripts/sample.py --demo data/stdlib               infill and continue one function
+    python scripts/sample.py --demo data/stdlib --compare     and by random weights, and models/
 
 Without --prompt or --prompt-file, the prompt is read from standard input. With --edit, tokens of
 the prompt that the model holds improbable are remasked and filled. The last line is one JSON
@@ -38,17 +39,20 @@ if TYPE_CHECKING:
     from scripts.decoding import Decoding, Sampling
     from train_gpt import GPT, Config
 
+from scripts import common
 from scripts.common import (
     Parser,
     argument_text,
     autocast,
+    default_artifact,
     fail,
     load_artifact,
     need,
-    newest_artifact,
     open_tokenizer,
+    packaged_name,
     pick_device,
     run_command,
+    tokenizer_path,
     warn,
 )
 from scripts.process import visible
@@ -66,12 +70,15 @@ DENOISING = ("steps", "window", "threshold", "remask_threshold")
 def add_text_options(parser: Parser) -> None:
     """Add options of the model and of the text that it reads."""
     add, given = parser.add_argument, parser.add_mutually_exclusive_group()
-    parser.artifact()
+    default = "models/python.ptz, else the newest final_model.*.ptz of this folder"
+    parser.artifact(default, "beside it, or the one it names")
     add("--adapter", type=Path, metavar="FILE", help="of scripts/finetune.py, for this artifact")
     given.add_argument("--prompt", metavar="TEXT", help="text to start from; may be empty")
     given.add_argument("--prompt-file", type=Path, metavar="PATH", help="file with the prompt")
     demo = "take a Python function of this validation data"
     given.add_argument("--demo", type=Path, metavar="DATA_PATH", help=demo)
+    also = "with --demo: also decode by random weights and by models/python.ptz"
+    add("--compare", action="store_true", help=also)
     suffix = "text after the infill span: --tokens between prompt and this"
     add("--suffix", metavar="TEXT", help=suffix)
 
@@ -111,7 +118,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_decoding_options(parser)
     watch = "show every pass on standard error, coloured by confidence (needs rich)"
     add("--watch", action="store_true", help=watch)
-    parser.real("--delay", 0.15, "seconds a pass stays on the terminal", 0, 60)
+    parser.real("--delay", 0.15, "seconds for which a pass stays on the terminal", 0, 60)
     add("--html", type=Path, metavar="PATH", help="write a page that plays the passes")
     parser.device()
     compiled = "compile passes: takes a minute, faster for long outputs (mode ar)"
@@ -131,6 +138,7 @@ def faults(args: argparse.Namespace) -> Iterator[tuple[object, str]]:
     unused = ", ".join([] if args.edit or args.demo else given)
     rule = f"--mode {mode} cannot read the text of --suffix; use --mode refine or leave --mode out"
     yield args.suffix and mode in ("ar", "speculative"), rule
+    yield args.compare and not args.demo, "--compare belongs to --demo; leave it out, or add that"
     yield args.demo and args.suffix is not None, "--demo has its own suffix; leave --suffix out"
     no_window = f"{unused}: mode ar has no windows; add --mode refine or leave it out"
     yield unused and chosen == "ar", no_window
@@ -186,7 +194,7 @@ def load(
         from scripts.finetune import load_adapter
 
         load_adapter(adapter, model, path)
-    file = tokenizer or Path(model.cfg.tokenizer_path)
+    file = tokenizer_path(tokenizer, path, model.cfg.tokenizer_path)
     remedy = "name that one: --tokenizer MODEL"
     if not file.is_file():
         fail(f"tokenizer {file} is not there; name the one {path} was trained with: {remedy}")
@@ -589,7 +597,7 @@ def demo(at: Loaded, args: argparse.Namespace) -> Shown:
         f"infill: {num} tokens inside": Job("Infill", ids[:start], num, ids[start + num :]),
         f"continuation: {rest}": Job("Continuation", ids[:half], count, []),
     }
-    result, done = dict[str, Any](), list[Completion]()
+    result, done, shown = dict[str, Any](), list[Completion](), list[Job]()
     for title, job in jobs.items():
         if job.suffix and not at.cfg.diffusion:
             why = "this model was trained without a denoiser (DIFFUSION_LOSS_WEIGHT=0)"
@@ -603,7 +611,64 @@ def demo(at: Loaded, args: argparse.Namespace) -> Shown:
         show("original", decode(ids if job.suffix else ids[:stop]))
         original = {"original": decode(ids[len(job.prompt) : stop])}
         result[job.title.lower()] = done[-1].facts | original
+        shown.append(job)
+    if args.compare:
+        result["compared"] = compare(at, shown, result, args)
     return {"mode": "demo", "infill": None, **result}, done
+
+
+def shipped(device: torch.device) -> Loaded | str:
+    """Load the packaged model; if that cannot be done, say why."""
+    import train_gpt as tg
+
+    if not common.PACKAGED.is_file():
+        return f"{packaged_name()} is not there; make model trains it, in about two hours"
+    try:
+        return load(common.PACKAGED, None, device)
+    except tg.UserError as error:
+        return f"left out: {error}"
+
+
+def translate(job: Job, at: Loaded, other: Loaded) -> Job:
+    """Write a job in the tokens of another model, cut to its length."""
+    if other.tokenizer is at.tokenizer:
+        return job
+    prompt, suffix = (at.tokenizer.decode(part) for part in (job.prompt, job.suffix))
+    after = encode(other.tokenizer, suffix, True) if suffix else []
+    after = after[: other.cfg.train_seq_len // 4]
+    room = other.cfg.train_seq_len - 1 - job.num - len(after)
+    return job._replace(prompt=encode(other.tokenizer, prompt)[-room:], suffix=after)
+
+
+def compare(
+    at: Loaded, jobs: Sequence[Job], found: dict[str, Any], args: argparse.Namespace
+) -> dict[str, dict[str, str | None]]:
+    """Show what random weights, this model and the packaged one put in place of a text."""
+    import train_gpt as tg
+
+    # The weights that a run with these settings begins with.
+    random = at._replace(model=tg.GPT(at.cfg).to(at.device).eval())
+    models = {"random": random, "trained": at, "shipped": shipped(at.device)}
+    titles = {"random": "before training (random weights)", "trained": "after training"}
+    titles |= {"shipped": f"shipped model ({packaged_name()})"}
+    result: dict[str, dict[str, str | None]] = {}
+    quiet = argparse.Namespace(**vars(args) | {"watch": False, "html": None})
+    for job in jobs:
+        name = job.title.lower()
+        texts = result[name] = {}
+        print(f"=== {name}, compared: {job.num} tokens in place of the original")
+        for key, model in models.items():
+            if isinstance(model, str) or not (model.cfg.diffusion or not job.suffix):
+                texts[key], told = None, model if isinstance(model, str) else "has no denoiser"
+            elif model is at:
+                texts[key] = told = found[name]["completion"]
+            else:
+                texts[key] = told = complete(model, translate(job, at, model), quiet).facts[
+                    "completion"
+                ]
+            show(titles[key], told)
+        show("original", found[name]["original"])
+    return result
 
 
 def sample(at: Loaded, args: argparse.Namespace) -> Shown:
@@ -641,7 +706,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.watch:
         need("rich", "--watch")
     device = pick_device(args.device)
-    loaded = load(args.artifact or newest_artifact(), args.tokenizer, device, args.adapter)
+    path = args.artifact or default_artifact()
+    if path == common.PACKAGED and args.artifact is None:
+        print(f"--- model: {packaged_name()}, as no --artifact is named", file=sys.stderr)
+    loaded = load(path, args.tokenizer, device, args.adapter)
     if args.compile:
         from scripts.decoding import compiled
 

@@ -29,12 +29,13 @@ from typing import TYPE_CHECKING
 
 from scripts.common import (
     Parser,
+    default_artifact,
     fail,
     load_artifact,
-    newest_artifact,
     open_tokenizer,
     pick_device,
     run_command,
+    tokenizer_path,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
     from scripts.serving.api import Service
 
-PACKAGED = Path(__file__).resolve().parents[1] / "models" / "python.ptz"  # used where it is there
 FINISHED = "what had begun was answered"
 
 
@@ -136,14 +136,6 @@ def bind(host: str, port: int) -> socket.socket:
     return made
 
 
-def tokenizer_path(args: argparse.Namespace, artifact: Path, named: str) -> Path:
-    """Find the tokenizer: the one that is named, beside the artifact, or of its settings."""
-    if args.tokenizer is not None:
-        return Path(args.tokenizer)
-    beside = artifact.with_suffix(".model")
-    return beside if beside.is_file() else Path(named)
-
-
 def length_file(args: argparse.Namespace, artifact: Path) -> Path | None:
     """Find the correction of span lengths: named, beside the artifact, or the packaged one."""
     if args.length_correction is not None:
@@ -163,10 +155,10 @@ def make_service(args: argparse.Namespace, device: torch.device) -> Service:
     from scripts.serving.text import Vocabulary
 
     hosts, keys = check_host(args), read_keys(args.api_key_file)
-    path = args.artifact or (PACKAGED if PACKAGED.is_file() else newest_artifact())
+    path = args.artifact or default_artifact()
     artifact = load_artifact(path, device)
     cfg = artifact.model.cfg
-    file = tokenizer_path(args, path, cfg.tokenizer_path)
+    file = tokenizer_path(args.tokenizer, path, cfg.tokenizer_path)
     counter = open_tokenizer(artifact, file, "tokenizer ", "name that one: --tokenizer MODEL")
     vocabulary, name = Vocabulary(counter.tokenizer), args.model_name or path.stem
     model = Model(name, vocabulary, cfg.train_seq_len, artifact.model.mask_emb is not None)

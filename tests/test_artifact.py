@@ -800,7 +800,7 @@ def test_a_full_disk_leaves_the_old_artifact(
     assert path.read_bytes() == b"old"
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on(
+def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_continues(
     tmp_path: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = tiny(**data, out_dir=str(tmp_path), run_id="r")

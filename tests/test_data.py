@@ -211,7 +211,7 @@ class Alone(tg.Run):
 
 
 class Watched(tg.TokenLoader):
-    """A loader that notes which rows were asked for."""
+    """A loader that notes which rows were requested."""
 
     def __init__(self, cfg: tg.Config, split: str) -> None:
         super().__init__(cfg, split)

@@ -1,4 +1,4 @@
-"""The repository: the size of the code, its order, and that its documents name what is there."""
+"""The repository: the size of the code, its order, and the files that users expect."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from scripts import common
 from tests.conftest import ROOT
 
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
-MADE_BY_USERS = ("data/", "final_model", "checkpoints/", "logs/")  # what a command in README writes
 
 
 def test_the_program_stays_small() -> None:
@@ -157,6 +156,21 @@ def test_a_command_ends_in_one_way(capsys: pytest.CaptureFixture[str]) -> None:
     assert "not finite numbers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("target", ["demo", "model"])
+def test_settings_of_the_makefile_exist(target: str) -> None:
+    command = ["make", "-n", "-o", ".venv/.requirements", target, "STAGE=60"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (line,) = [line for line in printed.replace("\\\n", " ").splitlines() if "train_gpt.py" in line]
+    given = dict(re.findall(r"\b([A-Z_]+)=(\S+)", line))
+    assert given.keys() <= {name.upper() for name in tg.Config.__dataclass_fields__}
+    cfg = tg.Config.from_env(given | {"DEVICE": "cpu"})[0]
+    assert (cfg.recipe, cfg.preset, cfg.strength) == ("record", "cpu", True)
+    if target == "model":  # what is trained in stages, and where it is found
+        assert (cfg.resume, cfg.max_wallclock_seconds) == ("auto", 7200)
+        assert f"cp {cfg.artifact} {common.packaged_name()}" in printed
+        assert "timeout --foreground --signal=INT 60 " in line
+
+
 @pytest.mark.parametrize("name", ["README.md", "submission.json", "LICENSE", "requirements.txt"])
 def test_a_file_that_users_expect_is_there(name: str) -> None:
     assert (ROOT / name).is_file()
@@ -185,47 +199,3 @@ def test_the_submission_holds_numbers_or_says_that_it_does_not() -> None:
         assert value is None or (isinstance(value, int | float) and not isinstance(value, bool)), (
             key
         )
-
-
-def code_blocks() -> list[str]:
-    return re.findall(
-        r"^```\w*\n(.*?)^```",
-        (ROOT / "README.md").read_text(encoding="utf-8"),
-        re.MULTILINE | re.DOTALL,
-    )
-
-
-def test_code_blocks_of_the_readme_name_files_that_exist() -> None:
-    named = set()
-    for block in code_blocks():
-        named |= set(
-            re.findall(r"(?<![\w./<*-])[\w][\w./-]*\.(?:py|sh|txt|json|toml|md)\b(?![*>])", block)
-        )
-    assert "train_gpt.py" in named
-    missing = {
-        name for name in named if not (ROOT / name).exists() and not name.startswith(MADE_BY_USERS)
-    }
-    assert missing == set()
-
-
-def test_code_blocks_of_the_readme_set_settings_that_exist() -> None:
-    named = set()
-    for block in code_blocks():
-        for line in block.splitlines():
-            if "train_gpt.py" in line:
-                named |= set(re.findall(r"\b([A-Z][A-Z0-9_]+)=", line))
-    known = {name.upper() for name in tg.Config.__dataclass_fields__}
-    assert named <= known | {
-        "DIFFUSION_TRAIN_MODE",
-        "OMP_NUM_THREADS",
-        "CUDA_VISIBLE_DEVICES",
-        "NCCL_IB_DISABLE",
-    }
-
-
-def test_links_of_the_readme_lead_somewhere() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)]
-    assert [
-        link for link in links if link and "://" not in link and not (ROOT / link).exists()
-    ] == []

@@ -372,6 +372,50 @@ def test_the_demo_shows_two_recordings(
     assert found["continuation"]["mode"] == "ar"
 
 
+def test_the_demo_compares_random_weights_training_and_the_packaged_model(
+    call: Callable[..., Called],
+    at: sample.Loaded,
+    data: dict[str, Any],
+    tokenizers: Tokenizers,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    argv = ("--demo", data["data_path"], "--tokens", "4", "--compare")
+    monkeypatch.setattr(common, "PACKAGED", tmp_path / "none" / "python.ptz")
+    status, out, err = call(*argv)
+    assert (status, err) == (0, "")
+    missing = (
+        "--- shipped model (none/python.ptz)\nnone/python.ptz is not there; make model trains it"
+    )
+    assert out.count(missing) == 2
+    found = facts((status, out, err))
+    for name in ("infill", "continuation"):
+        compared = found["compared"][name]
+        assert compared["trained"] == found[name]["completion"]
+        assert compared["random"] != compared["trained"]
+        assert compared["shipped"] is None
+    # Another model has another tokenizer and length, and gets the same text.
+    settings = {**data, "tokenizer_path": str(tokenizers.nmt_nfkc), "vocab_size": 400}
+    cfg = tiny("direct", **settings, train_seq_len=32, train_batch_tokens=64)
+    package(save(cfg, tmp_path / "other.ptz"), settings, tmp_path, monkeypatch)
+    again = facts(call(*argv))
+    assert again["compared"]["infill"]["shipped"]
+    assert again["compared"]["infill"]["random"] == found["compared"]["infill"]["random"]
+    common.PACKAGED.write_bytes(b"damaged")
+    assert "left out: artifact" in call(*argv)[1]
+
+
+def test_a_job_in_other_tokens_is_the_same_text(at: sample.Loaded, tokenizers: Tokenizers) -> None:
+    other = spm.SentencePieceProcessor(model_file=str(tokenizers.nmt_nfkc))
+    there = at._replace(tokenizer=other)
+    prompt, suffix = (at.tokenizer.encode(text) for text in ("def f(x):\n    ", " return x\n"))
+    moved = sample.translate(sample.Job("Infill", prompt, 4, suffix), at, there)
+    assert (moved.prompt, moved.num) == (sample.encode(other, "def f(x):\n    "), 4)
+    assert other.decode(moved.suffix).strip() == "return x"
+    long = sample.translate(sample.Job("Infill", prompt * 30, 4, suffix * 30), at, there)
+    assert 1 + len(long.prompt) + 4 + len(long.suffix) == at.cfg.train_seq_len
+
+
 # ---- what is refused ----
 
 
@@ -533,11 +577,13 @@ def test_the_newest_artifact_of_the_folder_is_the_default(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "PACKAGED", tmp_path / "models" / "python.ptz")
     argv = ["--device", "cpu", "--prompt", "x", "--tokens", "2"]
     status, _, err = outcome(sample.main, argv, capsys)
     assert status == 2
     assert err == (
-        "error: the current folder holds neither final_model.int6.ptz nor final_model.int8.ptz; "
+        "error: models/python.ptz is not there, and the current folder holds neither "
+        "final_model.int6.ptz nor final_model.int8.ptz; "
         "name one by --artifact FILE, or train one: python train_gpt.py\n"
     )
     (tmp_path / "final_model.int9.ptz").mkdir()  # no file
@@ -546,8 +592,41 @@ def test_the_newest_artifact_of_the_folder_is_the_default(
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
     assert common.newest_artifact() == Path("final_model.int8.ptz")
     os.utime(tmp_path / "final_model.int6.ptz", (1e9, 1e9))
-    assert common.newest_artifact() == Path("final_model.int6.ptz")
+    assert common.default_artifact() == Path("final_model.int6.ptz")
     assert facts(outcome(sample.main, argv, capsys))["mode"] == "ar"
+
+
+def test_the_packaged_model_is_the_first_default(
+    artifact: Path,
+    data: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    """Its tokenizer lies beside it; an artifact of the folder has to be named."""
+    packaged = package(artifact, data, tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    Path("final_model.int8.ptz").write_bytes(b"not read")
+    argv = ["--device", "cpu", "--prompt", "x", "--tokens", "2"]
+    status, out, err = outcome(sample.main, argv, capsys)
+    assert (status, err) == (0, "--- model: models/python.ptz, as no --artifact is named\n")
+    named = outcome(sample.main, ["--artifact", str(packaged), *argv], capsys)
+    assert (named[1].splitlines()[0], named[2]) == (out.splitlines()[0], "")
+    packaged.with_suffix(".model").write_bytes(b"another")
+    assert outcome(sample.main, argv, capsys)[0] == 2
+    assert outcome(sample.main, [*argv, "--artifact", "final_model.int8.ptz"], capsys)[0] == 2
+
+
+def package(
+    artifact: Path, data: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """Make an artifact the packaged one, with its tokenizer beside it."""
+    packaged = folder / "models" / "python.ptz"
+    packaged.parent.mkdir()
+    packaged.write_bytes(artifact.read_bytes())
+    packaged.with_suffix(".model").write_bytes(Path(data["tokenizer_path"]).read_bytes())
+    monkeypatch.setattr(common, "PACKAGED", packaged)
+    return packaged
 
 
 def test_another_tokenizer_is_refused(call: Callable[..., Called], tokenizers: Tokenizers) -> None:

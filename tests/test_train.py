@@ -55,7 +55,7 @@ def synthetic(tmp_path: Path) -> dict[str, Any]:
 
 
 class CountTokens(tg.ByteCounter):
-    """Two bytes a token: synthetic tokens have no text."""
+    """Two bytes per token: synthetic tokens have no text."""
 
     def __init__(self) -> None:
         self.sha256 = "none"

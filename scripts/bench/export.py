@@ -163,7 +163,7 @@ def restored(stored: Stored) -> dict[str, Tensor]:
 
 
 def entropy(q: Tensor) -> float:
-    """Bits an integer takes of an ideal coder that knows how often each occurs."""
+    """Bits per integer of an ideal coder that knows how often each occurs."""
     p = torch.bincount(q.flatten().int() + 128).double() / q.numel()
     return float(-(p[p > 0] * p[p > 0].log2()).sum())
 
@@ -253,7 +253,7 @@ def measure(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def errors(weights: Mapping[str, Tensor], keep: int) -> list[dict[str, Any]]:
-    """Relative RMS error of every scheme, and bits a weight, tensor by tensor."""
+    """Relative RMS error of every scheme, and bits per weight, tensor by tensor."""
     found = []
     for name, w in weights.items():
         line: dict[str, Any] = {"tensor": name, "shape": list(w.shape)}

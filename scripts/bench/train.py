@@ -337,7 +337,7 @@ KINDS = ("clean", "windows")
 
 
 def step_seconds(found: Mapping[str, Any]) -> float:
-    """Mean seconds a step over a run."""
+    """Mean seconds per step over a run."""
     median = {name: statistics.median(found[name]) if name in found else 0.0 for name in KINDS}
     return float(found["start"] * median["clean"] + (1 - found["start"]) * median["windows"])
 

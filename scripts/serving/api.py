@@ -254,7 +254,7 @@ class Service:
             wish = wish._replace(deadline_ms=wish.body.deadline_ms)
         if not wish.draft:
             wish = self.fit(wish)
-        job = Job(wish, self.model, self.engine, self.options)
+        job = Job(wish, self.model, self.engine, self.options, request.state.arrived)
         made = shape(job)
         job.submit()
         if wish.body.stream:

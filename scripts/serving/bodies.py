@@ -43,7 +43,7 @@ Number = Annotated[float, AllowInfNan(False)]
 class Body(BaseModel):
     """What all requests share.
 
-    mode, steps, window, threshold, redo, deadline_ms, guard, reasoning_effort, hole and diffusing
+    mode, steps, window, threshold, redo, deadline_ms, guard, reasoning_effort, `hole`, diffusing
     are extensions.
     """
 

@@ -146,7 +146,6 @@ class Engine:
                 raise QueueFull(self.retry_after())
             for row in rows:
                 row.pace = self
-                row.expires = row.times["queued"] + self.limits.max_seconds
             self.waiting.extend(rows)
             self.wake.notify()
 

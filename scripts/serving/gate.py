@@ -66,6 +66,7 @@ class Gate:
             await self.app(scope, receive, send)
             return
         path, began = scope["path"], time.monotonic()
+        scope.setdefault("state", {})["arrived"] = began
         route = path if path in self.routes else "other"
 
         async def counted(message: Message) -> None:

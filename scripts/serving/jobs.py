@@ -75,6 +75,7 @@ class Choice:
     hidden: int
     row: Row = field(init=False)
     left: int = field(init=False)
+    earlier: Row | None = None  # the chosen row, while `row` is its second try
     lengths: dict[int, float] = field(default_factory=dict)  # corrected nats by length
 
     def __post_init__(self) -> None:
@@ -145,17 +146,28 @@ def lengths_of(wish: Wish, mode: str) -> list[int]:
 class Job:
     """A request that is being decoded.
 
+    Its deadline and the limit of the server count from `began`, of time.monotonic(), when it
+    arrived: a second try gets what is left of them.
+
     Raises:
         ApiError: more rows than one request may have, or a mode that the model does not have.
     """
 
-    def __init__(self, wish: Wish, model: Model, engine: Engine, options: Options) -> None:
+    def __init__(
+        self,
+        wish: Wish,
+        model: Model,
+        engine: Engine,
+        options: Options,
+        began: float | None = None,
+    ) -> None:
         self.wish, self.model = wish, model
         self.engine, self.options = engine, options
         self.loop = asyncio.get_running_loop()
         self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self.frames: dict[Row, Event] = {}  # the newest of each row that is in the queue
         self.decoding = choose_decoding(wish, model)
-        self.began = time.monotonic()
+        self.began = time.monotonic() if began is None else began
         self.lengths = lengths_of(wish, self.decoding.mode)
         num_rows = len(wish.prompts) * wish.n * len(self.lengths)
         if num_rows > options.max_rows:
@@ -189,11 +201,27 @@ class Job:
             rank=len(self.lengths) > 1,
             frames=bool(wish.body.diffusing),
             deadline=deadline,
+            expires=self.began + self.engine.limits.max_seconds,
         )
 
     def _notify(self, event: Event) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+            self.loop.call_soon_threadsafe(self._put, event)
+
+    def _put(self, event: Event) -> None:
+        """Queue an event. A frame takes the place of the one of its row that still waits.
+
+        So a client that reads slowly misses frames, and a row holds the cells of one at most.
+        """
+        waits = event.row in self.frames
+        if event.kind == "frame":
+            self.frames[event.row] = event
+        if event.kind != "frame" or not waits:
+            self.events.put_nowait(event)
+
+    async def _next(self) -> Event:
+        event = await self.events.get()
+        return self.frames.pop(event.row) if event.kind == "frame" else event
 
     def submit(self) -> None:
         """Queue all rows; ApiError: 429 or 503."""
@@ -220,9 +248,9 @@ class Job:
         """
         left = len(self.choices)
         while left:
-            event = await self.events.get()
+            event = await self._next()
             choice = self.of_row[event.row]
-            if event.row.error is not None:
+            if event.row.error is not None and not self._revert(choice, event.row):
                 raise failure(event.row.error)
             if event.kind == "done":
                 choice.left -= 1
@@ -234,7 +262,7 @@ class Job:
             elif event.kind == "frame":
                 # Of several lengths only the longest is shown; which one is best is not known yet.
                 if event.row is choice.rows[-1] or event.row not in choice.rows:
-                    yield Update(choice, cells=event.cells, passes=event.row.passes)
+                    yield Update(choice, cells=event.cells, passes=event.passes)
             elif len(self.lengths) == 1:
                 yield Update(choice, event.text)
 
@@ -249,8 +277,18 @@ class Job:
             again = self._again(choice.row)
             if again is not None:
                 self.of_row[again] = choice
+                choice.earlier = choice.row
                 choice.row, choice.left = again, 1
                 return False
+        return True
+
+    @staticmethod
+    def _revert(choice: Choice, row: Row) -> bool:
+        """Return to the row before a second try that failed; False: there is none."""
+        if choice.earlier is None or row is not choice.row:
+            return False
+        choice.row, choice.earlier = choice.earlier, None
+        choice.row.times["done"] = row.times["done"]
         return True
 
     def _again(self, row: Row) -> Row | None:

@@ -52,6 +52,7 @@ class Event(NamedTuple):
     kind: str  # text, frame or done
     text: str = ""  # committed since the last event
     cells: tuple[Cell, ...] = ()  # the whole span, for kind frame
+    passes: int = 0  # of the row so far
 
 
 class Pace(Protocol):
@@ -82,7 +83,7 @@ class Row:
     rank: bool = False  # score span and suffix, and leave poor output to the caller
     frames: bool = False
     deadline: float = math.inf  # of time.monotonic()
-    expires: float = math.inf  # when the row is given up
+    expires: float = math.inf  # of time.monotonic(), when the row is given up
 
     # State
     span: list[int] = field(default_factory=list)
@@ -140,7 +141,7 @@ class Row:
         return revised and self.decoding.mode not in LOSSLESS
 
     def tell(self, kind: str, text: str = "", cells: Sequence[Cell] = ()) -> None:
-        self.notify(Event(self, kind, text, tuple(cells)))
+        self.notify(Event(self, kind, text, tuple(cells), self.passes))
 
     def accept(self, tokens: Sequence[int], log_p: Sequence[float], tops: Sequence[Top]) -> None:
         """Add tokens to the span, up to an end token, a stop string or its length."""

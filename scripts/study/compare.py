@@ -407,8 +407,8 @@ def compare(
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Compare what every folder holds; UserError: it cannot be, or a reference that was asked for
-    has no run.
+    """Compare what every folder holds; UserError: it cannot be, or a reference of --against has
+    no run.
     """
     need("scipy", "compare.py")
     report.warn_of_ladder()

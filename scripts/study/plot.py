@@ -79,7 +79,7 @@ def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 def draw_curves(
     loss: Axes, bpb: Axes, runs: Mapping[str, Sequence[RunLog]], style: Mapping[str, Any]
 ) -> None:
-    """Draw training loss and val_bpb against seconds of training, a line a run."""
+    """Draw training loss and val_bpb against seconds of training, one line per run."""
     for name, of_row in runs.items():
         for i, run in enumerate(of_row):
             label = name if i == 0 else None
@@ -104,7 +104,7 @@ def point(values: Sequence[float]) -> tuple[float, float]:
 
 
 def draw_infill(panel: Axes, rows: Rows, span: int, key: str, style: Mapping[str, Any]) -> None:
-    """Draw one measure of infill by refinement against passes, a line a recipe."""
+    """Draw one measure of infill by refinement against passes, one line per recipe."""
     for name, g in rows.items():
         steps = sorted(
             {

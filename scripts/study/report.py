@@ -1,13 +1,15 @@
 """Turn run logs into tables, submission.json and results.json, and check that these agree.
 
     python scripts/study/report.py            print the tables
-    python scripts/study/report.py --write    also update README.md and both JSON files
+    python scripts/study/report.py --write    also update the pages and both JSON files
     python scripts/study/report.py --check    exit 1 if one of them disagrees with the logs
 
+Every table stands between two marks in the page that PAGES names, or all of them in --readme.
 submission.json has the challenge's fields and no other, null until ranked runs (eight devices,
 FineWeb) are there; logs/results.json has what was measured on any machine.
 Runs that differ only in their seed are one row. A run counts once it has written its `done` event.
-Runs of sweep.py's rows lie in a folder of their own, logs/ladder, and have a table of their own.
+Runs of sweep.py's rows are in logs/ladder, those of record.py in logs/record_cpu/logs; each folder
+has a table of its own.
 See compare.py for tests of differences, plot.py for curves.
 """
 
@@ -65,15 +67,16 @@ Rows = dict[str, Group]  # of one data set, machine and settings, in the order o
 
 
 class Block(NamedTuple):
-    """What stands between two lines of README.md is written here."""
+    """What stands between two lines of a page is written here."""
 
     begin: str
     end: str
 
 
-RESULTS, RECIPES = (
-    Block(f"<!-- {name} -->", f"<!-- /{name} -->") for name in ("results", "recipes")
+RECORD, RESULTS, RECIPES = (
+    Block(f"<!-- {name} -->", f"<!-- /{name} -->") for name in ("record", "results", "recipes")
 )
+PAGES = {RECORD: "README.md", RESULTS: "docs/recipes.md", RECIPES: "docs/recipes.md"}
 
 OUR_RECIPES = ("record", "direct")  # whose measurements results.json holds
 
@@ -90,16 +93,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; exits with 2 on a wrong one."""
     parser = Parser(__doc__)
     add, action = parser.add_argument, parser.add_mutually_exclusive_group()
-    lines = " and ".join(RESULTS)
+    pages = ", ".join(dict.fromkeys(PAGES.values()))
     add("--logs", type=Path, default=ROOT / "logs", help="folder of *.jsonl run logs")
-    add("--readme", type=Path, default=ROOT / "README.md", help=f"file with {lines}")
+    add("--readme", type=Path, help=f"one page with all tables (default: {pages})")
     add("--ladder", type=Path, help="folder of logs of the ladder (default: ladder in --logs)")
+    record = "folder of logs of record.py (default: record_cpu/logs in --logs)"
+    add("--record", type=Path, help=record)
     add("--submission", type=Path, default=ROOT / "submission.json")
     add("--results", type=Path, help="all measurements (default: results.json in --logs)")
     action.add_argument("--check", action="store_true", help="exit 1 if a file disagrees with logs")
     action.add_argument("--write", action="store_true", help="update all files")
     args = parser.parse_args(argv)
     args.ladder = args.ladder or args.logs / "ladder"
+    args.record = args.record or args.logs / "record_cpu" / "logs"
     args.results = args.results or args.logs / "results.json"
     return args
 
@@ -110,7 +116,7 @@ def log_folders() -> list[Path]:
 
 
 # ==============================================================================
-# 1  TABLES -- Markdown for README.md
+# 1  TABLES -- Markdown of what runs scored
 # ==============================================================================
 
 
@@ -161,7 +167,7 @@ def score_table(groups: Sequence[Group]) -> str:
 
 def decode_table(groups: Sequence[Group]) -> str:
     """One row a group, task and span; one column a number of passes: token accuracy and decoded
-    tokens a second.
+    tokens per second.
     """
     shared = shared_changes(groups)
     ways = sorted(
@@ -229,7 +235,7 @@ def version_notes(groups: Sequence[Group]) -> list[str]:
 
 
 def results_block(groups: Sequence[Group], notes: Sequence[str]) -> str:
-    """The text that README.md carries between its markers."""
+    """The text between the marks of results."""
     if not groups:
         parts = ["No finished run."]
     else:
@@ -245,7 +251,7 @@ def results_block(groups: Sequence[Group], notes: Sequence[str]) -> str:
         if any(run.decode for g in groups for run in g.runs):
             parts += [
                 decode_table(groups),
-                "Share of tokens equal to the text, and decoded tokens a second, by number of "
+                "Share of tokens equal to the text, and decoded tokens per second, by number of "
                 "refinement passes over "
                 "the span; left to right reads no text after the span.",
             ]
@@ -349,8 +355,8 @@ def whole(values: Sequence[float], of: Any = statistics.mean) -> str:
 
 
 def cost_table(rows: Rows) -> str:
-    """One line a row: steps, speed, memory, exact bits per byte, bounds, infill, size, and what was
-    published.
+    """One line per row: steps, speed, memory, exact bits per byte, bounds, infill, size, and the
+    published score.
     """
     windows = windows_of(rows)
     head = [
@@ -383,7 +389,7 @@ def cost_table(rows: Rows) -> str:
 
 
 def recipes_block(runs: Iterable[RunLog]) -> str:
-    """The text that README.md carries between its markers for recipes."""
+    """The text between the marks of recipes."""
     contexts, notes = by_context(runs)
     tables = [
         f"{context_name(key)}:\n\n{cost_table(rows)}{shared_note(rows)}"
@@ -405,7 +411,98 @@ def recipes_block(runs: Iterable[RunLog]) -> str:
 
 
 # ==============================================================================
-# 3  RESULTS -- what submission.json and results.json say
+# 3  RECORD -- the record settings beside the naive baseline
+# ==============================================================================
+STRONG = {"direct": "record", "ar": "ar_record"}  # older logs name the recipe without the strength
+RECORD_ROWS = ("ar", "record", "ar_record")
+RECORD_WINDOW, RECORD_PASSES = 16, (1, 4)
+
+
+def strong_name(g: Group) -> str:
+    """Name a group by its recipe; with all settings of STRENGTHS, as the recipe that has them."""
+    fields = tg.Config.__dataclass_fields__
+    strength = tg.STRENGTHS.get(g.key.preset, {})
+    wanted = {name: v for name, v in strength.items() if not fields[name].metadata["free"]}
+    held = g.runs[0].get("config", "values")
+    strong = bool(wanted) and all(held.get(name) == v for name, v in wanted.items())
+    return STRONG.get(g.key.recipe, g.key.recipe) if strong else g.key.recipe
+
+
+def most_frequent_token(folder: Path, span: int) -> float | None:
+    """Return the share of the most frequent token in spans, from the log of bench/infill.py with
+    the most examples; None if there is none.
+    """
+    found = dict[int, float]()
+    for path in sorted(folder.glob("*infill*.txt")):
+        with contextlib.suppress(OSError):
+            for _, line in split_lines(path):
+                found |= infill_chance(line, span)
+    return found[max(found)] if found else None
+
+
+def infill_chance(line: bytes, span: int) -> dict[int, float]:
+    """Read from a line of bench/infill.py the share of the most frequent token, by examples."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, IndexError):
+        result = parse_object(line)
+        rows = [row for artifact in result["artifacts"] for row in artifact["infill"]]
+        shares = [row["most_frequent_token"] for row in rows if span in length_of(row)]
+        return {int(result["examples"]): numbers(shares)[0]}
+    return {}
+
+
+def length_of(row: Mapping[str, Any]) -> list[Any]:
+    return [row.get(name) for name in ("span", "hole")]  # an older log has the second
+
+
+def record_table(rows: Rows, chance: float | None) -> str:
+    """One line per recipe: size, exact bits per byte, ratio to naive `ar`, bound, infill."""
+    beside = "" if chance is None else f" (chance {chance:.3f})"
+    head = ["recipe", "n", "parameters", "val_bpb", "ratio to naive `ar`"]
+    head += [f"bound, window {RECORD_WINDOW}"]
+    head += [
+        f"infill {INFILL_SPAN}, {n} pass{'es' if n > 1 else ''}{beside}" for n in RECORD_PASSES
+    ]
+    naive, body = point_of(rows["ar"]), []
+    for name in (name for name in RECORD_ROWS if name in rows):
+        g = rows[name]
+        body.append(
+            [
+                f"naive `{name}`" if name == "ar" else f"`{name}`",
+                str(len(g.runs)),
+                whole(of_runs(g, "model", "model_params"), max),
+                mean_cell(g.values("final", "val_bpb")),
+                f"{point_of(g) / naive:.3f}",
+                mean_cell(bounds(g, RECORD_WINDOW)),
+                *(mean_cell(infill(g, n, "token_acc"), 3) for n in RECORD_PASSES),
+                whole(of_runs(g, "size", "total_bytes"), max),
+            ]
+        )
+    return markdown([*head, "bytes"], body, 1)
+
+
+def point_of(g: Group) -> float:
+    return statistics.mean(g.values("final", "val_bpb"))
+
+
+def record_block(runs: Iterable[RunLog], chance: float | None) -> str:
+    """The text between the marks of the record: a table for each data set and machine."""
+    contexts: dict[Key, Rows] = {}
+    for g in group_runs(runs)[0]:
+        rows = contexts.setdefault(g.key._replace(recipe="", changes=()), {})
+        name = strong_name(g)
+        if name not in rows or len(g.runs) > len(rows[name].runs):
+            rows[name] = g
+    tables = []
+    for key, rows in contexts.items():
+        if "ar" in rows:
+            shared = shared_changes(list(rows.values()))
+            about = context_name(key._replace(changes=tuple(shared)))
+            tables.append(f"{about}:\n\n{record_table(rows, chance)}")
+    return "\n\n".join(tables) or "No finished run of the naive baseline."
+
+
+# ==============================================================================
+# 4  RESULTS -- what submission.json and results.json say
 # ==============================================================================
 
 
@@ -558,11 +655,16 @@ def results(groups: Sequence[Group], benchmarks: Sequence[dict[str, Any]] = ()) 
 
 
 # ==============================================================================
-# 4  FILES -- compare or replace
+# 5  FILES -- compare or replace
 # ==============================================================================
 
 
-def read_readme(path: Path) -> str:
+def page_of(args: argparse.Namespace, block: Block) -> Path:
+    """Return the page that holds a block: --readme if it is given, else the one of PAGES."""
+    return args.readme or ROOT / PAGES[block]
+
+
+def read_page(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -572,8 +674,8 @@ def read_readme(path: Path) -> str:
 
 
 def split(text: str, block: Block, path: Path) -> tuple[str, str, str]:
-    """Cut README.md into before, between and after the lines of a block; UserError: not there
-    once each, in order.
+    """Cut a page into before, between and after the lines of a block; UserError: not there once
+    each, in order.
     """
     begin, end = block
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
@@ -584,18 +686,17 @@ def split(text: str, block: Block, path: Path) -> tuple[str, str, str]:
 
 
 def block_differences(args: argparse.Namespace, block: Block, text: str) -> list[str]:
-    """List how one block of README.md disagrees with the logs."""
+    """List how one block of its page disagrees with the logs."""
+    path = page_of(args, block)
     try:
-        held = split(read_readme(args.readme), block, args.readme)[1]
+        held = split(read_page(path), block, path)[1]
     except tg.UserError as error:
         return [str(error)]
     ours, theirs = text.split("\n"), held.strip().split("\n")
-    found = [f"{args.readme}: logs give {line!r}" for line in ours if line not in theirs]
-    found += [f"{args.readme}: no log gives {line!r}" for line in theirs if line not in ours]
+    found = [f"{path}: logs give {line!r}" for line in ours if line not in theirs]
+    found += [f"{path}: no log gives {line!r}" for line in theirs if line not in ours]
     if not found and ours != theirs:
-        found.append(
-            f"{args.readme}: lines between {block.begin} and {block.end} stand in another order"
-        )
+        found.append(f"{path}: lines between {block.begin} and {block.end} stand in another order")
     return found
 
 
@@ -616,7 +717,7 @@ def file_differences(path: Path, expected: dict[str, Any]) -> list[str]:
 def differences(
     args: argparse.Namespace, blocks: dict[Block, str], files: dict[Path, dict[str, Any]]
 ) -> list[str]:
-    """List how README.md, submission.json and results.json disagree with the logs."""
+    """List how the pages, submission.json and results.json disagree with the logs."""
     found = []
     for block, text in blocks.items():
         found += block_differences(args, block, text)
@@ -640,24 +741,37 @@ def replace_file(path: Path, text: str) -> None:
 def write(
     args: argparse.Namespace, blocks: dict[Block, str], files: dict[Path, dict[str, Any]]
 ) -> None:
-    readme = read_readme(args.readme)
+    pages = dict[Path, str]()
     for block, text in blocks.items():
-        around = split(readme, block, args.readme)
-        readme = f"{around[0]}{block.begin}\n\n{text}\n\n{block.end}{around[2]}"
-    replace_file(args.readme, readme)
+        path = page_of(args, block)
+        around = split(pages.get(path) or read_page(path), block, path)
+        pages[path] = f"{around[0]}{block.begin}\n\n{text}\n\n{block.end}{around[2]}"
+    for path, page in pages.items():
+        replace_file(path, page)
     for path, content in files.items():
         replace_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def recipes(args: argparse.Namespace) -> tuple[list[RunLog], dict[Block, str]]:
-    """Read the logs of the ladder; without one, README.md needs no place for their table."""
-    runs = read_logs(args.ladder) if args.ladder.exists() else []
-    readme = ""
-    if args.readme.is_file():
-        readme = args.readme.read_bytes().decode(errors="replace")  # only lines are looked for
-    if not runs and not any(line in readme for line in RECIPES):
-        return [], {}
-    return runs, {RECIPES: recipes_block(runs)}
+def has_place(args: argparse.Namespace, block: Block) -> bool:
+    """Tell whether a page has a line of a block; one that cannot be read has none."""
+    path = page_of(args, block)
+    text = path.read_bytes().decode(errors="replace") if path.is_file() else ""
+    return any(line in text for line in block)
+
+
+def more_tables(args: argparse.Namespace) -> tuple[list[RunLog], dict[Block, str]]:
+    """Read the logs of the ladder and of the record; without one, no page needs a place for its
+    table.
+    """
+    ladder, record = (
+        read_logs(folder) if folder.exists() else [] for folder in (args.ladder, args.record)
+    )
+    blocks = dict[Block, str]()
+    if ladder or has_place(args, RECIPES):
+        blocks[RECIPES] = recipes_block(ladder)
+    if record or has_place(args, RECORD):
+        blocks[RECORD] = record_block(record, most_frequent_token(args.logs, INFILL_SPAN))
+    return [*ladder, *record], blocks
 
 
 def tell(kind: str, lines: Iterable[str]) -> None:
@@ -669,12 +783,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print the tables, and write or check the files; UserError: a file cannot be written."""
     runs = read_logs(args.logs)
     groups, notes = group_runs(runs)
-    ladder, more = recipes(args)
+    others, more = more_tables(args)
     benchmarks, damaged = read_benchmarks(args.logs)
     for line in damaged:
         warn(f"{line}; it is left out: repair it, or move it away")
     damaged += warn_of_ladder()
-    damaged += [log.complaint for log in (*runs, *ladder) if log.complaint]
+    damaged += [log.complaint for log in (*runs, *others) if log.complaint]
     blocks = {RESULTS: results_block(groups, notes), **more}
     files = {args.submission: submission(groups), args.results: results(groups, benchmarks)}
     print("\n\n".join(blocks.values()))
@@ -692,7 +806,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.check:
         tell("error", damaged)
     counts = {"logs": len(runs), "averaged": sum(len(g.runs) for g in groups)}
-    counts |= {"groups": len(groups), "ladder_logs": len(ladder)}
+    counts |= {"groups": len(groups), "other_logs": len(others)}
     lists = {"left_out": notes, "missing_seeds": missing, "differences": found, "damaged": damaged}
     return {**counts, **lists, "checked": args.check}
 

@@ -497,7 +497,7 @@ def result(run: Run) -> dict[str, Any]:
 
 
 class Store:
-    """OUT/sweep.jsonl, one line a run, those of earlier sweeps included; UserError: damaged."""
+    """OUT/sweep.jsonl, one line per run, those of earlier sweeps included; UserError: damaged."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -584,7 +584,7 @@ def published_cell(name: str) -> str:
 
 
 def score_table(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """One line a row: exact bits per byte and bounds over seeds, beside what is published."""
+    """One line per row: exact bits per byte and bounds over seeds, beside what is published."""
     lines = [line for of_row in scores.values() for line in of_row]
     windows = sorted({int(window) for line in lines for window in line["bounds"]})
     body = []
@@ -598,7 +598,7 @@ def score_table(scores: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def plan_table(runs: Sequence[Run]) -> str:
-    """One line a row: what it changes, what is said of it, and its seeds."""
+    """One line per row: what it changes, what is said of it, and its seeds."""
     body = []
     for name in dict.fromkeys(run.row for run in runs):
         row = rows()[name]

@@ -1,4 +1,4 @@
-"""Campaigns logs and prompts: files that scripts/study reads, and what sample.py is asked for."""
+"""Campaigns logs and prompts: files that scripts/study reads, and options of sample.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.conftest import HARD_TEXTS, ROOT, program_like
 LIMITS = Limits(seconds=60.0, mib=2000.0)
 LOGS = tuple(f"english_{name}" for name in ("ar_seed1337", "ar_seed42", "retrograde_seed1337"))
 VICTIM = "english_direct_seed1337"  # the log that is damaged
-FILES = ("README.md", "submission.json", "logs/results.json", "ladder.toml")
+FILES = ("docs/recipes.md", "submission.json", "logs/results.json", "ladder.toml")
 Lines = list[bytes]
 
 
@@ -127,7 +127,8 @@ def damage_file(t: Try, path: Path) -> None:
 
 def make_study(folder: Path) -> Path:
     """Put four logs and the files that the scripts read into a folder."""
-    (folder / "logs").mkdir(parents=True)
+    for name in ("logs", "docs"):
+        (folder / name).mkdir(parents=True)
     for name in (*LOGS, VICTIM):
         shutil.copy(ROOT / "logs" / f"{name}.jsonl", folder / "logs")
     for name in FILES[:3]:
@@ -139,7 +140,7 @@ def make_study(folder: Path) -> Path:
 def command(name: str) -> Callable[[], int]:
     """Return a command that reads the current folder's files."""
     logs = ["--logs", "logs"]
-    files = [*logs, "--readme", "README.md", "--submission", "submission.json"]
+    files = [*logs, "--readme", "docs/recipes.md", "--submission", "submission.json"]
     calls: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
         "report": (report.main, files),
         "check": (report.main, [*files, "--check"]),

@@ -20,7 +20,7 @@ VOCAB_SIZE = 400
 
 
 class Inputs:
-    """Folders with data and finished runs; each is made when it is first asked for."""
+    """Folders with data and finished runs; each is made when it is first used."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -51,7 +51,7 @@ metric_list: [{{metric: bits_per_byte}}]
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
-        raise AssertionError("the network was asked for")
+        raise AssertionError("the network was used")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
@@ -266,7 +266,7 @@ metric_list: [{{metric: acc}}]
 """
 
 
-def test_a_multiple_choice_task_picks_the_likeliest_choice(
+def test_a_multiple_choice_task_picks_the_highest_likelihood_choice(
     artifacts: Callable[..., Path],
     lm: Any,
     processor: spm.SentencePieceProcessor,

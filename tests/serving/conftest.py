@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,13 +29,15 @@ class Running(NamedTuple):
     service: Service
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, verify=False, **options)
+        return httpx.Client(
+            base_url=self.url, timeout=300, trust_env=False, verify=False, **options
+        )
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         with self.client() as client:
             return client.post(path, json=body)
 
-    def wait_idle(self, seconds: float = 20.0) -> bool:
+    def wait_idle(self, seconds: float = 120.0) -> bool:
         """Wait until no row is left; say whether that came."""
         end = time.monotonic() + seconds
         while not self.service.engine.idle and time.monotonic() < end:
@@ -81,14 +82,14 @@ def running(artifact: Path, *options: str) -> Iterator[Running]:
     thread.start()
     port = listening.getsockname()[1]
     try:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while not (server.started and service.engine.ready) and time.monotonic() < end:
             time.sleep(0.01)
         assert service.engine.ready
         yield Running(f"http://127.0.0.1:{port}", service)
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
         listening.close()
 
 
@@ -116,12 +117,6 @@ def decode(service: Service, rows: list[Row]) -> list[Row]:
     for row in rows:
         assert row.error is None, row.error
     return rows
-
-
-def free_port() -> int:
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        return int(made.getsockname()[1])
 
 
 @pytest.fixture

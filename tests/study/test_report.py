@@ -135,6 +135,14 @@ class Project:
         text = self.readme.read_text(encoding="utf-8")
         self.readme.write_text(f"{text}\n<!-- recipes -->\n<!-- /recipes -->\n", encoding="utf-8")
 
+    def record(self, name: str, lines: list[dict[str, Any]]) -> None:
+        """Log a run of the record, and give README.md a place for its table."""
+        if not (folder := self.root / "logs" / "record_cpu" / "logs").exists():
+            folder.mkdir(parents=True)
+            with self.readme.open("a", encoding="utf-8") as file:
+                file.write("\n<!-- record -->\n<!-- /record -->\n")
+        self.log(f"record_cpu/logs/{name}", lines)
+
     def run(self, *argv: str, code: int = 0) -> str:
         """Run the command, require its exit status, and return what it printed, errors included."""
         paths = [
@@ -785,6 +793,94 @@ def test_runs_of_a_row_with_a_setting_changed_are_apart(project: Project) -> Non
     out = project.run()  # its settings are not the row's: never averaged with it
     assert "2 cores, `ITERATIONS=50`, `DIFFUSION_MAX_MASK_RATIO=0.5`:" in out
     assert "±" not in out.replace("± standard", "")
+
+
+def strong(recipe: str, **other: Any) -> list[dict[str, Any]]:
+    """A run with the strength settings of its preset, given one by one."""
+    settings = {"value_residual": True, "bigram_vocab_size": 16384, "muon_momentum": 0.9}
+    settings |= {"train_batch_tokens": 2048, "micro_batches": 1}
+    lines = events(recipe=recipe, changed=settings | {"iterations": 50}, **other)
+    return [{"event": "model", "model_params": 3_532_022}, *lines]
+
+
+@pytest.fixture
+def record(project: Project) -> Project:
+    """Two naive runs, two of the record and one without its denoiser."""
+    for seed, bpb in ((1, 2.0), (2, 2.2)):
+        project.record(
+            f"ar{seed}",
+            events(recipe="ar", seed=seed, bpb=bpb, changed=dict(iterations=50, micro_batches=1)),
+        )
+        project.record(f"record{seed}", strong("direct", seed=seed, bpb=bpb - 0.21))
+    project.record("strong", strong("ar", bpb=1.05))
+    return project
+
+
+def test_the_record_stands_beside_the_naive_baseline(record: Project) -> None:
+    out = record.run("--write")
+    page = record.readme.read_text(encoding="utf-8").split("<!-- record -->")[1]
+    assert "2 cores, `MICRO_BATCHES=1`, `ITERATIONS=50`:\n" in page
+    names = [line.split("|")[1:6] for line in page.splitlines() if "`" in line and "|" in line]
+    rows = [[cell.strip() for cell in row] for row in names[1:]]
+    assert [(row[0], row[1], row[4]) for row in rows] == [
+        ("naive `ar`", "2", "1.000"),
+        ("`record`", "2", "0.900"),
+        ("`ar_record`", "1", "0.500"),
+    ]
+    assert [row[3] for row in rows] == ["2.1000 ± 0.1414", "1.8900 ± 0.1414", "1.0500"]
+    assert "infill 8, 1 pass |" in page
+    assert "No finished run." in out  # none of them is in the other table
+    record.run("--check")
+    record.readme.write_text(record.readme.read_text("utf-8").replace("0.900", "0.800"), "utf-8")
+    assert "logs give '| `record` | 2 |" in record.run("--check", code=1)
+
+
+def test_a_run_named_by_the_recipe_that_has_the_strength_is_the_record(project: Project) -> None:
+    project.record("a", events(recipe="ar", bpb=2.0))
+    project.record("b", events(recipe="record", bpb=1.5))
+    assert "| `record` | 1 | - | 1.5000 | 0.750 |" in project.run()
+    (project.root / "logs" / "record_cpu" / "logs" / "a.jsonl").unlink()
+    assert "No finished run of the naive baseline." in project.run()
+
+
+def test_chance_stands_beside_the_accuracy_of_infill(record: Project) -> None:
+    for name, examples, share in (("a", 8, 0.5), ("b", 64, 0.0237), ("c", 16, 0.25)):
+        rows = [{"hole": 64, "most_frequent_token": 0.9}, {"span": 8, "most_frequent_token": share}]
+        line = json.dumps({"examples": examples, "artifacts": [{"infill": rows}]})
+        path = record.root / "logs" / f"x_infill_{name}.txt"
+        path.write_text(f"| a table |\n{line}\n{{damaged\n[]\n{{}}\n", encoding="utf-8")
+    (record.root / "logs" / "folder_infill.txt").mkdir()
+    assert "infill 8, 1 pass (chance 0.024) | infill 8, 4 passes (chance 0.024) |" in record.run()
+
+
+def test_the_page_of_every_table_has_a_place_for_it() -> None:
+    for block, page in report.PAGES.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert [text.count(line) for line in block] == [1, 1], (page, block)
+
+
+def test_tables_go_to_their_pages(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "ROOT", project.root)
+    (project.root / "docs").mkdir()
+    project.record("a", events(recipe="ar", bpb=2.0))
+    project.ladder("b", events(recipe="td_span15", bpb=3.0))
+    project.log("c", events(bpb=4.0))
+    for block, page in report.PAGES.items():
+        with (project.root / page).open("a", encoding="utf-8") as file:
+            file.write("\n".join(block) + "\n")
+    project.readme.write_text("\n".join(report.RECORD), encoding="utf-8")
+    paths = [f"--logs={project.root / 'logs'}", f"--submission={project.submission}"]
+    assert report.main([*paths, "--write"]) == 0
+    pages = {
+        page: (project.root / page).read_text(encoding="utf-8") for page in report.PAGES.values()
+    }
+    assert ["naive `ar`" in text for text in pages.values()] == [True, False]
+    assert "`td_span15`" in pages["docs/recipes.md"]
+    assert "`direct`" in pages["docs/recipes.md"]
+    assert report.main([*paths, "--check"]) == 0
+    text = pages["docs/recipes.md"].replace("4.0000", "3.9999")
+    (project.root / "docs" / "recipes.md").write_text(text, encoding="utf-8")
+    assert report.main([*paths, "--check"]) == 1
 
 
 def test_results_hold_what_was_measured_and_the_submission_its_fields(project: Project) -> None:

@@ -337,11 +337,11 @@ def test_what_a_leftover_trainer_prints_is_kept_and_its_lock_is_reported(bench: 
     folder = bench.folder("ar_1")
     assert "ar seed 1: OUT_DIR is in use by process 7 (exit status 2" in out
     with open(folder / "printed.txt", "a", encoding="utf-8") as leftover:
-        print("error: of before", file=leftover, flush=True)
+        print("error: of an earlier run", file=leftover, flush=True)
         _, out = bench.run("ar", "--seeds", "1", code=1)
         assert "ar seed 1: OUT_DIR is in use by process 7 (exit status 2" in out
         print("still at work", file=leftover)
-    said = ["error: OUT_DIR is in use by process 7", "error: of before"]
+    said = ["error: OUT_DIR is in use by process 7", "error: of an earlier run"]
     printed = (folder / "printed.txt").read_text(encoding="utf-8").splitlines()
     assert printed == [*said, said[0], "still at work"]
 
