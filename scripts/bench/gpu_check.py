@@ -73,6 +73,7 @@ WINDOWS_TARGET = 1.35  # a step of direct with windows over one of ar
 SEEDS = (1337, 42, 2026, 7, 11)
 START_MARGIN = 0.1  # nats between the first loss and ln V
 STEP_LINE = re.compile(r"step:(\d+)/\d+ train_loss:\S+ train_time:(\d+)ms")
+ERRORS = "errors.txt"  # what a child process complained of
 Row = dict[str, Any]
 
 
@@ -154,11 +155,12 @@ class Session:
     def text(self) -> str:
         """Lay out everything."""
         head = "\n".join(f"{name}: {value}" for name, value in self.header.items())
-        parts = [head, table([check._asdict() for check in self.checks], 3)] if self.checks else []
+        checks = [c._asdict() | {"holds": "yes" if c.holds else "NO"} for c in self.checks]
+        parts = [head, table(checks, 3)] if checks else [head]
         parts += [f"{title}\n\n{table(rows, 1, 2)}" for title, rows in self.tables.items()]
         if self.left_out:
             parts.append(f"Left out, since --seconds was over: {', '.join(self.left_out)}.")
-        return "\n\n".join(parts or [head])
+        return "\n\n".join(parts)
 
     def write(self) -> None:
         """Write the log anew."""
@@ -168,7 +170,8 @@ class Session:
         """Everything as one object."""
         found: Row = dict(self.header, seconds=round(time.monotonic() - self.began, 1))
         found |= {"checks": [check._asdict() for check in self.checks], "left_out": self.left_out}
-        return found | {"passed": all(c.holds for c in self.checks), "tables": self.tables}
+        passed = bool(self.checks) and all(check.holds for check in self.checks)
+        return found | {"passed": passed, "tables": self.tables}
 
 
 def environment(at: Session, recipe: str, **more: Any) -> dict[str, str]:
@@ -205,10 +208,12 @@ def opened(at: Session, recipe: str, **more: Any) -> Iterator[Place]:
 
 @torch.no_grad()
 def randomise(model: tg.GPT) -> None:
-    """Give every weight a value: a fresh model's zeros hide what reaches the logits."""
+    """Give every weight a value: a fresh model's zeros hide what reaches the logits, and its blocks
+    must say more than the embedding, which predicts its own token.
+    """
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
-        noise = torch.randn(p.shape, generator=generator) * 0.5 / p.shape[-1] ** 0.5
+        noise = torch.randn(p.shape, generator=generator) * 2 / p.shape[-1] ** 0.5
         p.add_(noise.to(p.device))
 
 
@@ -388,7 +393,10 @@ def time_baseline(at: Session) -> None:
             if len(seen) > 3:
                 break
     if len(seen) < 2:
-        fail(f"{at.args.baseline} printed no `step:N/M train_loss:.. train_time:..ms` lines")
+        why = error_line((at.folder / ERRORS).read_text(encoding="utf-8"))
+        fail(
+            f"{at.args.baseline} printed no `step:N/M train_loss:.. train_time:..ms` lines ({why})"
+        )
     steps, ms = seen[-1][0] - seen[0][0], seen[-1][1] - seen[0][1]
     at.add("Baseline", {"script": str(at.args.baseline), "step_ms": ms / steps})
 
@@ -396,15 +404,14 @@ def time_baseline(at: Session) -> None:
 @contextlib.contextmanager
 def child(at: Session, command: Sequence[str], env: Mapping[str, str]) -> Iterator[Any]:
     """Start a process whose output is read here; it does not outlive the block."""
-    errors = open(at.folder / "errors.txt", "w+", encoding="utf-8")  # noqa: SIM115
-    streams: Any = dict(stdout=subprocess.PIPE, stderr=errors, text=True, cwd=at.folder)
-    process = subprocess.Popen(command, env=dict(env), process_group=0, **streams)
-    try:
-        yield process
-    finally:
-        stop(process, 10.0)
-        process.stdout.close()
-        errors.close()
+    with open(at.folder / ERRORS, "w", encoding="utf-8") as errors:
+        streams: Any = dict(stdout=subprocess.PIPE, stderr=errors, text=True, cwd=at.folder)
+        process: Any = subprocess.Popen(command, env=dict(env), process_group=0, **streams)
+        try:
+            yield process
+        finally:
+            stop(process, 10.0)
+            process.stdout.close()
 
 
 def time_scores(at: Session) -> None:
@@ -469,7 +476,7 @@ def train_seed(at: Session, recipe: str, seed: int) -> None:
     with child(at, [sys.executable, str(Path(tg.__file__).resolve())], env) as process:
         lines = list(process.stdout)
         status = process.wait()
-    errors = (at.folder / "errors.txt").read_text(encoding="utf-8")
+    errors = (at.folder / ERRORS).read_text(encoding="utf-8")
     if status:
         fail(f"{recipe} seed {seed}: {error_line(errors)} ({ending(status)})")
     final = re.findall(r"final_\S+_exact val_loss:\S+ val_bpb:(\S+)", "".join(lines))
@@ -506,7 +513,8 @@ def about(at: Session) -> Row:
     found: Row = {"time": time.strftime("%FT%TZ", time.gmtime()), "command": " ".join(sys.argv)}
     found |= {"machine": tg.machine_name(at.device), "device": str(at.device)}
     found |= {"gpus": torch.cuda.device_count(), "torch": torch.__version__}
-    found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if cuda else None}
+    cudnn: Any = torch.backends.cudnn
+    found |= {"cuda": torch.version.cuda, "cudnn": cudnn.version() if cuda else None}
     settings = {k: v for k, v in os.environ.items() if k.lower() in vars(tg.Config())}
     found |= {"settings": settings, "program_sha256": program_sha256()}
     if at.args.seeds:  # all that is wrong with the text is said before anything is timed

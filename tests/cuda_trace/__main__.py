@@ -52,7 +52,11 @@ def row(case: str, cost: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-PARTS = {"graphs": "compiled", "eager": "losses and noise outside of graphs", "update": "update"}
+PARTS = {
+    "graphs": "its compiled graphs",
+    "eager": "noise, losses and the rest of it",
+    "update": "its update",
+}
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
@@ -63,22 +67,19 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     for case in found:
         rows.append(row(case["case"], case["cost"]))
         if case["case"] == "step direct with windows":
-            rows += [row(f"- {PARTS[part]}", cost) for part, cost in case["parts"].items()]
+            rows += [row(PARTS[part], cost) for part, cost in case["parts"].items()]
     return common.table(rows, 1, 2)
 
 
 def fill(page: Path, place: str, text: str) -> None:
     """Replace what stands between two comments of a page, which name the place."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=page.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["git", "log", "-1", "--format=%h", "--", "train_gpt.py"]
+    root = page.parents[1]
+    commit = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     begin, end = f"<!-- trace {place} -->", f"<!-- end {place} -->"
     before = page.read_text("utf-8")
-    new = f"{begin}\n{place.capitalize()} (commit {commit.stdout.strip()}):\n\n{text}\n{end}"
+    of = f"train_gpt.py of commit {commit.stdout.strip()}"
+    new = f"{begin}\n{place.capitalize()} ({of}):\n\n{text}\n\n{end}"
     after, count = re.subn(f"{begin}.*?{end}", lambda _: new, before, flags=re.DOTALL)
     assert count == 1, f"{page} has no place {place!r}"
     page.write_text(after, "utf-8")

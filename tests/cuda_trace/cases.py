@@ -26,6 +26,7 @@ from tests.cuda_trace.record import (
     Recording,
     attention_kernel,
     cost,
+    kernels,
     replaced,
     traced,
     without_driver,
@@ -155,16 +156,16 @@ class Trace:
 
     def found(self, name: str, seconds: float, **more: Any) -> Found:
         """Sum up what was recorded."""
-        ops = self.recording.ops
+        whole = list(kernels(self.recording.ops))
         parts = {
-            "graphs": [op for op in ops if op.phase == "loss" and op.region],
-            "eager": [op for op in ops if op.phase == "loss" and not op.region],
-            "update": [op for op in ops if op.phase == "update"],
+            "graphs": [one for one in whole if one[1].phase == "loss" and one[1].region],
+            "eager": [one for one in whole if one[1].phase == "loss" and not one[1].region],
+            "update": [one for one in whole if one[1].phase == "update"],
         }
         return {
             "case": name,
             "recipe": self.cfg.recipe,
-            "cost": cost(ops)._asdict(),
+            "cost": cost(whole)._asdict(),
             "parts": {part: cost(members)._asdict() for part, members in parts.items()},
             "parameters": [name for name, _ in self.model.named_parameters()],
             "copies": self.recording.copies,
@@ -189,7 +190,7 @@ def watch_update(state: tg.TrainState, recording: Recording) -> Found:
     seen, update = dict[str, Any](), state.update
 
     def noted(now: tg.ScheduleState) -> None:
-        grads = {name: p.grad for name, p in state.model.named_parameters()}
+        grads = {name: p.grad for name, p in state.model.named_parameters() if p.numel()}
         seen["without_grad"] = sorted(name for name, g in grads.items() if g is None)
         held = {name: g for name, g in grads.items() if g is not None}
         seen["strided"] = [name for name, g in held.items() if not g.is_contiguous()]
@@ -201,11 +202,11 @@ def watch_update(state: tg.TrainState, recording: Recording) -> Found:
 
 
 def steps(recipe: str, folder: Path, stages: Sequence[bool] = (), **more: Any) -> Iterator[Found]:
-    """Trace a whole training step without windows (of MAIN) and one with them, as far as a recipe
-    has any.
+    """Trace a whole training step with windows, and of MAIN one without, as far as a recipe has
+    any. That of retrograde is that of ar.
     """
     more = more or ({} if recipe in MAIN else {"num_layers": SHALLOW})
-    stages = stages or ((False, True) if recipe in MAIN else (True,))
+    stages = stages or ((False, True) if recipe in MAIN[:3] else (True,))
     trace, state, seen = Trace(recipe, folder, **more), None, dict[str, Any]()
     for windows in stages:
         now = schedule(trace.cfg, windows)

@@ -32,6 +32,7 @@ NO_KERNEL = frozenset((*SILENT.split(), "_unsafe_view", "_reshape_alias"))
 # Operators that a compiler calls as they are; it fuses all others with their neighbours.
 OPAQUE = ("mm", "bmm", "addmm", "baddbmm", "sort", "cummin", "cumsum", "embedding_dense_backward")
 OPAQUE_PREFIXES = ("_scaled_dot_product", "_fused_adam", "scatter", "index_put", "_flash")
+COPIES = ("_to_copy", "copy_")
 FORBIDDEN = ("_local_scalar_dense",)  # the host waits for a value
 
 Access = tuple[int, int]  # storage and bytes
@@ -95,10 +96,12 @@ class Recording:
         """Record an operator that ran on the device."""
         given, made = tensors(tree_leaves((args, kwargs))), tensors(tree_leaves(out))
         name = short_name(func)
-        if any(x.device.type != y.device.type for x in made for y in given if x.numel() > 1):
+        elsewhere = [x for x in given if made and x.device.type != made[0].device.type]
+        # A number of the host may be an operand; only a copy transfers one.
+        if any(x.ndim or name in COPIES for x in elsewhere):
             direction = "to device" if made[0].device.type == "cuda" else "to host"
             self.copies.append((direction, tuple(made[0].shape)))
-        if name in NO_KERNEL or func.is_view or not any(x.numel() for x in made + given):
+        if is_silent(func) or not any(x.numel() for x in made + given):
             return
         changed = written(func, args, kwargs)
         sums = name == "sum" and made[0].numel() > 1 and made[0].shape[0] != given[0].shape[0]
@@ -115,6 +118,7 @@ class Recording:
         )
 
 
+@functools.cache
 def short_name(func: Any) -> str:
     """`mm` of aten.mm.default."""
     return str(func.name()).split("::")[-1].split(".")[0]
@@ -125,13 +129,23 @@ def tensors(values: Sequence[Any]) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
+@functools.cache
+def changed_arguments(func: Any) -> list[tuple[int, str]]:
+    """Places and names of arguments that an operator changes in place."""
+    found = [(i, a.name, a.alias_info) for i, a in enumerate(func._schema.arguments)]
+    return [(i, name) for i, name, alias in found if alias is not None and alias.is_write]
+
+
 def written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """List the arguments that an operator changes in place."""
-    found = list[Any]()
-    for i, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found += tree_leaves(args[i] if i < len(args) else kwargs.get(argument.name))
-    return tensors(found)
+    """List what an operator changes in place."""
+    places = changed_arguments(func)
+    return tensors(tree_leaves([args[i] if i < len(args) else kwargs.get(n) for i, n in places]))
+
+
+@functools.cache
+def is_silent(func: Any) -> bool:
+    """Tell whether an operator launches no kernel."""
+    return bool(func.is_view) or short_name(func) in NO_KERNEL
 
 
 def flops(func: Any, args: Any, kwargs: Any, out: Any) -> float:
@@ -240,9 +254,9 @@ def fuse(ops: Sequence[Op]) -> list[list[int]]:
     return list(groups.values())
 
 
-def kernels(ops: Sequence[Op]) -> Iterator[tuple[Kernel, bool]]:
-    """Yield the kernels of operators, each with whether it is part of a compiled function. What a
-    fused group writes counts where an operator outside of it reads it, or none does.
+def kernels(ops: Sequence[Op]) -> Iterator[tuple[Kernel, Op]]:
+    """Yield the kernels of operators, each with its first operator. What a fused group writes
+    counts where an operator outside of it reads it, or none does.
     """
     groups = fuse(ops)
     place = {i: number for number, group in enumerate(groups) for i in group}
@@ -267,22 +281,17 @@ def kernels(ops: Sequence[Op]) -> Iterator[tuple[Kernel, bool]]:
                 wrote |= dict(ops[i].writes)
         launches = 1 + sum(ops[i].sums_rows for i in group[1:])
         moved = float(sum(read.values()) + sum(wrote.values()))
-        compiled = bool(ops[group[0]].region)
-        yield Kernel(sum(ops[i].flops for i in group), moved, launches), compiled
+        yield Kernel(sum(ops[i].flops for i in group), moved, launches), ops[group[0]]
 
 
-def cost(ops: Sequence[Op]) -> Cost:
-    """Sum up what operators cost."""
-    found = list(kernels(ops))
-    eager, compiled = (
-        sum(k.launches for k, inside in found if inside is kind) for kind in (False, True)
-    )
+def cost(found: Sequence[tuple[Kernel, Op]]) -> Cost:
+    """Sum up what kernels cost."""
     return Cost(
-        eager,
-        compiled,
-        sum(k.bytes for k, _ in found) / 1e9,
-        sum(k.flops for k, _ in found) / 1e12,
-        1e3 * sum(k.seconds for k, _ in found),
+        sum(kernel.launches for kernel, op in found if not op.region),
+        sum(kernel.launches for kernel, op in found if op.region),
+        sum(kernel.bytes for kernel, _ in found) / 1e9,
+        sum(kernel.flops for kernel, _ in found) / 1e12,
+        1e3 * sum(kernel.seconds for kernel, _ in found),
     )
 
 
