@@ -643,7 +643,6 @@ def test_a_gpu_without_bf16_computes_in_fp32_and_says_so(
     cfg = tiny(**data, out_dir=str(tmp_path), run_id="r")
     monkeypatch.setattr(tg, "machine_name", lambda _: "old")
     for supported in (False, True):
-        tg.has_bf16.cache_clear()
         monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, s=supported, **__: s)
         assert tg.has_bf16(torch.device("cuda")) == supported
         log = Recorder()
@@ -652,7 +651,6 @@ def test_a_gpu_without_bf16_computes_in_fp32_and_says_so(
         assert log.of("header")[0]["precision"] == ("bf16" if supported else "fp32")
         reasons = [event["reason"] for event in log.of("warning")]
         assert any("no bf16" in reason for reason in reasons) == (not supported)
-    tg.has_bf16.cache_clear()
     assert not tg.has_bf16(torch.device("cpu"))
 
 

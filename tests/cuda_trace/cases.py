@@ -210,7 +210,7 @@ def steps(recipe: str, folder: Path, stages: Sequence[bool] = (), **more: Any) -
     trace, state, seen = Trace(recipe, folder, **more), None, dict[str, Any]()
     for windows in stages:
         now = schedule(trace.cfg, windows)
-        if bool(tg.window_size(trace.cfg, now, 0)) is not windows:
+        if bool(tg.window_size(trace.cfg, now)) is not windows:
             continue
         began = time.process_time()
         with trace.recorded():
@@ -240,8 +240,9 @@ def scores(recipe: str, folder: Path) -> Iterator[Found]:
     cfg = trace.cfg
     random_text(folder, cfg, BATCH + 1)
     split: Any = (tg.TokenLoader(cfg, "val"), OneByte())
-    exact = functools.partial(tg.evaluate_exact, trace.model, trace.run, *split)
-    bound = functools.partial(tg.evaluate_bound, trace.model, trace.run, *split)
+    fast = tg.compile_passes(trace.model, trace.run)
+    exact = functools.partial(tg.evaluate_exact, fast, trace.run, *split)
+    bound = functools.partial(tg.evaluate_bound, fast, trace.run, *split)
     jobs: dict[str, Callable[[], Any]] = {f"exact score {recipe}": exact}
     for size, _ in cfg.sizes(cfg.nelbo_windows) if cfg.diffusion else ():
         jobs[f"bound {size} {recipe}"] = functools.partial(bound, size)
