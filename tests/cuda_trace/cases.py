@@ -240,12 +240,13 @@ def scores(recipe: str, folder: Path) -> Iterator[Found]:
     cfg = trace.cfg
     random_text(folder, cfg, BATCH + 1)
     split: Any = (tg.TokenLoader(cfg, "val"), OneByte())
-    fast = tg.compile_passes(trace.model, trace.run)
-    exact = functools.partial(tg.evaluate_exact, fast, trace.run, *split)
-    bound = functools.partial(tg.evaluate_bound, fast, trace.run, *split)
-    jobs: dict[str, Callable[[], Any]] = {f"exact score {recipe}": exact}
+
+    def score(function: Callable[..., Any], *more: int) -> None:
+        function(tg.compile_passes(trace.model, trace.run), trace.run, *split, *more)
+
+    jobs = {f"exact score {recipe}": functools.partial(score, tg.evaluate_exact)}
     for size, _ in cfg.sizes(cfg.nelbo_windows) if cfg.diffusion else ():
-        jobs[f"bound {size} {recipe}"] = functools.partial(bound, size)
+        jobs[f"bound {size} {recipe}"] = functools.partial(score, tg.evaluate_bound, size)
     for name, job in jobs.items():
         began = time.process_time()
         with trace.recorded():

@@ -31,15 +31,15 @@ OF_WINDOWS = {"mask_emb", "next_visible_gain", "next_visible_proj", "time_proj",
 # read and written.
 # fmt: off
 BUDGETS = {
-    "step ar": (10, 490, 215, 102),
-    "step direct": (10, 490, 215, 102),
-    "step direct with windows": (360, 930, 215, 135),
-    "step record": (10, 590, 215, 130),
-    "step record with windows": (360, 1060, 215, 169),
-    "step retrograde with windows": (440, 1080, 215, 250),
-    "exact score direct": (740, 250, 0, 112),
-    "bound 16 direct": (2680, 900, 0, 370),
-    "bound 1024 direct": (2680, 900, 0, 357),
+    "step ar": (12, 490, 215, 93),
+    "step direct": (12, 490, 215, 93),
+    "step direct with windows": (22, 1030, 215, 124),
+    "step record": (12, 605, 215, 120),
+    "step record with windows": (22, 1190, 215, 156),
+    "step retrograde with windows": (22, 1130, 215, 210),
+    "exact score direct": (20, 215, 0, 24),
+    "bound 16 direct": (440, 700, 0, 93),
+    "bound 1024 direct": (440, 590, 0, 78),
 }
 # fmt: on
 
