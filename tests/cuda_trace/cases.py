@@ -185,6 +185,12 @@ def schedule(cfg: tg.Config, windows: bool) -> tg.ScheduleState:
     return tg.ScheduleState(cfg.diffusion_start_step + 1, progress, 1.0)
 
 
+def has_windows(cfg: tg.Config, now: tg.ScheduleState) -> bool:
+    """Tell whether a step has windows, as the settings say it."""
+    late = now.step >= cfg.diffusion_start_step and now.progress >= cfg.diffusion_start_frac
+    return cfg.diffusion and late
+
+
 def watch_update(state: tg.TrainState, recording: Recording) -> Found:
     """Note the gradients that each update is given; what follows in a step is that update."""
     seen, update = dict[str, Any](), state.update
@@ -210,7 +216,7 @@ def steps(recipe: str, folder: Path, stages: Sequence[bool] = (), **more: Any) -
     trace, state, seen = Trace(recipe, folder, **more), None, dict[str, Any]()
     for windows in stages:
         now = schedule(trace.cfg, windows)
-        if bool(tg.window_size(trace.cfg, now, 0)) is not windows:
+        if has_windows(trace.cfg, now) is not windows:
             continue
         began = time.process_time()
         with trace.recorded():
@@ -240,9 +246,21 @@ def scores(recipe: str, folder: Path) -> Iterator[Found]:
     cfg = trace.cfg
     random_text(folder, cfg, BATCH + 1)
     split: Any = (tg.TokenLoader(cfg, "val"), OneByte())
-    exact = functools.partial(tg.evaluate_exact, trace.model, trace.run, *split)
-    bound = functools.partial(tg.evaluate_bound, trace.model, trace.run, *split)
-    jobs: dict[str, Callable[[], Any]] = {f"exact score {recipe}": exact}
+    program: Any = tg  # compile_passes: how a run has its scores compiled, where it does
+
+    def model() -> tg.GPT:
+        """The model as a run scores it."""
+        prepare = getattr(program, "compile_passes", lambda model, run: model)
+        found: tg.GPT = prepare(trace.model, trace.run)
+        return found
+
+    jobs: dict[str, Callable[[], Any]] = {
+        f"exact score {recipe}": lambda: tg.evaluate_exact(model(), trace.run, *split)
+    }
+
+    def bound(size: int) -> Any:
+        return tg.evaluate_bound(model(), trace.run, *split, size)
+
     for size, _ in cfg.sizes(cfg.nelbo_windows) if cfg.diffusion else ():
         jobs[f"bound {size} {recipe}"] = functools.partial(bound, size)
     for name, job in jobs.items():
