@@ -244,20 +244,29 @@ def dense_mask(T: int, size: int, causal: bool, device: torch.device) -> Tensor:
     return torch.cat((clean, own.tril() if causal else own), dim=1)
 
 
-def window_loss(place: Place, size: int, mask: Any, rows: Tensor) -> tg.Pair:
-    """Logits of windows that are half masked, and all gradients of their loss, joined."""
-    model, cfg = place.state.model, place.state.cfg
-    tokens, positions = tg.split_into_windows(rows, size)
-    before, x0 = tokens[..., :1], tokens[..., 1:]
-    keys = tg.split_key(torch.arange(len(rows), device=rows.device)[:, None], 0)
-    keys = keys + torch.arange(x0.shape[1], device=rows.device)
-    noisy = tg.corrupt(x0, torch.full(keys.shape, 0.5, device=rows.device), keys, cfg)
-    cache = model.forward_causal(rows[:, :-1])[1]
-    logits = model.forward_denoise(tg.WindowInput(before, noisy, positions, mask), cache)
+def loss_and_gradients(place: Place, objective: Any, rows: Tensor, size: int) -> tg.Pair:
+    """The denoising loss of windows of rows, and all gradients of it, joined."""
+    model = place.state.model
     model.zero_grad(set_to_none=True)
-    tg.token_nll(logits, x0).mean().backward()  # type: ignore[no-untyped-call]
+    loss, terms = objective(rows, 0, size, tg.ScheduleState(0, 1.0, 1.0))
+    loss.backward()
     grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return logits.detach(), torch.cat(grads)
+    return terms[1:], torch.cat(grads)
+
+
+@contextlib.contextmanager
+def dense_attention() -> Iterator[None]:
+    """Let attention compute a mask as a whole, by products and a softmax."""
+    program: Any = tg  # windows that share a prefix may be computed as groups
+    split = getattr(program, "split_mask", None)
+    try:
+        if split is not None:
+            program.split_mask = lambda mask, size, *_: split(mask, size, 1)  # one group
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        if split is not None:
+            program.split_mask = split
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
@@ -268,18 +277,22 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 def check_windows(at: Session) -> None:
     """Compare windows as they are trained with attention in fp32 under a dense mask."""
-    with opened(at, "direct") as place:
+    alone = {"mercury_clean_loss_weight": 0.0, "diffusion_loss_weight": 1.0}
+    with opened(at, "direct", diffusion_row_frac=1.0, **alone) as place:
         randomise(place.state.model)
         rows, cfg = rows_of(place), place.state.cfg
+        eager = dataclasses.replace(place.run, cfg=dataclasses.replace(cfg, compile="0"))
+        reference = tg.Objective(cfg, eager, place.state.model)
         limit = 0.05 if at.device.type == "cuda" else 1e-4  # bf16, fp32
-        for size, mask in place.objective.masks.items():
-            dense = dense_mask(cfg.train_seq_len, size, cfg.diffusion_causal, rows.device)
-            with sdpa_kernel(SDPBackend.MATH):
-                logits, grads = window_loss(place, size, dense, rows)
+        for size in place.objective.masks:
+            mask = dense_mask(cfg.train_seq_len, size, cfg.diffusion_causal, rows.device)
+            reference.masks = {size: mask}
+            with dense_attention():
+                loss, grads = loss_and_gradients(place, reference, rows, size)
             with place.run.autocast():
-                ours, our_grads = window_loss(place, size, mask, rows)
-            far = distance(ours, logits), distance(our_grads, grads)
-            found = f"relative distance of logits {far[0]:.1e}, of gradients {far[1]:.1e}"
+                ours, our_grads = loss_and_gradients(place, place.objective, rows, size)
+            far = distance(ours, loss), distance(our_grads, grads)
+            found = f"relative distance of the loss {far[0]:.1e}, of gradients {far[1]:.1e}"
             name = f"windows of {size} equal a dense mask"
             at.check(name, max(far) < limit, f"{found}; limit {limit:.0e}")
 
