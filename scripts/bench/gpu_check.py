@@ -257,16 +257,13 @@ def loss_and_gradients(place: Place, objective: Any, rows: Tensor, size: int) ->
 @contextlib.contextmanager
 def dense_attention() -> Iterator[None]:
     """Let attention compute a mask as a whole, by products and a softmax."""
-    program: Any = tg  # windows that share a prefix may be computed as groups
-    split = getattr(program, "split_mask", None)
+    split = tg.split_mask
     try:
-        if split is not None:
-            program.split_mask = lambda mask, size, *_: split(mask, size, 1)  # one group
+        tg.split_mask = lambda mask, size, most=1: split(mask, size, 1)  # one group of windows
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        if split is not None:
-            program.split_mask = split
+        tg.split_mask = split
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:

@@ -185,12 +185,6 @@ def schedule(cfg: tg.Config, windows: bool) -> tg.ScheduleState:
     return tg.ScheduleState(cfg.diffusion_start_step + 1, progress, 1.0)
 
 
-def has_windows(cfg: tg.Config, now: tg.ScheduleState) -> bool:
-    """Tell whether a step has windows, as the settings say it."""
-    late = now.step >= cfg.diffusion_start_step and now.progress >= cfg.diffusion_start_frac
-    return cfg.diffusion and late
-
-
 def watch_update(state: tg.TrainState, recording: Recording) -> Found:
     """Note the gradients that each update is given; what follows in a step is that update."""
     seen, update = dict[str, Any](), state.update
