@@ -11,7 +11,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -245,7 +245,7 @@ def scores(recipe: str, folder: Path) -> Iterator[Found]:
     trace = Trace(recipe, folder, nelbo_samples=2, nelbo_sequences=BATCH // 1024)
     cfg = trace.cfg
     random_text(folder, cfg, BATCH + 1)
-    split: Any = (tg.TokenLoader(cfg, "val"), OneByte())
+    val, counter = tg.TokenLoader(cfg, "val"), cast(Any, OneByte())
     program: Any = tg  # compile_passes: how a run has its scores compiled, where it does
 
     def model() -> tg.GPT:
@@ -255,11 +255,11 @@ def scores(recipe: str, folder: Path) -> Iterator[Found]:
         return found
 
     jobs: dict[str, Callable[[], Any]] = {
-        f"exact score {recipe}": lambda: tg.evaluate_exact(model(), trace.run, *split)
+        f"exact score {recipe}": lambda: tg.evaluate_exact(model(), trace.run, val, counter)
     }
 
     def bound(size: int) -> Any:
-        return tg.evaluate_bound(model(), trace.run, *split, size)
+        return tg.evaluate_bound(model(), trace.run, val, counter, size)
 
     for size, _ in cfg.sizes(cfg.nelbo_windows) if cfg.diffusion else ():
         jobs[f"bound {size} {recipe}"] = functools.partial(bound, size)
