@@ -97,12 +97,13 @@ def jobs(
 
     everything = dataclasses.replace(run, cfg=dataclasses.replace(cfg, nelbo_sequences=0))
     counter: Any = OneByte()
+    fast = tg.compile_passes(model, run)  # as a run scores
 
     def exact(stride: int = 0) -> Callable[[], Any]:
-        return lambda: tg.evaluate_exact(model, everything, val, counter, stride)
+        return lambda: tg.evaluate_exact(fast, everything, val, counter, stride)
 
     def bound(size: int) -> Callable[[], Any]:
-        return lambda: tg.evaluate_bound(model, everything, val, counter, size)
+        return lambda: tg.evaluate_bound(fast, everything, val, counter, size)
 
     scored = (val.total - 1) // T * T
     share = tokens / devices / scored
