@@ -30,7 +30,7 @@ Watch = Callable[[int], object]  # called again and again with the id of the run
 class Limits(NamedTuple):
     """What a process may take before it is ended."""
 
-    seconds: float = 60.0
+    seconds: float = 180.0  # a busy machine needs up to one minute to import PyTorch
     mib: float = 4000.0  # resident
     address_mib: int = 0  # above what this process has; 0: no limit. Then allocations fail
     slow: bool = False  # may take longer than `seconds`: it is asked to end, and must
