@@ -91,6 +91,8 @@ def kills(t: Try) -> None:
         t.note(f"{signal.Signals(number).name} to {kind} {place}")
         shot = Shot(number, seconds, t.folder, writes)
         outcome = run_once(t, env, real, shot)
+        if real and outcome.err.strip() == "KeyboardInterrupt":
+            continue  # Python's own word, with status 1, before the first line of the program
         # The last one: before the program has begun to watch for it.
         allowed = (0, -number) if number == signal.SIGKILL else (0, 2, *ENDED_BY_SIGNAL, -number)
         t.judge(outcome, ["signal", "interrupted"], allowed)
