@@ -17,6 +17,11 @@ noisy stream, K Monte Carlo samples. Names: x0 clean tokens, xt corrupted tokens
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load ends in silence
+
 import contextlib
 import copy
 import dataclasses
@@ -32,7 +37,6 @@ import platform
 import random
 import re
 import shutil
-import signal
 import sys
 import time
 import tomllib
@@ -40,9 +44,6 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load ends in silence
 
 import filelock
 import numpy as np
@@ -1527,8 +1528,7 @@ def optional_zeros(rows: int, columns: int) -> nn.Parameter | None:
 
 def expected_embedding(model: GPT, logits: Tensor) -> Tensor:
     """Mean normalised embedding by a prediction, (..., V) to (..., D): soft self-conditioning."""
-    table = model.tok_emb
-    return logits.softmax(-1).to(table.dtype) @ rms_norm(table)
+    return logits.softmax(-1).to(model.tok_emb.dtype) @ rms_norm(model.tok_emb)
 
 
 # ==== 6  OPTIMIZERS AND SCHEDULES -- parameter groups, their rates, and where in a run a step is ==

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -607,6 +608,12 @@ def test_an_interrupt_while_libraries_load_ends_in_silence(launch: Launch) -> No
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30) == ("", "")
     assert process.returncode == -signal.SIGINT
+
+
+def test_nothing_is_imported_before_an_interrupt_is_expected() -> None:
+    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    before = source[: source.index("signal.SIG_DFL")]
+    assert re.findall(r"^(?:import|from) (\w+)", before, re.MULTILINE) == ["__future__", "signal"]
 
 
 def test_an_interrupt_before_training_is_one_line(

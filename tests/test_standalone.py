@@ -162,7 +162,8 @@ def test_every_kind_of_recipe_runs_in_an_empty_folder(
 def test_every_kind_traces_into_one_graph_when_compiled(
     alone: Path, tmp_path: Path, data: dict[str, Any]
 ) -> None:
-    jobs = {name: job(tmp_path, name, data, compile="1", num_layers=2) for name in KINDS}
+    small = dict(compile="1", num_layers=2, diffusion_windows="4")
+    jobs = {name: job(tmp_path, name, data, **small) for name in KINDS}
     run_jobs(alone, tmp_path, jobs, backend="aot_eager")
     for name in KINDS:
         check_run(tmp_path, name)
