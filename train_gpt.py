@@ -2216,7 +2216,7 @@ def window_size(cfg: Config, now: ScheduleState) -> int:
     if not cfg.diffusion or not late:
         return 0
     sizes, shares = zip(*cfg.sizes(cfg.diffusion_windows), strict=True)
-    draw = random.Random(f"window {cfg.seed} {now.step} 0")  # as part 0 of a batch once did
+    draw = random.Random(f"window {cfg.seed} {now.step} 0")  # 0: one stream for all parts
     return int(draw.choices(sizes, shares)[0])
 
 
