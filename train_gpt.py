@@ -203,10 +203,6 @@ class Config:
             raise UserError("\n".join(faults))
 
     @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
-
-    @property
     def diffusion(self) -> bool:
         return self.diffusion_loss_weight > 0
 
@@ -593,12 +589,19 @@ def has_bf16(device: torch.device) -> bool:
 def interrupt(number: int, frame: object) -> None:
     """Handle a signal as Ctrl-C; a second one does not disturb the end of the run."""
     signal.signal(number, signal.SIG_IGN)
+    sys.unraisablehook = lambda _: None  # Python drops exceptions of __del__, with a traceback
     raise KeyboardInterrupt
 
 
 def ending_signals() -> list[signal.Signals]:
     """Return the signals that came: libraries swallow the exception, or turn it into others."""
     return [number for number in ENDING_SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
+
+
+def stop_if_asked() -> None:
+    """Raise the exception of a signal again if it was swallowed where none can be raised."""
+    if ending_signals():
+        raise KeyboardInterrupt
 
 
 @dataclasses.dataclass
@@ -1257,9 +1260,10 @@ def softcap(doubled: Tensor, cap: float) -> Tensor:
 
 def rotary(positions: Tensor, cfg: Config) -> Tensor:
     """Cosines and sines of rotary embedding (arXiv:2104.09864), (2, ..., 1, N, C / 2)."""
-    pairs = torch.arange(0, cfg.head_dim, 2, device=positions.device).float()
+    dim = cfg.model_dim // cfg.num_heads
+    pairs = torch.arange(0, dim, 2, device=positions.device).float()
     scaled = positions.float()[..., None, :, None] / cfg.rope_scale
-    angle = scaled * cfg.rope_base ** -(pairs / cfg.head_dim)
+    angle = scaled * cfg.rope_base ** -(pairs / dim)
     return torch.stack((angle.cos(), angle.sin()))
 
 
@@ -1292,8 +1296,8 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.head_dim = cfg.head_dim
-        dim, kv_dim = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
+        self.head_dim = cfg.model_dim // cfg.num_heads
+        dim, kv_dim = cfg.model_dim, cfg.num_kv_heads * self.head_dim
         self.c_q = nn.Linear(dim, dim, bias=False)
         self.c_k = nn.Linear(dim, kv_dim, bias=False)
         self.c_v = nn.Linear(dim, kv_dim, bias=False)
@@ -1653,6 +1657,7 @@ def validation_batches(run: Run, val: TokenLoader, starts: Tensor) -> Iterator[P
     at_once = max(run.cfg.val_batch_size // (T * run.world_size), 1)
     batches = torch.split(mine, at_once) if len(mine) else ()
     for batch in tqdm(batches, "eval", leave=False, disable=run.rank > 0 or None):
+        stop_if_asked()
         offsets = batch - batch[0]
         length = int(offsets[-1]) + T
         if length <= 2 * run.world_size * len(batch) * T:  # near each other: one read
@@ -2268,17 +2273,6 @@ def warm_up(state: TrainState, objective: Objective) -> None:
     state.step = step
 
 
-def log_step(state: TrainState, sums: Tensor, began: float) -> None:
-    """Log the losses of a step where it is due; on a CPU, where it is free, check each."""
-    every = state.cfg.train_log_every
-    due = every > 0 and (state.step <= 10 or state.step % every == 0)
-    if due or state.run.device.type == "cpu":
-        values = check_finite(state, sums)
-        state.seconds = time.perf_counter() - began
-        if due:
-            state.log("train", values)
-
-
 def train(state: TrainState, val: TokenLoader, counter: ByteCounter) -> None:
     """Run optimizer steps until ITERATIONS or the time limit; only validation stops the clock."""
     cfg, run = state.cfg, state.run
@@ -2289,8 +2283,7 @@ def train(state: TrainState, val: TokenLoader, counter: ByteCounter) -> None:
     began = run.clock() - state.seconds
     for _ in tqdm(range(state.step, cfg.iterations), "train", disable=run.rank > 0 or None):
         state.seconds = run.from_rank0(time.perf_counter() - began)
-        if ending_signals():  # its exception was swallowed where none can be raised
-            raise KeyboardInterrupt
+        stop_if_asked()
         if 0 < cfg.max_wallclock_seconds <= state.seconds:
             break
         if 0 < cfg.checkpoint_seconds <= state.seconds - saved_at:
@@ -2299,7 +2292,13 @@ def train(state: TrainState, val: TokenLoader, counter: ByteCounter) -> None:
             saved_at = state.seconds
         now = ScheduleState.at(cfg, state.step, state.seconds)
         sums = train_step(state, objective, now)
-        log_step(state, sums, began)
+        every = cfg.train_log_every
+        due = every > 0 and (state.step <= 10 or state.step % every == 0)
+        if due or run.device.type == "cpu":  # where it is free, the loss of each step is checked
+            losses = check_finite(state, sums)
+        if due:
+            state.seconds = time.perf_counter() - began
+            state.log("train", losses)
         every = cfg.val_loss_every
         if every and state.step % every == 0 and state.step < cfg.iterations:
             state.seconds = run.from_rank0(run.clock() - began)

@@ -75,7 +75,7 @@ def test_predictions_are_distributions(recipe: str) -> None:
     logits, cache = model.forward_causal(rows[:, :-1])
     assert logits.shape == (2, T, V)
     assert cache.tokens.equal(rows[:, :-1])
-    shape = (2, model.cfg.num_kv_heads, T, model.cfg.head_dim)
+    shape = (2, model.cfg.num_kv_heads, T, model.cfg.model_dim // model.cfg.num_heads)
     assert [k.shape for k in cache.keys] == [k.shape for k in cache.values]
     assert [k.shape for k in cache.keys] == [shape] * model.cfg.num_layers
     outputs = [logits]

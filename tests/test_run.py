@@ -599,6 +599,34 @@ def test_a_signal_ends_a_run_with_one_line(
     assert signal.getsignal(number) == before
 
 
+class Interrupting:
+    """Gets a signal while it is destroyed, where Python drops exceptions."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+
+def test_a_signal_that_python_drops_ends_a_run_at_the_next_batch(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, evaluated = list[object](), list[tg.Pair]()
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)  # restored at the end
+    cfg = tiny(**data, out_dir=str(tmp_path))
+    val, starts = tg.TokenLoader(cfg, "val"), torch.arange(2) * cfg.train_seq_len
+
+    def run() -> None:
+        with tg.Run.start(cfg) as run:
+            interrupting = [Interrupting()]
+            interrupting.clear()
+            evaluated.extend(tg.validation_batches(run, val, starts))
+
+    with pytest.raises(tg.UserError, match="ended by SIGTERM") as caught:
+        run()
+    assert caught.value.status == 128 + signal.SIGTERM
+    assert (shown, evaluated) == ([], [])
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
 def test_an_interrupt_while_libraries_load_ends_in_silence(launch: Launch) -> None:

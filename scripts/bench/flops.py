@@ -13,7 +13,8 @@ def flops_per_token(cfg: Config, size: int = 0) -> float:
     of the rows: S + 1 tokens each, once per pass, a third of that where a pass has no gradient.
     """
     dim, T = cfg.model_dim, cfg.train_seq_len
-    layer = 2 * dim * dim + 2 * dim * cfg.num_kv_heads * cfg.head_dim + 2 * cfg.mlp_mult * dim * dim
+    kv_dim = dim // cfg.num_heads * cfg.num_kv_heads
+    layer = 2 * dim * dim + 2 * dim * kv_dim + 2 * cfg.mlp_mult * dim * dim
     weights = cfg.num_layers * layer + cfg.vocab_size * dim
     key = 12 * cfg.num_layers * dim
     total = 6 * weights + key * (T + 1) / 2
