@@ -296,11 +296,8 @@ def parse_shares(text: str) -> list[tuple[str, float]]:
 
 
 def parse_counts(text: str) -> list[int]:
-    """Read whole numbers from 1, separated by commas. ValueError: something else."""
-    counts = [int(part) for part in text.split(",") if part.strip()]
-    if min(counts, default=1) < 1:
-        raise ValueError("numbers must be 1 or more")
-    return counts
+    """Read whole numbers, separated by commas. ValueError: something else."""
+    return [int(part) for part in text.split(",") if part.strip()]
 
 
 def parse_settings(texts: Mapping[str, str]) -> tuple[Facts, list[str]]:
@@ -369,7 +366,8 @@ RULES: tuple[tuple[Callable[[Config], object], str], ...] = (  # what must hold;
      "{MERCURY_CLEAN_LOSS_WEIGHT} and {DIFFUSION_LOSS_WEIGHT} train nothing; set one above 0"),
     (lambda c: [c.sizes(c.nelbo_windows)],
      "{NELBO_WINDOWS} must be sizes (or T) that divide {TRAIN_SEQ_LEN}: 1,16,T"),
-    (lambda c: parse_counts(c.parallel_eval_steps) and parse_counts(c.parallel_eval_span_len)
+    (lambda c: min(parse_counts(c.parallel_eval_steps)) > 0
+     and min(parse_counts(c.parallel_eval_span_len)) > 0  # of no number: ValueError
      and (not c.parallel_eval_examples or c.parallel_eval_prefix_len + c.parallel_eval_suffix_len
           + max(parse_counts(c.parallel_eval_span_len)) <= c.train_seq_len),
      "{PARALLEL_EVAL_STEPS} and {PARALLEL_EVAL_SPAN_LEN} must list numbers from 1; the longest span"
