@@ -1534,26 +1534,22 @@ def expected_embedding(model: GPT, logits: Tensor) -> Tensor:
 
 
 # ==== 6  OPTIMIZERS AND SCHEDULES -- parameter groups, their rates, and where in a run a step is ==
-# A parameter goes to the first row that takes it: name, test, learning rate. Muon trains matrices.
-ADAPTERS = ("time_proj", "self_cond", "lora_a", "lora_b")
-# fmt: off
-GROUPS: tuple[tuple[str, Callable[[str, Tensor], bool], Callable[[Config], float]], ...] = (
-    ("embed", lambda name, p: name.endswith(("_emb", "_embedding")),
-     lambda cfg: cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr),
-    ("head", lambda name, p: name == "lm_head", lambda cfg: cfg.head_lr),
-    ("adapter", lambda name, p: name.endswith(ADAPTERS), lambda cfg: cfg.adapter_lr),
-    ("scalar", lambda name, p: p.ndim < 2 or name.endswith(("_mix", "_weights", "_gain")),
-     lambda cfg: cfg.scalar_lr),
-    ("matrix", lambda name, p: p.ndim == 2, lambda cfg: cfg.matrix_lr),
-)
-# fmt: on
+# A parameter goes to the first group that takes it, whose rate is the setting of that name: HEAD_LR
+# (TIED_EMBED_LR if the embedding is tied). Muon trains matrices, Adam all else.
+GROUPS: dict[str, Callable[[str, Tensor], bool]] = {
+    "embed": lambda name, p: name.endswith(("_emb", "_embedding")),
+    "head": lambda name, p: name == "lm_head",
+    "adapter": lambda name, p: name.endswith(("time_proj", "self_cond", "lora_a", "lora_b")),
+    "scalar": lambda name, p: p.ndim < 2 or name.endswith(("_mix", "_weights", "_gain")),
+    "matrix": lambda name, p: p.ndim == 2,
+}
 
 
 def assign_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Give every parameter to the first row of GROUPS that takes it. ValueError: none does."""
-    groups: dict[str, list[nn.Parameter]] = {name: [] for name, *_ in GROUPS}
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
     for name, p in model.named_parameters():
-        takers = [group for group, takes, _ in GROUPS if takes(name, p)]
+        takers = [group for group, takes in GROUPS.items() if takes(name, p)]
         if not takers:  # it would never be trained
             raise ValueError(f"no row of GROUPS takes {name} {tuple(p.shape)}; add one")
         if p.requires_grad:
@@ -1562,10 +1558,8 @@ def assign_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def orthogonalize(g: Tensor, steps: int) -> Tensor:
-    """Move singular values of (n, rows, cols) towards 1 by quintic Newton-Schulz iterations.
-    Computes in bf16 on GPUs that have it. Source: Jordan 2024, kellerjordan.github.io/posts/muon
-    """
-    a, b = 3.4445, -4.7750
+    """Move singular values of (n, rows, cols) towards 1 by quintic Newton-Schulz iterations."""
+    a, b = 3.4445, -4.7750  # Jordan 2024, kellerjordan.github.io/posts/muon
     c = 2.0315
     x: Tensor = g.bfloat16() if has_bf16(g.device) else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -2006,8 +2000,9 @@ class TrainState:
         self.seconds = 0.0
         self.model = (model or GPT(cfg)).to(run.device)
         groups = assign_groups(self.model)
-        rates = [(groups[name], rate_of(cfg)) for name, _, rate_of in GROUPS[:-1]]
-        adam: list[Facts] = [dict(params=p, lr=0.0, base_lr=rate) for p, rate in rates if p]
+        rates = vars(cfg) | ({"embed_lr": cfg.tied_embed_lr} if cfg.tie_embeddings else {})
+        trained = {name: p for name, p in groups.items() if p and name != "matrix"}
+        adam = [dict(params=p, lr=0.0, base_lr=rates[f"{n}_lr"]) for n, p in trained.items()]
         self.adam = torch.optim.Adam(adam, 0.0, (cfg.beta1, cfg.beta2), cfg.adam_eps, fused=True)
         names = {p: name for name, p in self.model.named_parameters()}
         self.tensors = {name: p.detach() for p, name in names.items()}  # all that a step changes
