@@ -789,17 +789,15 @@ Tokens = np.typing.NDArray[Any]
 
 
 class TokenLoader:
-    """One endless stream of tokens over all shards of a split, in which every row has its place. A
-    shard is opened when it is read, and must be the same file each time. UserError: no shards,
-    damaged or changed ones, token ids outside the vocabulary, too few tokens.
+    """An endless stream of tokens over all shards of a split, in which every row has its place.
+    UserError: no shards, damaged or changed ones, ids outside the vocabulary, too few tokens.
     """
 
     def __init__(self, cfg: Config, split: str) -> None:
         self.vocab_size, name = cfg.vocab_size, f"DATA_PATH={cfg.data_path!r}"
         self.paths = sorted(p for p in Path(cfg.data_path).glob(f"*_{split}_*.bin") if p.is_file())
         if not self.paths:
-            rule = f"holds no *_{split}_*.bin; name another folder, or run: {PREPARE}"
-            raise UserError(f"{name} {rule}")
+            raise UserError(f"{name} holds no *_{split}_*.bin; name another, or run: {PREPARE}")
         self.stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
         self.counts = [self.count_tokens(i) for i in range(len(self.paths))]
         self.ends = np.cumsum(self.counts)
@@ -819,11 +817,9 @@ class TokenLoader:
         path, dtype = self.paths[shard], "<i4" if header else "<u2"
         status = path.stat()
         if (status.st_size, status.st_mtime_ns) != self.stamps[shard]:
-            rule = "restore it and rerun with RESUME=auto, or begin anew with another RUN_ID"
-            raise UserError(f"{path} changed while this run read it; {rule}")
-        with open(path, "rb") as file:
-            file.seek(0 if header else SHARD_HEADER * 4 + 2 * start)
-            tokens = np.fromfile(file, dtype, count)
+            raise UserError(f"{path} changed while it was read; restore it, rerun with RESUME=auto")
+        offset = 0 if header else SHARD_HEADER * 4 + 2 * start
+        tokens = np.fromfile(path, dtype, count, offset=offset)
         if not header and tokens.size and (worst := int(tokens.max())) >= self.vocab_size:
             raise UserError(f"{path} holds token {worst}; VOCAB_SIZE={self.vocab_size} is too low")
         return tokens
@@ -842,13 +838,12 @@ class TokenLoader:
 
     def rows(self, start: int, num_rows: int, seq_len: int, device: torch.device = CPU) -> Tensor:
         """Read rows of T + 1 tokens that overlap by one, (num_rows, T + 1) int64."""
-        parts, count = list[Tokens](), num_rows * seq_len + 1
-        while count:
+        parts, end = list[Tokens](), start + num_rows * seq_len + 1
+        while start < end:
             i = int(np.searchsorted(self.ends, start % self.total, side="right"))
             left = int(self.ends[i]) - start % self.total  # tokens up to the shard's end
-            parts.append(self.read(i, self.counts[i] - left, min(count, left)))
+            parts.append(self.read(i, self.counts[i] - left, min(end - start, left)))
             start += len(parts[-1])
-            count -= len(parts[-1])
         flat = torch.from_numpy(np.concatenate(parts).astype(np.int64))
         if device.type == "cuda":
             flat = flat.pin_memory().to(device, non_blocking=True)
@@ -866,22 +861,21 @@ class ByteCounter:
         path, name = Path(cfg.tokenizer_path), f"TOKENIZER_PATH={cfg.tokenizer_path!r}"
         try:
             model = b"" if path.is_fifo() else path.read_bytes()  # a pipe would block
-            self.tokenizer = spm.SentencePieceProcessor(model_proto=model or b"empty")
-            size = self.tokenizer.vocab_size()
-            pieces = [self.spelling(i) for i in range(size)]
+            sp = self.tokenizer = spm.SentencePieceProcessor(model_proto=model or b"empty")
+            pieces = [self.spelling(i) for i in range(sp.vocab_size())]
         except (RuntimeError, OSError, ValueError) as error:
             remedy = f"name one, or run: {PREPARE}"
             raise UserError(f"{name} is no SentencePiece model ({error}); {remedy}") from error
         self.sha256 = hashlib.sha256(model).hexdigest()
-        no_space = self.tokenizer.is_unknown(self.tokenizer.piece_to_id(SPACE_MARK))
+        size, space = len(pieces), sp.piece_to_id(SPACE_MARK)
         faults = {f"has {size} pieces, not VOCAB_SIZE={cfg.vocab_size}": size != cfg.vocab_size}
-        faults["has no BOS piece, which opens documents"] = self.tokenizer.bos_id() < 0
-        faults["has no piece for a space: it counts three bytes for one"] = no_space
+        faults["has no BOS piece, which opens documents"] = sp.bos_id() < 0
+        faults["has no piece for a space: it counts three bytes for one"] = sp.is_unknown(space)
         if found := [fault for fault, wrong in faults.items() if wrong]:
             raise UserError(f"{name} {found[0]}; name the tokenizer of the shards")
         # A tokenizer that keeps indentation spells the space of a first piece, too.
         spaced = [i for i, piece in enumerate(pieces) if piece[:1] == " " != piece[1:2]]
-        drops = not any(self.tokenizer.decode([i]).startswith(" ") for i in spaced)
+        drops = not any(sp.decode([i]).startswith(" ") for i in spaced)
         self.base_bytes = torch.tensor([len(p.removeprefix(" ").encode()) for p in pieces])
         self.opens = torch.tensor([p.startswith(" ") for p in pieces])
         self.boundary = torch.tensor([drops and not p for p in pieces])
