@@ -1829,7 +1829,6 @@ IDENTITY = ("data_sha256", "tokenizer_sha256", "program_sha256")  # of checkpoin
 ARTIFACT_FORMAT = "text-diffusion-4"
 SCALE = ":scale"  # ends the name of the scales of an integer tensor
 KEEP_FLOAT_NUMEL = 65_536  # tensors of up to this many numbers stay fp16
-XZ_MAGIC = b"\xfd7zXZ"
 LZMA_PRESET = 9 | lzma.PRESET_EXTREME
 
 
@@ -1908,8 +1907,7 @@ def pack(weights: Weights, about: Mapping[str, Any], scheme: Scheme, levels: int
         else:
             tensors[name] = w.detach().cpu().half()
     if name := first_not_finite(tensors):
-        advice = furthest(Config(**about["config"]))
-        raise UserError(f"weight {name} is not finite in fp16; {advice}")
+        raise UserError(f"{name} is not finite in fp16; {furthest(Config(**about['config']))}")
     return scheme.compress(pack_tensors({"format": ARTIFACT_FORMAT, **about}, tensors))
 
 
@@ -1935,7 +1933,7 @@ def save_artifact(path: Path, weights: Weights, run: Run) -> None:
 
 def decompress(data: bytes) -> bytes:
     """Undo any scheme, up to the size that stands first. ValueError: another size, or damaged."""
-    xz, most = data.startswith(XZ_MAGIC), (1 << 26) + 64 * len(data)
+    xz, most = data.startswith(b"\xfd7zXZ"), (1 << 26) + 64 * len(data)
     unpacker: Any = lzma.LZMADecompressor() if xz else zlib.decompressobj()
     head: bytes = unpacker.decompress(data, 8)
     size, left = 32 + int.from_bytes(head, "little"), b"" if xz else unpacker.unconsumed_tail
@@ -1951,26 +1949,24 @@ def load_artifact(path: Path, device: torch.device, what: str = "artifact") -> t
         about, tensors = unpack_tensors(decompress(b"" if path.is_fifo() else path.read_bytes()))
         if about["format"] != ARTIFACT_FORMAT:
             raise ValueError(f"its format is not {ARTIFACT_FORMAT!r}")
-        kinds = {n: torch.int8 if n + SCALE in tensors else torch.half for n in tensors}
-        other = [name for name, w in tensors.items() if w.dtype != kinds[name]]
-        if name := "".join(other[:1]) or first_not_finite(tensors):
-            raise ValueError(f"{name} holds numbers that are not finite, or of another type")
-        weights = {name: w.float() for name, w in tensors.items() if not name.endswith(SCALE)}
-        for name in tensors.keys() - weights.keys():
-            w, scale = weights[name.removesuffix(SCALE)], tensors[name].float()
-            if scale.shape != w.shape[:1]:
-                raise ValueError(f"{name} has another shape than its tensor")
-            w *= scale[:, None]
+        if name := first_not_finite(tensors):
+            raise ValueError(f"{name} holds numbers that are not finite")
         types = {n: (type(getattr(Config, n)), type(v)) for n, v in about["config"].items()}
         if wrong := [n for n, kind in types.items() if len({*kind}) > 1 and kind != (float, int)]:
             raise ValueError(f"settings of another type: {wrong}")
         cfg = Config(**about["config"])
-        if cfg.num_layers > len(weights):
+        if cfg.num_layers > len(tensors):
             raise ValueError(f"its settings ask for {cfg.num_layers:,} layers, it holds fewer")
         with torch.device("meta"):  # a model without numbers
             model = GPT(cfg)
-        if unlike := differing_shapes(dict(model.named_parameters()), weights):
+        own = dict(model.named_parameters())
+        scales = {n + SCALE: p[..., 0].half() for n, p in own.items() if n + SCALE in tensors}
+        ours = {n: p.to(torch.int8 if n + SCALE in scales else torch.half) for n, p in own.items()}
+        if unlike := differing_shapes(ours | scales, tensors):
             raise ValueError(f"it lacks or has other tensors: {unlike}")
+        weights = {name: tensors[name].float() for name in own}
+        for name in scales:
+            weights[name.removesuffix(SCALE)] *= tensors[name].float()[:, None]
         model.load_state_dict(weights, assign=True)
         return model.to(device).eval(), {name: str(about.get(name, "")) for name in IDENTITY}
     except Exception as error:  # zlib, json and torch fail in many ways on foreign bytes
