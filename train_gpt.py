@@ -555,8 +555,7 @@ def launcher_place(cfg: Config) -> dict[str, int]:
         rule = "must be whole numbers, ranks below WORLD_SIZE, and port and host of rank 0"
         raise UserError(f"{found} {rule}; torchrun sets them, else unset them")
     if cfg.micro_batches % size:
-        rule = cfg.fill("must divide {MICRO_BATCHES}; raise it")
-        raise UserError(f"WORLD_SIZE={size} {rule}")
+        raise UserError(cfg.fill(f"WORLD_SIZE={size} must divide {{MICRO_BATCHES}}; raise it"))
     return place
 
 
@@ -721,8 +720,7 @@ class Run:
             dist.all_gather_object(everyone, facts, group=self.control)
         for rank, theirs in enumerate(everyone):
             if differ := changes(everyone[0], theirs):
-                rule = "start all ranks with the same settings, data and checkpoint"
-                raise UserError(f"rank {rank} differs from rank 0: {differ}; {rule}")
+                raise UserError(f"rank {rank} differs from rank 0: {differ}; start all ranks alike")
 
     def sum(self, values: Tensor) -> Tensor:
         """Add a tensor over all ranks, in place."""
@@ -739,17 +737,15 @@ class Run:
 
     def header(self, source: Mapping[str, str]) -> None:
         """Begin the log with the program itself, the machine, versions, kernels and settings."""
-        code = Path(__file__).read_text(encoding="utf-8")
-        self.log.write(code + "=" * 100, echo=False)
+        self.log.write(Path(__file__).read_text("utf-8") + "=" * 100, echo=False)
         facts: Facts = dict(time=time.strftime("%FT%TZ", time.gmtime()), command=" ".join(sys.argv))
         facts |= dict(machine=machine_name(self.device), device=str(self.device))
         facts |= dict(python=sys.version.split()[0], torch=torch.__version__)
         facts |= dict(precision="bf16" if has_bf16(self.device) else "fp32")
         facts |= dict(world_size=self.world_size, threads=torch.get_num_threads())
-        sha256 = self.identity["program_sha256"]
-        self.log.event("header", **facts, compile=self.compile, sha256=sha256)
-        table = self.cfg.table(source)
-        self.log.event("config", table=table, source=source, values=vars(self.cfg))
+        facts |= dict(compile=self.compile, sha256=self.identity["program_sha256"])
+        self.log.event("header", **facts)
+        self.log.event("config", table=self.cfg.table(source), source=source, values=vars(self.cfg))
         if self.cfg.compile == "1" and not self.compile:
             self.log.event("warning", reason="COMPILE=1 finds no C++ compiler: nothing is compiled")
         if self.device.type == "cuda" and not has_bf16(self.device):
