@@ -54,11 +54,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-try:
-    import resource
-except ImportError:  # Windows: no peak memory in the log
-    resource = None  # type: ignore[assignment]
-
 
 # ==== 1  SETTINGS AND RECIPES -- default < recipe < preset < strength < environment ===============
 class UserError(Exception):
@@ -2341,10 +2336,11 @@ def execute(run: Run, loader: TokenLoader, val: TokenLoader, counter: ByteCounte
     run.log.event("timing", **found, evaluation_limit_seconds=EVALUATION_SECONDS)
     if total > EVALUATION_SECONDS:
         run.log.event("warning", reason=f"evaluation took {total:.0f} s: raise EVAL_STRIDE")
-    if run.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated() // 2**20
-    else:  # in KiB on Linux
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 if resource else 0
+    memory = torch.cuda.max_memory_allocated() // 2**20 if run.device.type == "cuda" else 0
+    with contextlib.suppress(ImportError):  # Windows does not say
+        import resource
+
+        memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # from KiB
     files = {"artifact": str(cfg.artifact), "log": str(run.log.path), "steps": state.step}
     run.log.event("done", **files, train_seconds=state.seconds, peak_memory_mib=memory)
 
