@@ -2362,6 +2362,7 @@ def main(argv: Sequence[str] = ()) -> int:
         counter = ByteCounter(cfg)
         with Run.start(cfg) as run:
             run.header(source)
+            hints.clear()  # they stand in its log
             execute(run, loader, val, counter)
     except (UserError, OSError, KeyboardInterrupt) as error:
         text = (str(error) or "interrupted before training").replace("\n", "\nerror: ")

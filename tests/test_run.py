@@ -672,6 +672,24 @@ def test_names_close_to_a_setting_are_told_with_an_error(
     assert lines[2].startswith("error: DATA_PATH='nowhere' holds no")
 
 
+def test_names_close_to_a_setting_are_told_once(
+    data: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def end(*_: object) -> None:
+        raise tg.UserError("it ends")
+
+    env = env_of(settings() | data | {"out_dir": tmp_path}) | {"SEEED": "1"}
+    monkeypatch.setattr("os.environ", env)
+    monkeypatch.setattr(tg, "execute", end)
+    assert tg.main() == 2
+    told, error = capsys.readouterr()
+    assert told.count("SEEED is not a setting; did you mean SEED?") == 1
+    assert error == "error: it ends\n"
+
+
 def test_a_gpu_without_bf16_computes_in_fp32_and_says_so(
     monkeypatch: pytest.MonkeyPatch, data: dict[str, Any], tmp_path: Path
 ) -> None:
