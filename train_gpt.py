@@ -1480,14 +1480,13 @@ class GPT(nn.Module):
 
 def check_memory(cfg: Config, run: Run, val_tokens: int) -> None:
     """Raise UserError if a low estimate of what a run needs exceeds the memory of this machine."""
-    limits = [math.inf]  # if the system does not say
+    T, limit = cfg.train_seq_len, math.inf  # if the system does not say
     with contextlib.suppress(AttributeError, OSError, ValueError):  # not on every system
         if run.device.type == "cuda":
-            limits = [torch.cuda.get_device_properties(run.device).total_memory]
+            limit = torch.cuda.get_device_properties(run.device).total_memory
         else:
-            limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-            limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    T, limit = cfg.train_seq_len, min(limits)
+            limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            limit = min(limit, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     logits, dim = 4 * cfg.vocab_size, cfg.model_dim
     sizes = cfg.sizes(cfg.diffusion_windows) if cfg.diffusion else []
     noisy = max((T // size * (size + 1) for size, _ in sizes), default=0)
@@ -2030,9 +2029,7 @@ class TrainState:
         self.run.log.event(event, **values, **pace)
 
     def save(self) -> None:
-        """Write the checkpoint (rank 0) beside the last one. UserError: weights are not finite, or
-        not the same on all ranks.
-        """
+        """Write the checkpoint (rank 0). UserError: weights are not finite, or differ by rank."""
         new, old = self.cfg.checkpoints
         if name := first_not_finite(self.tensors):
             rule = f"is not finite at step {self.step}; {furthest(self.cfg)}"
@@ -2098,8 +2095,7 @@ class TrainState:
     def take_over(name: str, path: str, changed: str, theirs: Weights, ours: Weights) -> None:
         """Copy tensors of a file to ours. UserError: other settings, names or shapes (named)."""
         if differ := changed or differing_shapes(ours, theirs):
-            rule = f"set what holds there, or change {name}"
-            raise UserError(f"{path} does not fit: {differ}; {rule}")
+            raise UserError(f"{path} does not fit: {differ}; set what holds there or change {name}")
         for key, w in ours.items():
             w.copy_(theirs[key])
 
