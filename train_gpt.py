@@ -2045,15 +2045,15 @@ class TrainState:
         self.run.agree({f"checksum of weights at step {self.step}": hash(tuple(sums))})
 
     def resume(self) -> None:
-        """Continue from a checkpoint, or start from INIT_FROM. UserError: damaged, or no fit, or
-        ranks start from different settings, data or steps.
+        """Continue from a checkpoint or from INIT_FROM. UserError: damaged, no fit, or ranks that
+        start from different settings, files or steps.
         """
+        content = dict(self.run.identity, data_path="", tokenizer_path="", init_from="")
         paths = [path for path in self.cfg.checkpoints if path.exists()]
         if self.cfg.resume == "auto" and paths:
             self.load(paths)
         elif self.cfg.init_from:
-            self.start_from_artifact()
-        content = dict(self.run.identity, data_path="", tokenizer_path="")  # may lie elsewhere
+            content["init_from"] = self.start_from_artifact()  # ranks may have it elsewhere
         self.run.agree(vars(self.cfg) | content | {"step": self.step})
 
     def load(self, paths: Sequence[Path]) -> None:
@@ -2077,8 +2077,8 @@ class TrainState:
         if about.get("program_sha256") != ours.get("program_sha256"):
             self.run.log.event("warning", reason=f"{path} was written by another train_gpt.py")
 
-    def start_from_artifact(self) -> None:
-        """Take the weights of INIT_FROM that this model has. UserError: damaged, or no fit."""
+    def start_from_artifact(self) -> str:
+        """Take the weights of INIT_FROM; return its SHA-256. UserError: damaged, or no fit."""
         cfg, own = self.cfg, self.tensors
         model, identity = load_artifact(Path(cfg.init_from), self.run.device, "INIT_FROM: artifact")
         asked = {name: getattr(cfg, name) for name in SHAPE_SETTINGS}
@@ -2090,6 +2090,7 @@ class TrainState:
         self.take_over("INIT_FROM", cfg.init_from, differ, theirs, ours)
         fresh = len(self.weights()) - len(shared)
         self.run.log.event("init_from", artifact=cfg.init_from, fresh=fresh)
+        return hashlib.sha256(Path(cfg.init_from).read_bytes()).hexdigest()
 
     @staticmethod
     def take_over(name: str, path: str, changed: str, theirs: Weights, ours: Weights) -> None:

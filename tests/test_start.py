@@ -5,6 +5,7 @@ ways on the way.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import subprocess
 import zlib
 from collections.abc import Callable
@@ -234,6 +235,36 @@ def test_a_checkpoint_goes_before_the_artifact_and_does_not_need_it(
     assert again.step == 1
     assert all(w.equal(state.weights()[name]) for name, w in again.weights().items())
     assert "is missing" in fault_of(dataclasses.replace(cfg, resume="no"))
+
+
+def test_ranks_may_have_their_artifact_elsewhere_but_not_another(
+    text: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = list[dict[str, Any]]()
+
+    def gather(everyone: list[Any], ours: dict[str, Any], group: object) -> None:
+        given.append(ours)
+        everyone[:] = [given[0], ours]
+
+    def start(path: Path) -> None:
+        cfg = tiny(**text, init_from=str(path))
+        run = make_run(cfg)
+        state = tg.TrainState(cfg, run, tg.TokenLoader(cfg, "train"))
+        run.identity, run.control = {"tokenizer_sha256": SHA}, object()  # type: ignore[assignment]
+        run.world_size = 2
+        state.resume()
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    for name, std in (("a", 0.3), ("b", 0.3), ("c", 0.4)):
+        weights = dict(randomise(tg.GPT(tiny()), std=std).named_parameters())
+        artifacts.save(tmp_path / f"{name}.ptz", weights, tiny(), SHA)
+    for name in ("a", "b"):  # the first is rank 0's
+        start(tmp_path / f"{name}.ptz")
+    digests = [hashlib.sha256((tmp_path / f"{n}.ptz").read_bytes()).hexdigest() for n in "ac"]
+    with pytest.raises(tg.UserError) as caught:
+        start(tmp_path / "c.ptz")
+    rule = "rank 1 differs from rank 0: INIT_FROM {!r} -> {!r}; start all ranks alike"
+    assert str(caught.value) == rule.format(*digests)
 
 
 @pytest.mark.slow
