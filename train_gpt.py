@@ -1987,9 +1987,8 @@ class TrainState:
         names = {p: name for name, p in self.model.named_parameters()}
         self.tensors = {name: p.detach() for p, name in names.items()}  # all that a step changes
         for p in [p for group in adam for p in group["params"]]:
-            state = {"step": torch.zeros((), device=p.device)}
+            state = self.adam.state[p] = {"step": torch.zeros((), device=p.device)}
             state |= {kind: torch.zeros_like(p) for kind in ("exp_avg", "exp_avg_sq")}
-            self.adam.state[p] = state
             self.tensors |= {f"{names[p]}:{kind}": w for kind, w in state.items()}
         self.matrices = groups["matrix"]
         self.momenta = {f"{names[p]}:momentum": torch.zeros_like(p) for p in self.matrices}
@@ -2018,8 +2017,7 @@ class TrainState:
 
     def weights(self) -> dict[str, Tensor]:
         """Weights to export, by name: the average if there is one."""
-        own = [name for name, _ in self.model.named_parameters()]
-        return {name: self.tensors.get(f"{name}:ema", self.tensors[name]) for name in own}
+        return {n: self.tensors.get(f"{n}:ema", w) for n, w in self.tensors.items() if ":" not in n}
 
     def log(self, event: str, values: dict[str, Any]) -> None:
         tokens = self.cfg.train_batch_tokens * self.step
@@ -2299,11 +2297,9 @@ def evaluate(run: Run, model: GPT, val: TokenLoader, counter: ByteCounter) -> No
 
 def prepare_streams() -> None:
     """Let closed streams and narrow encodings (LC_ALL=C) not end a run."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, io.StringIO())
-        elif isinstance(stream, io.TextIOWrapper):
+    sys.stdout, sys.stderr = (stream or io.StringIO() for stream in (sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
