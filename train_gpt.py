@@ -798,26 +798,24 @@ class TokenLoader:
             raise UserError(f"TRAIN_SEQ_LEN={cfg.train_seq_len} {rule}, or lower it")
         self.whole, self.hashes = self.total <= SCAN_TOKENS, dict[str, str]()
         for i, count in enumerate(self.counts):  # of a large split only both ends of each shard
-            digest = hashlib.sha256(self.read(i, 0, SHARD_HEADER, header=True).tobytes())
+            digest = hashlib.sha256(np.fromfile(self.paths[i], "<i4", SHARD_HEADER).tobytes())
             for start in (0,) if self.whole else (0, max(count - END_TOKENS, 0)):
                 digest.update(self.read(i, start, count if self.whole else END_TOKENS).tobytes())
             self.hashes[self.paths[i].name] = digest.hexdigest()
 
-    def read(self, shard: int, start: int, count: int, header: bool = False) -> Tokens:
-        """Read tokens of a shard, (count,) uint16, or its header, (256,) int32."""
-        path, dtype = self.paths[shard], "<i4" if header else "<u2"
-        status = path.stat()
+    def read(self, shard: int, start: int, count: int) -> Tokens:
+        """Open a shard, which must be the same file each time, and read tokens, (count,) uint16."""
+        path, status = self.paths[shard], self.paths[shard].stat()
         if (status.st_size, status.st_mtime_ns) != self.stamps[shard]:
             raise UserError(f"{path} changed while it was read; restore it, rerun with RESUME=auto")
-        offset = 0 if header else SHARD_HEADER * 4 + 2 * start
-        tokens = np.fromfile(path, dtype, count, offset=offset)
-        if not header and tokens.size and (worst := int(tokens.max())) >= self.vocab_size:
+        tokens = np.fromfile(path, "<u2", count, offset=SHARD_HEADER * 4 + 2 * start)
+        if tokens.size and (worst := int(tokens.max())) >= self.vocab_size:
             raise UserError(f"{path} holds token {worst}; VOCAB_SIZE={self.vocab_size} is too low")
         return tokens
 
     def count_tokens(self, shard: int) -> int:
         """Check the header and the size of a shard."""
-        path, header = self.paths[shard], self.read(shard, 0, SHARD_HEADER, header=True)
+        path, header = self.paths[shard], np.fromfile(self.paths[shard], "<i4", SHARD_HEADER)
         found, rule = [header.size, *header[:2].tolist()], [SHARD_HEADER, SHARD_MAGIC, 1]
         if found != rule:
             why = f"its header is {found}, not {rule}; build it again: {PREPARE}"
