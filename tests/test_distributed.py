@@ -16,7 +16,17 @@ import pytest
 import torch
 
 import train_gpt as tg
-from tests.conftest import ROOT, env_of, read_events, settings, tiny, train_lines, wait_for
+from tests.bench import artifacts
+from tests.conftest import (
+    ROOT,
+    env_of,
+    randomise,
+    read_events,
+    settings,
+    tiny,
+    train_lines,
+    wait_for,
+)
 
 Launch = Callable[..., subprocess.Popen[str]]
 
@@ -193,6 +203,20 @@ def test_ranks_of_other_settings_or_data_end_with_what_differs(
             assert text in error
             assert "DATA_PATH" not in error
     assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_ranks_start_from_copies_of_one_artifact(data: dict[str, Any], tmp_path: Path) -> None:
+    cfg = tiny(**data)
+    for name, std in (("a", 0.3), ("b", 0.3), ("c", 0.4)):
+        weights = dict(randomise(tg.GPT(cfg), std=std).named_parameters())
+        artifacts.save(tmp_path / f"{name}.ptz", weights, cfg)
+    first = data | {"init_from": str(tmp_path / "a.ptz")}
+    same = run_ranks(tmp_path / "same", first, init_from=str(tmp_path / "b.ptz"))
+    assert [status for status, _ in same] == [0, 0], same
+    for status, error in run_ranks(tmp_path / "out", first, init_from=str(tmp_path / "c.ptz")):
+        assert status == 2, error
+        assert "rank 1 differs from rank 0: INIT_FROM '" in error
 
 
 @pytest.mark.slow
