@@ -52,6 +52,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
 
 
@@ -92,6 +93,7 @@ class Config:
     checkpoint_seconds: float = free(60.0, "time between checkpoints; 0: only the last", "s", low=0)
     device: str = free("auto", "device type", choices="auto cpu cuda")
     compile: str = free("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
+    window_attention: str = free("groups", "attention of trained windows", choices="groups flex")
     data_path: str = free("./data/datasets/fineweb10B_sp1024", "folder of token shards", "path")
     tokenizer_path: str = free("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece", "path")
     vocab_size: int = opt(1024, "V; must equal the tokenizer's", "tokens", low=2, high=65535)
@@ -354,9 +356,12 @@ RULES: tuple[tuple[Callable[[Config], object], str], ...] = (  # what must hold;
      "{DIFFUSION_LOSS} needs uniform noise, not {DIFFUSION_CORRUPTION_MODE}; set that to uniform"),
     (lambda c: c.diffusion_min_mask_ratio <= c.diffusion_max_mask_ratio,
      "{DIFFUSION_MIN_MASK_RATIO} exceeds {DIFFUSION_MAX_MASK_RATIO}; swap them"),
-    (lambda c: not c.diffusion_anneal_frac
-     or c.diffusion_anneal_frac > c.diffusion_start_frac + c.diffusion_causal,
+    (lambda c: not 0 < c.diffusion_anneal_frac <= c.diffusion_start_frac + c.diffusion_causal,
      "{DIFFUSION_ANNEAL_FRAC} must exceed {DIFFUSION_START_FRAC}, without {DIFFUSION_CAUSAL}"),
+    (lambda c: c.window_attention != "flex" or not c.diffusion_anneal_frac,
+     "{WINDOW_ATTENTION} needs masks that stay; set {DIFFUSION_ANNEAL_FRAC} to 0, or set groups"),
+    (lambda c: c.window_attention != "flex" or c.model_dim >= 16 * c.num_heads,
+     "{WINDOW_ATTENTION} needs {MODEL_DIM} to be 16 x {NUM_HEADS} or more; or set groups"),
     (lambda c: c.mercury_clean_loss_weight > 0 or c.diffusion,
      "{MERCURY_CLEAN_LOSS_WEIGHT} and {DIFFUSION_LOSS_WEIGHT} train nothing; set one above 0"),
     (lambda c: [c.sizes(c.nelbo_windows)],
@@ -556,6 +561,8 @@ def launcher_place(cfg: Config) -> dict[str, int]:
 
 def choose_device(cfg: Config, local_rank: int) -> torch.device:
     found = torch.cuda.device_count() if cfg.device != "cpu" else 0
+    if cfg.window_attention == "flex" and (not found or cfg.compile == "0"):  # no gradient, or slow
+        raise UserError("WINDOW_ATTENTION=flex needs CUDA, and not COMPILE=0; set it to groups")
     if cfg.device != "cuda" and not found:
         return CPU
     if local_rank >= found:
@@ -1070,6 +1077,13 @@ def window_mask(seq_len: int, size: int, causal: bool, device: torch.device) -> 
     return rule(queries[:, None], torch.arange(seq_len + len(queries), device=device))
 
 
+def block_mask(seq_len: int, size: int, causal: bool, device: torch.device) -> BlockMask:
+    """Return a window_mask for kernels that skip unread blocks; at S = T without clean keys."""
+    before, num = seq_len * (size < seq_len), seq_len // size * (size + 1)
+    rule = attention_rule(lambda w: w * size, size, before, causal)
+    return create_block_mask(lambda _b, _h, q, k: rule(q, k), 1, 1, num, before + num, device)
+
+
 def anneal_mask(mask: Tensor, chance: float, key: Tensor) -> Tensor:
     """Keep pairs of a query and a later key of its window with a chance (arXiv:2410.17891)."""
     noisy, keys = (torch.arange(n, device=mask.device) for n in mask.shape)
@@ -1184,7 +1198,7 @@ def denoising_loss(
 
 # ==== 5  MODEL -- one trunk; the causal and the denoising pass are two ways through it ============
 Maybe = Tensor | None
-Mask = Maybe | tuple[Tensor, ...]  # None: a token reads those up to its own; tuple: split_mask()
+Mask = Maybe | tuple[Tensor, ...] | BlockMask  # None: up to the token's own; tuple: split_mask()
 
 
 class Cache(NamedTuple):
@@ -1201,7 +1215,7 @@ class WindowInput(NamedTuple):
     before: Tensor  # (B, W, 1) int64
     noisy: Corruption  # (B, W, S)
     positions: Tensor  # (N,) or (B, N) true positions in the text
-    mask: Mask  # (N, keys) or (B, 1, N, keys) bool, or split: which keys of cache and windows
+    mask: Mask  # (N, keys) or (B, 1, N, keys) bool, split or in blocks: keys of cache and windows
     previous: Tensor | None = None  # (B, W, S, D) expected embedding by the last pass
     cache_positions: Tensor | None = None  # (B, N) places to write in a cache of static buffers
     table: Tensor | None = None  # rotary() of the positions, if computed before
@@ -1257,6 +1271,8 @@ def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Let queries (B, H, N, C) read keys and values (B, G, any, C); the mask as in Layout."""
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
     if isinstance(mask, tuple):
         found: list[Tensor] = []
         at, clean = 0, k.shape[2] - q.shape[2]
@@ -2104,7 +2120,8 @@ class Objective:
         self.cfg, self.model = cfg, model
         self.clean, self.windows = run.compiled(self.clean_loss), run.compiled(self.window_loss)
         T, sizes = cfg.train_seq_len, cfg.sizes(cfg.diffusion_windows) if cfg.diffusion else []
-        self.masks = {s: window_mask(T, s, cfg.diffusion_causal, run.device) for s, _ in sizes}
+        make: Callable[..., Any] = block_mask if cfg.window_attention == "flex" else window_mask
+        self.masks = {s: make(T, s, cfg.diffusion_causal, run.device) for s, _ in sizes}
         self.table = rotary(torch.arange(T + 1, device=run.device), cfg)
 
     def __call__(self, rows: Tensor, part: int, size: int, now: ScheduleState) -> Pair:
@@ -2137,8 +2154,8 @@ class Objective:
         return loss, kept if keep else None
 
     def window_loss(
-        self, rows: Tensor, row: Tensor, size: int, moment: Sequence[Tensor], mask: Tensor,
-        clean_logits: Tensor, cache: Cache | None,
+        self, rows: Tensor, row: Tensor, size: int, moment: Sequence[Tensor],
+        mask: Tensor | BlockMask, clean_logits: Tensor, cache: Cache | None,
     ) -> Tensor:  # fmt: skip
         """Corrupt windows of rows (B, T + 1), which are rows `row` (B, 1) of the batch, and return
         their denoising loss, nats per token, over DIFFUSION_PASSES, each of which reads what the
@@ -2153,8 +2170,8 @@ class Objective:
         keys = split_key(row, cfg.seed, moment[0].long(), number)  # (B, W)
         t = noise_level(cfg, keys, moment[1].long() + row * len(number) + number, moment[2])
         noisy = corrupt(x0, t, keys, cfg)
-        groups, table = split_mask(mask, size), self.table[:, :, positions]
-        window = WindowInput(before, noisy, positions, groups, table=table)
+        read = mask if isinstance(mask, BlockMask) else split_mask(mask, size)
+        window = WindowInput(before, noisy, positions, read, table=self.table[:, :, positions])
         targets = clean_logits.view(*x0.shape, -1)  # (B, W, S, V)
         losses: list[Tensor] = []
         for i in range(0 if cfg.self_condition == "none" else -1, cfg.diffusion_passes):

@@ -114,6 +114,26 @@ class Recorder(tg.Log):
         return [values for event, values in self.events if event == name]
 
 
+@pytest.fixture
+def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let windows be trained by FlexAttention on a CPU; the lengths of its queries, call by call.
+
+    PyTorch refuses a gradient there, but its eager form, which makes a dense mask of the rule,
+    computes one. What skips blocks is a kernel, which needs a GPU.
+    """
+    lengths, attend = list[int](), tg.flex_attention
+
+    def counted(q: torch.Tensor, *given: Any, **more: Any) -> Any:
+        if not torch.compiler.is_compiling():  # a list that grows would be a graph of its own
+            lengths.append(q.shape[2])
+        return attend(q, *given, **more)
+
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    monkeypatch.setattr(tg, "flex_attention", counted)
+    monkeypatch.setattr(tg, "choose_device", lambda *_: CPU)
+    return lengths
+
+
 def make_run(cfg: tg.Config, rank: int = 0, world_size: int = 1) -> tg.Run:
     return tg.Run(cfg, rank, world_size, CPU, Recorder())
 

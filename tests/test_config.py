@@ -193,6 +193,14 @@ def test_every_limit_holds(name: str, low: float, high: float) -> None:
             {"diffusion_loss_weight": 0.0, "mercury_clean_loss_weight": 0.0},
             ("MERCURY_CLEAN_LOSS_WEIGHT", "DIFFUSION_LOSS_WEIGHT"),
         ),
+        (
+            {"window_attention": "flex", "model_dim": 32, "diffusion_anneal_frac": 0.5},
+            ("WINDOW_ATTENTION='flex'", "DIFFUSION_ANNEAL_FRAC=0.5", "set groups"),
+        ),
+        (  # the kernel reads 16 channels a head or more
+            {"window_attention": "flex", "model_dim": 28},
+            ("WINDOW_ATTENTION='flex'", "MODEL_DIM=28", "NUM_HEADS=2", "set groups"),
+        ),
         ({"parallel_eval_steps": "1,0"}, ("PARALLEL_EVAL_STEPS='1,0'",)),
         ({"parallel_eval_span_len": "9"}, ("PARALLEL_EVAL_PREFIX_LEN=4", "TRAIN_SEQ_LEN=16")),
         ({"run_id": "../x"}, ("RUN_ID='../x'",)),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask
 
 import train_gpt as tg
-from tests.conftest import CPU, random_rows, randomise, tiny
+from tests.conftest import CPU, make_run, random_rows, randomise, tiny
 
 T, V = 8, 16
 
@@ -110,6 +113,91 @@ def test_a_split_mask_gives_the_outputs_and_gradients_of_the_whole(size: int) ->
     assert len(grads) == len(other_grads) > 20
     for grad, other in zip(grads, other_grads, strict=True):
         torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-7)
+
+
+BLOCK = 128  # of queries and of keys that a kernel skips as a whole
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("seq_len", "size"), [(8, 2), (12, 3), (16, 16), (256, 1), (384, 384), (512, 16), (512, 128)]
+)
+def test_a_block_mask_holds_the_pairs_of_the_window_mask(
+    seq_len: int, size: int, causal: bool
+) -> None:
+    whole = tg.window_mask(seq_len, size, causal, CPU)
+    if size == seq_len:  # no clean key is read
+        assert not whole[:, :seq_len].any()
+        whole = whole[:, seq_len:]
+    blocks = tg.block_mask(seq_len, size, causal, CPU)
+    assert blocks.shape == (1, 1, *whole.shape)
+    assert create_mask(blocks.mask_mod, 1, 1, *whole.shape, "cpu")[0, 0].equal(whole)
+    padded = F.pad(whole, (0, -whole.shape[1] % BLOCK, 0, -whole.shape[0] % BLOCK))
+    parts = padded.unfold(0, BLOCK, BLOCK).unfold(1, BLOCK, BLOCK).flatten(2)
+    read = blocks.to_dense()[0, 0].bool()
+    assert read.equal(parts.any(-1))
+    # Of a full block the kernel does not ask for the rule.
+    assert blocks.full_kv_num_blocks.sum() == parts.all(-1).sum()
+    if (seq_len, size) == (512, 16):
+        assert read.double().mean() <= 0.6
+
+
+# PyTorch warns that attention is not compiled, and its tracer hides a warning of its own.
+uncompiled = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.slow
+@uncompiled
+@pytest.mark.parametrize("causal", [False, True])
+def test_flex_attention_gives_the_losses_and_gradients_of_groups(
+    causal: bool, flex_on_cpu: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tensor, "float", Tensor.double)  # rotary tables and logits, too
+    sizes, rows = (1, 4, 8, 16), random_rows(3, 17, 64)
+    found = dict[tuple[str, int], list[Tensor]]()
+    for kind in ("groups", "flex"):
+        own = dict(window_attention=kind, diffusion_windows="1,4,8,T", value_residual=True)
+        cfg = tiny(model_dim=32, num_heads=2, num_kv_heads=1, diffusion_causal=causal, **own)
+        model = randomise(tg.GPT(cfg)).double()
+        objective = tg.Objective(cfg, make_run(cfg), model)
+        for size in sizes:
+            model.zero_grad()
+            loss, terms = objective(rows, 0, size, tg.ScheduleState(3, 0.5, 1.0))
+            loss.backward()  # type: ignore[no-untyped-call]
+            grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            found[kind, size] = [terms, *grads]
+    assert flex_on_cpu == [n for size in sizes for n in [16 // size * (size + 1)] * cfg.num_layers]
+    for size in sizes:
+        ours, theirs = found["flex", size], found["groups", size]
+        assert ours[0].dtype == torch.float64
+        assert len(ours) == len(theirs) > 20
+        assert sum(bool(grad.any()) for grad in theirs) > 20
+        for x, y in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+@uncompiled
+def test_windows_in_blocks_are_whole_graphs_one_a_size(
+    flex_on_cpu: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="aot_eager"))
+    counters, rows = torch._dynamo.utils.counters, random_rows(2, 17, 64)
+    totals = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        cfg = tiny(model_dim=32, window_attention="flex", diffusion_windows="4,T", num_layers=1)
+        run, model = make_run(cfg), randomise(tg.GPT(cfg))
+        run.compile = compiled
+        objective = tg.Objective(cfg, run, model)
+        for size in (4, 16, 4, 16):
+            objective(rows, 0, size, tg.ScheduleState(3, 0.5, 1.0))[0].backward()
+        totals.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for eager, other in zip(*totals, strict=True):
+        torch.testing.assert_close(other, eager, rtol=1e-4, atol=1e-5)
+    assert counters["graph_break"] == {}
+    assert counters["stats"]["unique_graphs"] == 3  # the clean stream, and windows of two sizes
 
 
 def model_of(**overrides: Any) -> tg.GPT:

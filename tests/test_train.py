@@ -776,6 +776,52 @@ def test_a_missing_device_is_named(
     assert os.environ.get("WORLD_SIZE") is None
 
 
+@pytest.mark.parametrize(("devices", "compiled"), [(0, "auto"), (0, "0"), (0, "1"), (1, "0")])
+def test_flex_attention_needs_a_compiled_program_on_cuda(
+    devices: int, compiled: str, synthetic: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU has no gradient of it, and uncompiled it makes dense scores."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
+    own = dict(window_attention="flex", model_dim=32, device="auto", compile=compiled)
+    cfg = tiny(**synthetic, **own)
+    rule = "WINDOW_ATTENTION=flex needs CUDA, and not COMPILE=0; set it to groups"
+    with pytest.raises(tg.UserError, match=rule), tg.Run.start(cfg):
+        pass
+    assert not Path(cfg.out_dir).exists()
+    assert tg.choose_device(dataclasses.replace(cfg, window_attention="groups"), 0) is not None
+    if devices:
+        assert tg.choose_device(dataclasses.replace(cfg, compile="auto"), 0).type == "cuda"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns that attention is not compiled
+def test_a_run_with_flex_attention_has_the_losses_of_groups(
+    synthetic: dict[str, Any], flex_on_cpu: list[int]
+) -> None:
+    curves, calls = [], list[int]()
+    for kind in ("groups", "flex"):
+        own = dict(window_attention=kind, run_id=kind, model_dim=32, iterations=5)
+        cfg = tiny(**synthetic, **own)
+        state, steps = trained(cfg)
+        curves.append(curve(steps))
+        calls.append(len(flex_on_cpu))
+    assert calls == [0, 5 * cfg.micro_batches * cfg.num_layers]
+    assert len(curves[0]) == 5
+    for ours, theirs in zip(*curves, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    # What such a run leaves behind is continued and scored where it is not to be had.
+    other = dataclasses.replace(cfg, resume="auto", window_attention="groups")
+    assert trained(other)[0].step == 5
+    assert other.checkpoints == cfg.checkpoints
+    tg.save_artifact(cfg.artifact, state.weights(), state.run)
+    model, _ = tg.load_artifact(cfg.artifact, CPU)
+    assert model.cfg.window_attention == "flex"
+    val, run = tg.TokenLoader(cfg, "val"), make_run(model.cfg)
+    bounds = [tg.evaluate_bound(model, run, val, CountTokens(), size) for size in (1, 4)]
+    assert all(0 < bound["bpb"] < 10 for bound in bounds)
+    assert len(flex_on_cpu) == calls[1]
+
+
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # of recipes: each traces other code
     "ar": ("ar", {}),
     "retrograde": ("retrograde", {}),  # hybrid noise, fixed rate, commit

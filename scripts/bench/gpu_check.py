@@ -7,7 +7,8 @@
 Settings come from the environment as for train_gpt.py; on a GPU the preset is 8xh100, so that a
 step has the eight parts that eight devices would share. In this order: the start of the loss,
 windows against attention with a dense mask, losses and gradients against the CPU, decoding; steps
-of ar, direct, record and retrograde, with and without cuDNN attention; the time of each score,
+of ar, direct, record and retrograde, with and without cuDNN attention, and of direct with windows
+read by FlexAttention, which is compared with the dense mask, too; the time of each score,
 projected to eight devices; decoding at batch 1 and 32 against cached AR; then runs of ar and record
 of --seed-seconds each, seed after seed, on the text of DATA_PATH. Until then text and weights are
 random, and nothing needs to be prepared. What does not fit into --seconds is left out and named.
@@ -272,10 +273,11 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
     return float(far) if math.isfinite(far) else math.inf
 
 
-def check_windows(at: Session) -> None:
+def check_windows(at: Session, kind: str = "groups") -> None:
     """Compare windows as they are trained with attention in fp32 under a dense mask."""
-    alone = {"mercury_clean_loss_weight": 0.0, "diffusion_loss_weight": 1.0}
-    with opened(at, "direct", diffusion_row_frac=1.0, **alone) as place:
+    alone: Row = {"mercury_clean_loss_weight": 0.0, "diffusion_loss_weight": 1.0}
+    alone |= {"window_attention": kind, "diffusion_row_frac": 1.0}
+    with opened(at, "direct", **alone) as place:
         randomise(place.state.model)
         rows, cfg = rows_of(place), place.state.cfg
         eager = dataclasses.replace(place.run, cfg=dataclasses.replace(cfg, compile="0"))
@@ -290,7 +292,7 @@ def check_windows(at: Session) -> None:
                 ours, our_grads = loss_and_gradients(place, place.objective, rows, size)
             far = distance(ours, loss), distance(our_grads, grads)
             found = f"relative distance of the loss {far[0]:.1e}, of gradients {far[1]:.1e}"
-            name = f"windows of {size} equal a dense mask"
+            name = f"windows of {size} in {kind} equal a dense mask"
             at.check(name, max(far) < limit, f"{found}; limit {limit:.0e}")
 
 
@@ -298,6 +300,8 @@ def losses_on(at: Session, device: str) -> list[float]:
     """Both losses of a batch of two rows by the whole objective, on a device."""
     T = tg.Config.from_env(environment(at, "direct"))[0].train_seq_len
     small = {"train_batch_tokens": 2 * T, "micro_batches": 1, "device": device}
+    if device == "cpu":
+        small["window_attention"] = "groups"
     with opened(at, "direct", **small) as place:
         randomise(place.state.model)
         size, now = max(place.objective.masks), tg.ScheduleState(0, 1.0, 1.0)
@@ -338,22 +342,24 @@ def check_decoding(at: Session) -> None:
 # ==============================================================================
 
 
-def time_recipe(at: Session, recipe: str, cudnn: bool | None) -> None:
+def time_recipe(at: Session, recipe: str, cudnn: bool | None, kind: str = "groups") -> None:
     """Time steps of a recipe; `cudnn`: let attention use it or not, None: as the program has it."""
     backends: Any = torch.backends.cuda
-    with opened(at, recipe) as place:
+    with opened(at, recipe, window_attention=kind) as place:
         if cudnn is not None:
             backends.enable_cudnn_sdp(cudnn)
         cfg = place.state.cfg
         start = cfg.diffusion_start_frac if cfg.diffusion else 1.0
-        profiled = at.device.type == "cuda" and recipe == "direct" and cudnn is None
+        usual = cudnn is None and kind == "groups"
+        profiled = at.device.type == "cuda" and recipe == "direct" and usual
         task = {"steps": at.args.steps, "profile": profiled}
         shares = {"clean": start, "windows": 1 - start}
         found = bench_train.time_kinds(place, task, shares)
         now = tg.ScheduleState(place.state.step, 1.0, 1.0)
         sums = tg.train_step(place.state, place.objective, now)
         losses = tg.check_finite(place.state, sums)
-    row: Row = {"recipe": recipe, "attention": attention_name(at, cudnn)}
+    name = attention_name(at, cudnn) if kind == "groups" else kind
+    row: Row = {"recipe": recipe, "attention": name}
     for kind in bench_train.KINDS:
         row[f"{kind}_ms"] = 1e3 * statistics.median(found[kind]) if kind in found else None
     row |= {"tokens": cfg.train_batch_tokens, "peak_mib": found["peak_mib"]}
@@ -558,6 +564,10 @@ def work(at: Session) -> None:
     """Do all parts, the most telling first."""
     at.part("start of the loss", functools.partial(check_start, at))
     at.part("windows against a dense mask", functools.partial(check_windows, at))
+    kinds = ("flex",) if at.device.type == "cuda" else ()  # a CPU has no gradient of it
+    for kind in kinds:
+        name = f"windows in {kind} against a dense mask"
+        at.part(name, functools.partial(check_windows, at, kind))
     at.part("losses against the CPU", functools.partial(check_against_cpu, at))
     at.part("decoding", functools.partial(check_decoding, at))
     if at.args.baseline:
@@ -567,6 +577,9 @@ def work(at: Session) -> None:
             name = f"steps of {recipe}, {attention_name(at, cudnn)}"
             at.part(name, functools.partial(time_recipe, at, recipe, cudnn))
         if cudnn is None:
+            for kind in kinds:
+                name = f"steps of direct, {kind}"
+                at.part(name, functools.partial(time_recipe, at, "direct", None, kind))
             targets(at)
             at.part("scores", functools.partial(time_scores, at))
             at.part("speed of decoding", functools.partial(time_decoding, at))

@@ -49,7 +49,8 @@ CODE = ("train_gpt.py", "LICENSE")  # copied as they are
 MODELING = "modeling_text_diffusion.py"
 ABSOLUTE, RELATIVE = "\nfrom train_gpt import", "\nfrom .train_gpt import"  # in the folder
 # Settings of the machine that trained the model, not of the model.
-LOCAL = ("data_path", "tokenizer_path", "out_dir", "init_from", "run_id", "device", "compile")
+LOCAL = ["data_path", "tokenizer_path", "out_dir", "init_from", "run_id", "device", "compile"]
+LOCAL += ["window_attention"]
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

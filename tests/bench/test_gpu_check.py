@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,44 @@ def test_wrong_attention_fails_a_check(
     bench.check_windows(at)
     assert [check.holds for check in at.checks] == [False, False, False]
     assert not at.result()["passed"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns that attention is not compiled
+def test_windows_of_flex_attention_are_checked_too(
+    small: list[str], tmp_path: Path, flex_on_cpu: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODEL_DIM", "32")
+    at, right = session(small, tmp_path), tg.block_mask
+    bench.check_windows(at, "flex")
+    assert [check.holds for check in at.checks] == [True, True, True]
+    assert all("in flex" in check.name for check in at.checks)
+    assert len(flex_on_cpu) == 3 * 2  # sizes and layers; not of the reference
+    monkeypatch.setattr(tg, "block_mask", lambda T, size, _, place: right(T, size, True, place))
+    bench.check_windows(at, "flex")
+    assert [check.holds for check in at.checks[3:]] == [False, False, False]
+
+
+@pytest.mark.slow
+def test_steps_of_flex_attention_are_timed_beside_those_of_groups(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[str]()
+
+    @contextlib.contextmanager
+    def opened(at: bench.Session, recipe: str, **more: Any) -> Iterator[Any]:
+        asked.append(more.pop("window_attention"))
+        with right(at, recipe, **more) as place:
+            yield place
+
+    right = bench.opened
+    monkeypatch.setattr(bench, "opened", opened)
+    at = session(small, tmp_path)
+    for kind in ("groups", "flex"):
+        bench.time_recipe(at, "direct", None, kind)
+    assert asked == ["groups", "flex"]
+    assert [row["attention"] for row in at.tables["Steps"]] == ["cpu", "flex"]
+    assert all(row["windows_ms"] > 0 for row in at.tables["Steps"])
 
 
 def test_a_wrong_loss_at_the_start_fails_a_check(

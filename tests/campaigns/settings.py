@@ -37,7 +37,8 @@ VALID = {  # of settings that neither choices nor limits describe
     "train_batch_tokens": (32, 64, 128), "model_dim": (8, 16, 24, 32), "num_heads": (1, 2, 4),
     "num_kv_heads": (1, 2), "micro_batches": (1, 2, 4),
 }
-FIXED = ("vocab_size", "init_from", "data_path", "tokenizer_path", "compile", "device")
+FIXED = ["vocab_size", "init_from", "data_path", "tokenizer_path", "compile", "device"]
+FIXED += ["window_attention"]  # needs a GPU
 # fmt: on
 
 

@@ -5,8 +5,8 @@
     python -m tests.cuda_trace steps:direct             only these cases
     python -m tests.cuda_trace --json 'steps:*'         one line of JSON each: what the tests read
 
-A case is steps:RECIPE, sizes:RECIPE, scores:RECIPE, decoding:RECIPE or compiled:RECIPE; the recipe
-`*` stands for a few recipes that have all kinds of steps.
+A case is steps:RECIPE, sizes:RECIPE, scores:RECIPE, decoding:RECIPE, compiled:RECIPE or
+flex:RECIPE; the recipe `*` stands for a few recipes that have all kinds of steps.
 """
 
 from __future__ import annotations

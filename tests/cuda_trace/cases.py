@@ -288,10 +288,18 @@ def whole_graphs(function: Callable[..., Any] | None = None, **options: Any) -> 
     return COMPILE(function, backend="aot_eager", **kept)
 
 
-def compiled(recipe: str, folder: Path) -> Iterator[Found]:
+def flex(recipe: str, folder: Path) -> Iterator[Found]:
+    """Trace the graphs of a training step whose windows are read by FlexAttention."""
+    for found in compiled(recipe, folder, window_attention="flex"):
+        yield found | {"case": f"{found['case']} with flex"}
+
+
+def compiled(recipe: str, folder: Path, **more: Any) -> Iterator[Found]:
     """Trace the graphs of a training step, which must be whole; of 1 or 2 layers, on short rows."""
     layers = SHALLOW if recipe == "direct" else 1
-    small = dict(num_layers=layers, train_seq_len=64, train_batch_tokens=512, nelbo_windows="16")
+    small: Found = dict(
+        more, num_layers=layers, train_seq_len=64, train_batch_tokens=512, nelbo_windows="16"
+    )
     cfg = configure(recipe, folder, parallel_eval_prefix_len=2, parallel_eval_examples=0, **small)
     began, counters = time.process_time(), torch._dynamo.utils.counters
     counters.clear()
@@ -309,4 +317,6 @@ def compiled(recipe: str, folder: Path) -> Iterator[Found]:
     graphs = counters["stats"]["unique_graphs"]
     breaks = [str(reason) for reason in counters["graph_break"]]
     seconds = round(time.process_time() - began, 1)
-    yield {"case": f"compiled {recipe}", "graphs": graphs, "breaks": breaks, "seconds": seconds}
+    masks = sorted({type(mask).__name__ for mask in objective.masks.values()})
+    found: Found = {"case": f"compiled {recipe}", "graphs": graphs, "breaks": breaks}
+    yield found | {"masks": masks, "seconds": seconds}

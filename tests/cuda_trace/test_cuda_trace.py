@@ -24,7 +24,11 @@ pytestmark = [
 
 STREAM = "bfloat16"  # what the residual stream should be on a GPU
 # What is traced by two processes, which take about as long.
-CASES = ["steps:*", "sizes:direct", "scores:direct", "decoding:direct"], ["compiled:*"]
+CASES = (
+    ["steps:*", "sizes:direct", "scores:direct", "decoding:direct"],
+    ["compiled:*", "flex:direct"],
+)
+FLEX = "compiled direct with flex"
 # Parameters that only windows use, by the last part of their names.
 OF_WINDOWS = {"mask_emb", "next_visible_gain", "next_visible_proj", "time_proj", "self_cond"}
 # Of one rank at the default size, a little above what was traced: kernels that are launched one by
@@ -183,6 +187,8 @@ def test_every_kind_compiles_to_whole_graphs(found: Cases) -> None:
     assert len(cases) > 10
     assert {name: case["breaks"] for name, case in cases.items() if case["breaks"]} == {}
     assert sum(case["graphs"] for case in cases.values()) > 5  # recipes share some
+    assert [name for name, case in cases.items() if case["masks"] == ["BlockMask"]] == [FLEX]
+    assert cases[FLEX]["graphs"] > 0
 
 
 def op(name: str, reads: str, writes: str, region: str = "f", flops: float = 0.0) -> Op:

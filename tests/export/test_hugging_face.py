@@ -254,6 +254,7 @@ def test_the_folder_holds_all_that_it_needs(exports: dict[str, Exported]) -> Non
         assert (folder / name).read_bytes() == (hugging_face.ROOT / name).read_bytes()
     config = (folder / "config.json").read_text("utf-8")
     assert str(folder.parent) not in config  # no path of the machine that trained it
+    assert "window_attention" not in config  # which another machine may not have
     assert exports["direct"].model.cfg.data_path not in config
     card = (folder / "README.md").read_text("utf-8")
     assert "Not stated: the model was exported without the log of its run." in card
