@@ -1,0 +1,338 @@
+"""Fit a sequential head to an artifact, so that tokens which one pass decides fit each other.
+
+    DATA_PATH=data/stdlib python scripts/chain.py final_model.int6.ptz --out head.ptz
+    python scripts/sample.py --artifact final_model.int6.ptz --head head.ptz --prompt 'def f(' \\
+        --mode block
+    python scripts/bench/passes.py --artifact final_model.int6.ptz --head head.ptz
+
+A denoising pass predicts every masked token of a window on its own, so tokens that it decides
+together do not fit each other. The head decides them from left to right: it adds to the logits of a
+token what the two tokens before it tell, at the cost of a small MLP a token and no further pass.
+The joint probability of what a pass decides is then a product of conditionals: exact, normalised,
+and sampled by ancestral sampling. The model is frozen, so none of its other scores change.
+
+Text comes from DATA_PATH and TOKENIZER_PATH, or from where the artifact was trained. Progress goes
+to standard error; the last line of standard output is one JSON object.
+
+Sources: Hydra heads (arXiv:2402.05109), NART-CRF (arXiv:1910.11555), Discrete Copula Diffusion
+(arXiv:2410.01949), EDLM (arXiv:2410.21357), adaptive parallel decoding (arXiv:2506.00413).
+"""
+
+from __future__ import annotations
+
+import sys
+from os.path import abspath, dirname
+
+sys.path.insert(0, dirname(dirname(abspath(__file__))))  # the repository
+import scripts.process  # noqa: F401 -- first: Ctrl-C ends the imports below in one line, too
+
+# isort: split
+import argparse
+import hashlib
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import train_gpt as tg
+from scripts.bench.text import open_validation
+from scripts.common import (
+    Parser,
+    autocast,
+    fail,
+    load_artifact,
+    newest_artifact,
+    pick_device,
+    run_command,
+    text_config,
+)
+
+FORMAT = "text-diffusion-head-1"
+FIT = "fit one: python scripts/chain.py {}"
+MOST_WIDTH = 64  # of the MLP, in multiples of the model's width
+CHECKED_TOKENS = 1 << 16  # validation tokens of the scores before and after
+
+# Shapes: B rows, T + 1 tokens of a row, W windows of S tokens per row, V vocabulary, D width.
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; exits with 2 on a wrong one."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    newest = "default: the newest final_model.*.ptz of the current folder"
+    add("artifact", type=Path, nargs="?", help=newest)
+    add("--out", type=Path, default=Path("head.ptz"), help="default %(default)s")
+    parser.whole("--steps", 300, "optimizer steps; 150 come close", high=10**7)
+    parser.whole("--batch-tokens", 2048, "tokens a step", high=10**8)
+    parser.whole("--window", 8, "tokens of the windows it is fitted on", low=2)
+    parser.whole("--width", 8, "width of its MLP / D", high=MOST_WIDTH)
+    parser.real("--lr", 0.001, "first learning rate (Adam), which falls to 0", 1e-9, 1)
+    parser.whole("--seed", 1337, "fixes initial weights and which text is read", low=0)
+    parser.device()
+    return parser.parse_args(argv)
+
+
+# ==============================================================================
+# 1  HEAD -- what the tokens to the left add to the logits, and its file
+# ==============================================================================
+
+
+class Head(nn.Module):
+    """An MLP on the token to the left and the pair it ends; the output matrix is the model's."""
+
+    def __init__(self, model: tg.GPT, width: int, seed: int = 0) -> None:
+        super().__init__()
+        dim = model.cfg.model_dim
+        self.fc = nn.Linear(dim, width * dim, bias=False)
+        self.proj = nn.Linear(width * dim, dim, bias=False)
+        self.bias = nn.Parameter(torch.zeros(model.cfg.vocab_size))
+        self.model = (model,)  # in a tuple, so that its weights are none of this module
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.uniform_(self.fc.weight, -(dim**-0.5), dim**-0.5, generator=generator)
+        nn.init.zeros_(self.proj.weight)  # the head adds nothing at first
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return what is added to the logits after each of consecutive tokens.
+
+        Args:
+            ids: (B, n) int64; V is a token that is not known yet, as the one before the token to
+                the left may be.
+
+        Returns:
+            (B, n, V). Only the head gets a gradient.
+        """
+        model = self.model[0]
+        with torch.no_grad():
+            known = ids.clamp_max(model.cfg.vocab_size - 1)
+            emb = tg.rms_norm(F.embedding(known, model.tok_emb))
+            positions = torch.arange(ids.shape[1], device=ids.device)
+            left = tg.rms_norm(model.add_bigrams(emb, ids, positions, None))
+            table = model.tok_emb if model.lm_head is None else model.lm_head
+        hidden = F.relu(self.fc(left)).square()
+        return F.linear(self.proj(hidden), table.detach(), self.bias)
+
+
+def artifact_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def save_head(path: Path, head: Head, about: Mapping[str, Any]) -> None:
+    """Write a head as fp16, and what is said about it.
+
+    Raises:
+        UserError: it is not finite in fp16, or the file cannot be written.
+    """
+    tensors = {name: p.detach().cpu().half() for name, p in head.named_parameters()}
+    if name := tg.first_not_finite(tensors):
+        fail(f"{name} is not finite in fp16, so no head was written; lower --lr")
+    data = zlib.compress(tg.pack_tensors({"format": FORMAT, **about}, tensors), 9)
+    tg.atomic_write(path, data, "head")
+
+
+def load_head(path: Path, model: tg.GPT, artifact: Path) -> Head:
+    """Read the head of a model that was loaded from `artifact`.
+
+    Raises:
+        UserError: the file is missing or damaged, or of another artifact.
+    """
+    try:
+        about, tensors = tg.unpack_tensors(tg.decompress(path.read_bytes()))
+        if about["format"] != FORMAT:
+            raise ValueError(f"its format is not {FORMAT!r}")
+        theirs, found = about["artifact_sha256"], artifact_digest(artifact)
+        if theirs != found:
+            hashes = f"its SHA-256 is {theirs[:12]}, that of {artifact} is {found[:12]}"
+            remedy = f"name that artifact, or {FIT.format(artifact)}"
+            fail(f"head {path} belongs to another artifact: {hashes}; {remedy}")
+        if not 1 <= about["width"] <= MOST_WIDTH:
+            raise ValueError(f"its width is {about['width']!r}")
+        head = Head(model, about["width"])
+        expected = {name: p.half() for name, p in head.named_parameters()}
+        if unlike := tg.differing_shapes(expected, tensors) or tg.first_not_finite(tensors):
+            raise ValueError(f"tensors do not fit this model, or are not finite: {unlike}")
+    except tg.UserError:
+        raise
+    except Exception as error:  # zlib, json and torch fail in many ways on foreign bytes
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        rule = f"is missing, damaged or not ours ({why}); copy it again"
+        fail(f"head {path} {rule}, or {FIT.format(artifact)}")
+    head.load_state_dict({name: w.float() for name, w in tensors.items()})
+    return head.to(model.tok_emb.device).eval()
+
+
+# ==============================================================================
+# 2  ONE PASS -- its exact likelihood, and the choice of its tokens
+# ==============================================================================
+Mask = tuple[Tensor, ...]
+
+
+def split_mask(cfg: tg.Config, size: int, device: torch.device) -> Mask:
+    """Which keys windows of `size` tokens read, as forward_denoise takes it."""
+    mask = tg.window_mask(cfg.train_seq_len, size, cfg.diffusion_causal, device)
+    return tg.split_mask(mask, size)
+
+
+def parallel_nll(
+    model: tg.GPT, head: Head | None, rows: Tensor, order: Tensor, mask: Mask
+) -> Tensor:
+    """Score decoding by a schedule that is fixed in advance: exact, without samples.
+
+    A pass decides its tokens left to right, each from the windows as they were at its start and, if
+    the same pass decided the token to its left, from what the head adds to that.
+
+    Args:
+        model: with a denoiser.
+        head: None decides the tokens of a pass independently of each other.
+        rows: (B, T + 1) int64; windows of S tokens cover all but the first.
+        order: (S,) int64 number of the pass that decides a token, from 0 on; -1: it is given.
+        mask: of windows of S tokens, by `split_mask`.
+
+    Returns:
+        Nats of each token, (B, W, S) float32; 0 where it is given. Only the head gets a gradient.
+    """
+    tokens, positions = tg.split_into_windows(rows, len(order))
+    before, x0 = tokens[..., :1], tokens[..., 1:]
+    V, nll = model.cfg.vocab_size, torch.zeros_like(x0, dtype=torch.float32)
+    with torch.no_grad():
+        cache = model.forward_causal(rows[:, :-1])[1]
+    for i in range(int(order.max()) + 1):
+        masked, now = (order >= i).expand_as(x0), order == i
+        t, keys = masked.float().mean(-1), torch.full_like(x0[..., 0], i)
+        noisy = tg.apply_noise(x0, masked, t, keys, model.cfg)
+        with torch.no_grad():
+            logits = model.forward_denoise(tg.WindowInput(before, noisy, positions, mask), cache)
+        if head is not None:
+            known = torch.cat((before, x0.masked_fill(order > i, V)), dim=-1)
+            added = head(known[..., :-1].flatten(0, 1)).view_as(logits)
+            together = now & F.pad(now[:-1], (1, 0))  # this token and the one to its left
+            logits = logits + together[:, None] * added
+        nll = torch.where(now, tg.token_nll(logits, x0), nll)
+    return nll
+
+
+Choose = Callable[[Tensor, int], Tensor]  # logits (B, V) of a token, its index: tokens (B,)
+
+
+def choose_along_chain(
+    head: Head, logits: Tensor, tokens: Tensor, decided: Tensor, choose: Choose
+) -> Tensor:
+    """Choose the tokens that a pass decides, left to right.
+
+    Args:
+        head: adds to the logits where the same pass decides the token to the left, too.
+        logits: (B, S, V) of the pass.
+        tokens: (B, 1 + S) windows, each after the clean token before it; V where still masked.
+        decided: (B, S) bool.
+        choose: from the logits of one token.
+
+    Returns:
+        Windows (B, 1 + S) with these tokens filled in.
+    """
+    tokens, together = tokens.clone(), F.pad(decided[:, :-1], (1, 0))
+    for i in decided.any(0).nonzero().flatten().tolist():
+        scores = logits[:, i]
+        if i and bool(together[:, i].any()):
+            added = head(tokens[:, i - 1 : i + 1])[:, -1]
+            scores = torch.where(together[:, i, None], scores + added, scores)
+        tokens[:, i + 1] = torch.where(decided[:, i], choose(scores, i), tokens[:, i + 1])
+    return tokens
+
+
+# ==============================================================================
+# 3  FIT -- the head alone, on windows that one pass decides whole
+# ==============================================================================
+
+
+def check_model(args: argparse.Namespace, cfg: tg.Config) -> None:
+    """Raise UserError if the model cannot have a head, or windows do not fit."""
+    if not cfg.diffusion:
+        fail(f"{args.artifact} has no denoiser (DIFFUSION_LOSS_WEIGHT=0), so no pass to decode by")
+    if cfg.diffusion_corruption_mode != "mask":
+        rule = "there any visible token may be a wrong one, so none is known; train with mask"
+        fail(
+            f"{args.artifact} has DIFFUSION_CORRUPTION_MODE={cfg.diffusion_corruption_mode}; {rule}"
+        )
+    T, name = cfg.train_seq_len, f"--window={args.window}"
+    if T % args.window:
+        fail(f"{name} must divide the {T} tokens of a row (TRAIN_SEQ_LEN); choose another")
+    if args.out.is_dir() or (args.out.exists() and args.out.samefile(args.artifact)):
+        fail(f"--out={args.out} must be neither a folder nor the artifact; name another file")
+
+
+@torch.no_grad()
+def score(model: tg.GPT, head: Head | None, rows: Tensor, size: int, mask: Mask) -> float:
+    """Mean nats of tokens of windows that one pass decides."""
+    order = torch.zeros(size, dtype=torch.long, device=rows.device)
+    parts = [parallel_nll(model, head, part, order, mask).double() for part in torch.split(rows, 8)]
+    return torch.cat(parts).mean().item()
+
+
+def fit(
+    head: Head, loader: tg.TokenLoader, args: argparse.Namespace, device: torch.device
+) -> list[float]:
+    """Train the head by Adam, its learning rate falling linearly to 0; the loss of each step."""
+    model, losses = head.model[0], list[float]()
+    T, order = model.cfg.train_seq_len, torch.zeros(args.window, dtype=torch.long, device=device)
+    mask = split_mask(model.cfg, args.window, device)
+    count = max(args.batch_tokens // T, 1)
+    optimizer = torch.optim.Adam(head.parameters(), args.lr, betas=(0.9, 0.95))
+    start = int(tg.random_uniform(torch.tensor(args.seed), 1).item() * loader.total)
+    for step in tqdm(range(args.steps), "fit", file=sys.stderr):
+        rows = loader.rows(start + step * count * T, count, T, device)
+        with autocast(device):
+            loss = parallel_nll(model, head, rows, order, mask).mean()
+        losses.append(loss.item())
+        if not losses[-1] < float("inf"):
+            fail(f"the loss is not finite at step {step}; lower --lr={args.lr}")
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * (1 - step / args.steps)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return losses
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Fit a head, write it, and score it as read from the file."""
+    device = pick_device(args.device)
+    args.artifact = args.artifact or newest_artifact()
+    artifact = load_artifact(args.artifact, device)
+    model, cfg = artifact.model, text_config(artifact.model.cfg)
+    check_model(args, cfg)
+    model.requires_grad_(False)
+    val, train = open_validation(artifact, cfg), tg.TokenLoader(cfg, "train")
+    head, T = Head(model, args.width, args.seed).to(device), cfg.train_seq_len
+    began = time.perf_counter()
+    losses = fit(head, train, args, device)
+    seconds = time.perf_counter() - began
+    about = {"artifact_sha256": artifact_digest(args.artifact), "width": args.width}
+    save_head(args.out, head, {**about, **artifact.identity})
+    read, mask = load_head(args.out, model, args.artifact), split_mask(cfg, args.window, device)
+    rows = val.rows(0, min(CHECKED_TOKENS, val.total - 1) // T, T, device)
+    found = {"causal_nats": tg.token_nll_causal(model, rows).mean().item()}
+    found["without_head_nats"] = score(model, None, rows, args.window, mask)
+    found["with_head_nats"] = score(model, read, rows, args.window, mask)
+    for name, nats in found.items():
+        tqdm.write(f"{name:20} {nats:.4f}  {nats / found['causal_nats']:.4f} x", file=sys.stderr)
+    options = {name: getattr(args, name) for name in ("steps", "batch_tokens", "window", "width")}
+    result = {"artifact": str(args.artifact), "head": str(args.out), **options, "lr": args.lr}
+    result |= {"head_bytes": args.out.stat().st_size, "seconds": seconds, "seed": args.seed}
+    return (
+        result | found | {"first_loss": losses[0], "last_loss": losses[-1], "tokens": rows.numel()}
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    args = parse_args(argv)
+    return run_command(lambda: run(args), resume="the head is written at the end; rerun")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
