@@ -28,6 +28,7 @@ import scripts.process  # noqa: F401 -- first: Ctrl-C ends the imports below in 
 
 # isort: split
 import argparse
+import functools
 import hashlib
 import time
 import zlib
@@ -112,10 +113,30 @@ class Head(nn.Module):
             known = ids.clamp_max(model.cfg.vocab_size - 1)
             emb = tg.rms_norm(F.embedding(known, model.tok_emb))
             positions = torch.arange(ids.shape[1], device=ids.device)
-            left = tg.rms_norm(model.add_bigrams(emb, ids, positions, None))
-            table = model.tok_emb if model.lm_head is None else model.lm_head
-        hidden = F.relu(self.fc(left)).square()
+            left = model.add_bigrams(emb, ids, positions, None)
+        return self.logits(left)
+
+    def logits(self, left: Tensor) -> Tensor:
+        """Embedded tokens, pairs added, (..., D) to what is added to the logits, (..., V)."""
+        model = self.model[0]
+        table = model.tok_emb if model.lm_head is None else model.lm_head
+        hidden = F.relu(self.fc(tg.rms_norm(left))).square()
         return F.linear(self.proj(hidden), table.detach(), self.bias)
+
+    def step(self, before: Tensor, token: Tensor) -> Tensor:
+        """Do as forward does for one known token (B,) after another (B,): (B, V). It is for loops
+        over tokens, where most of forward's time would go into what does not change.
+        """
+        model, left = self.model[0], F.embedding(token, self.embedded)
+        if model.bigram_embedding is not None:
+            row = tg.split_key(before, token) % len(model.bigram_embedding)
+            left = left + F.embedding(row, model.bigram_embedding)
+        return self.logits(left)
+
+    @functools.cached_property
+    def embedded(self) -> Tensor:
+        """All tokens as the model embeds them, (V, D)."""
+        return tg.rms_norm(self.model[0].tok_emb.detach())
 
 
 def artifact_digest(path: Path) -> str:

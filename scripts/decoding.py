@@ -41,6 +41,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
 import train_gpt as tg
+from scripts.chain import Head, choose_along_chain
 
 # Shapes: B rows, L tokens of a row, W windows of S tokens per row, V vocabulary, D width, n any.
 
@@ -76,6 +77,8 @@ class Decoding(NamedTuple):
     remask_threshold: float = 0.0  # tokens less probable than this (causal stream) are remasked
     lookup_ngram: int = 0  # speculative: tokens to look up in the text; 0: no prompt lookup
     longest_draft: int = 16  # speculative: most draft tokens per pass
+    draft: str = "auto"  # speculative: row of DRAFTS
+    head: Head | None = None  # of scripts/chain.py: tokens of one pass are decided left to right
     sampling: Sampling = GREEDY
 
 
@@ -89,6 +92,9 @@ MODES = {
     "draft_refine": Decoding("draft_refine", remask_threshold=0.02),
     "speculative": Decoding("speculative", window=4, lookup_ngram=2),
 }
+# Where speculative drafts come from, but for lookups: a window for each number of tokens that may
+# be accepted, or the sequential head alone, which needs no window; auto: the head, if there is one.
+DRAFTS = ("auto", "window", "head")
 LOSSLESS = ("ar", "speculative")  # the output of mode ar; they read no text after the span
 
 
@@ -104,6 +110,10 @@ def check_decoding(decoding: Decoding) -> None:
     if decoding.window < least:
         rule = f"must be at least {least} in mode {decoding.mode}"
         raise tg.UserError(f"window={decoding.window} {rule}")
+    if decoding.draft not in DRAFTS:
+        raise tg.UserError(f"draft={decoding.draft!r} must be one of: {', '.join(DRAFTS)}")
+    if decoding.draft == "head" and decoding.head is None:
+        raise tg.UserError("draft='head' needs a sequential head; fit one: scripts/chain.py")
     if decoding.steps < 1:
         raise tg.UserError(f"steps={decoding.steps} must be at least 1")
 
@@ -181,6 +191,18 @@ class Run(NamedTuple):
         """Choose tokens at positions (B, n) from logits (B, n, V), and their log-probabilities."""
         keys = tg.split_key(self.keys, positions)
         return sample_tokens(logits, self.decoding.sampling, keys)
+
+    def sample_along_chain(
+        self, head: Head, logits: Tensor, tokens: Tensor, positions: Tensor, decided: Tensor
+    ) -> Tensor:
+        """Choose the `decided` tokens (B, S) of windows (B, 1 + S) left to right, from logits
+        (B, S, V) and what the head adds; tokens that are still masked are V. Returns the windows.
+        """
+
+        def choose(scores: Tensor, i: int) -> Tensor:
+            return self.sample(scores[:, None], positions[:, i : i + 1])[0][:, 0]
+
+        return choose_along_chain(head, logits, tokens, decided, choose)
 
 
 class Window(NamedTuple):
@@ -404,9 +426,15 @@ def unmask(run: Run, windows: MaskedWindows, logits: Tensor, total: Tensor) -> M
     before, masked = windows.tokens[:, 0, :1], windows.masked[:, 0]
     positions = windows.first + torch.arange(1, masked.shape[1] + 1, device=masked.device)
     predicted, log_p = run.sample(logits[:, 0], positions)
-    tokens = torch.where(masked, predicted, windows.tokens[:, 0, 1:])
+    tokens, hidden = torch.where(masked, predicted, windows.tokens[:, 0, 1:]), masked
     remaining = tg.num_still_masked(total, step, decoding.steps)
     masked = tg.unmask_confident(masked, log_p, remaining) & (log_p.exp() < decoding.threshold)
+    if decoding.head is not None:
+        decided = hidden & ~masked
+        known = tokens.masked_fill(hidden, run.model.cfg.vocab_size)
+        known = torch.cat((before, known), dim=1)
+        chosen = run.sample_along_chain(decoding.head, logits[:, 0], known, positions, decided)
+        tokens = torch.where(decided, chosen[:, 1:], tokens)
     if run.watch is not None:
         run.watch(positions, tokens, log_p, masked)
     soft = run.model.cfg.self_condition == "soft"
@@ -556,7 +584,7 @@ def verify(run: Run, tokens: Tensor, first: Tensor, length: int) -> Verified:
         first: (B, 1) position of the last accepted token.
         length: number of tokens to draft; 0 takes a causal pass without windows.
     """
-    column = torch.arange(max(tokens.shape[1], length), device=first.device)
+    column = torch.arange(max(tokens.shape[1], length + 1), device=first.device)
     positions, guesses = first + column[: tokens.shape[1]], None
     if length == 0:
         logits, _ = run.model.forward_causal(tokens, run.cache, positions)
@@ -571,8 +599,51 @@ def verify(run: Run, tokens: Tensor, first: Tensor, length: int) -> Verified:
         return Verified(chosen, accepted, chosen[:, :0])
     used = accepted[:, 0].clamp(max=guesses.shape[1] - 1)
     of_row = guesses[torch.arange(len(used), device=used.device), used]  # (B, 1 + length, V)
-    drafts, _ = run.sample(of_row[:, 1:], first + accepted + 2 + column[:length])
+    known = torch.cat((tokens.gather(1, accepted), chosen.gather(1, accepted)), dim=1)
+    drafts = draft_after(run, of_row, known, first + accepted + 1 + column[: length + 1])
     return Verified(chosen, accepted, drafts)
+
+
+def draft_after(run: Run, logits: Tensor, known: Tensor, positions: Tensor) -> Tensor:
+    """Draft what follows the first token of a window, which the causal stream has chosen by now.
+
+    Args:
+        run: the decoding.
+        logits: (B, S, V) of the window; those of its first token are not read.
+        known: (B, 2) the token before the window, and its first.
+        positions: (B, S) of the window.
+
+    Returns:
+        Tokens (B, S - 1).
+    """
+    head = run.decoding.head
+    if head is None:
+        return run.sample(logits[:, 1:], positions[:, 1:])[0]
+    # The first logits are certain of the known token, so that the chain begins with it.
+    certain = torch.full_like(logits[:, :1], -math.inf).scatter(2, known[:, 1:, None], 0.0)
+    logits = torch.cat((certain, logits[:, 1:]), dim=1)
+    windows = F.pad(known, (0, logits.shape[1] - 1), value=run.model.cfg.vocab_size)
+    every = torch.ones_like(positions, dtype=torch.bool)
+    return run.sample_along_chain(head, logits, windows, positions, every)[:, 2:]
+
+
+PRIOR_WINDOW = 8  # tokens of the one window that drafts without windows begin with
+
+
+def window_prior(run: Run, last: Tensor, first: Tensor) -> Tensor:
+    """Predict tokens after the prompt without knowing their neighbours: logits (B, 1, V).
+
+    These are the mean logits of one window, but for its first token. The sequential head adds what
+    each left neighbour tells, and so drafts without another window.
+
+    Args:
+        run: the decoding, with 1 + PRIOR_WINDOW scratch places.
+        last: (B, 1) last token of the prompt.
+        first: (B, 1) its position.
+    """
+    tokens = F.pad(last, (0, PRIOR_WINDOW))[:, None]
+    masked = torch.ones_like(tokens[..., 1:], dtype=torch.bool)
+    return denoise(run, MaskedWindows(tokens, masked, first))[:, 0, 1:].mean(1, keepdim=True)
 
 
 def draft_windows(tokens: Tensor, positions: Tensor, length: int) -> MaskedWindows:
@@ -630,24 +701,25 @@ def decode_speculative(task: Task) -> Decoded:
     """Decode left to right; each pass verifies a draft and keeps what the causal stream chooses.
 
     The output is that of mode ar. A draft comes from the text where the row's last tokens occurred
-    before, else from a window. With neither (window 0, no lookup) a pass gives one token.
+    before, else from a window or a sequential head. With none of these (window 0, no lookup) a pass
+    gives one token.
     """
     decoding = task.decoding
     longest = min(decoding.window, task.stop - task.start, decoding.longest_draft)
     most = max(longest, decoding.longest_draft if decoding.lookup_ngram else 0)
-    scratch = (longest + 1) * (longest + 2)
+    scratch = max((longest + 1) * (longest + 2), 1 + PRIOR_WINDOW)
     run = start_run(task, task.stop - task.start + most + 1 + scratch)
     rows = Rows.start(task, most + 1)
     on_gpu = int(task.ids.is_cuda)  # a window hardly adds to the time of a pass there
     by_window = AcceptanceRate(accepted=0.3, decay=0.75, extra=0.5, least=on_gpu, most=longest)
     by_lookup = AcceptanceRate(accepted=1.5, decay=0.0, extra=1.0, least=1, most=most)
-    drafts = rows.tokens[:, :0]
+    drafts, prior = rows.tokens[:, :0], head_prior(run, rows, longest)
     while rows.unfinished():
         active, num_drafts = rows.active(), drafts.shape[1]
         drafts, found = add_lookups(rows, drafts, by_lookup)
         others = active & ~found  # rows that depend on windows
         use_windows = bool(others.any())
-        length = by_window.draft_length() if use_windows else 0
+        length = by_window.draft_length() if use_windows and prior is None else 0
         tokens = torch.cat((rows.tokens.gather(1, rows.done - 1), drafts), dim=1)
         verified = verify(run, tokens, rows.done - 1, length)
         if use_windows and num_drafts:
@@ -655,8 +727,35 @@ def decode_speculative(task: Task) -> Decoded:
         by_lookup.update(verified.accepted[active])
         one_pass = torch.ones_like(rows.done)
         rows.accept(rows.done, verified.tokens, verified.accepted + 1, one_pass)
-        drafts = verified.drafts
+        drafts = verified.drafts if prior is None else draft_by_head(run, rows, prior, longest)
     return rows.decoded()
+
+
+def head_prior(run: Run, rows: Rows, length: int) -> Tensor | None:
+    """What drafts of the sequential head alone begin with, logits (B, 1, V); it takes one pass.
+    None: drafts come from windows.
+    """
+    decoding, unfinished = run.decoding, rows.unfinished()
+    if decoding.head is None or decoding.draft == "window" or not length or not unfinished:
+        return None
+    last = rows.done - 1
+    rows.forwards = rows.forwards + rows.active()
+    return window_prior(run, rows.tokens.gather(1, last), last)
+
+
+def draft_by_head(run: Run, rows: Rows, prior: Tensor, length: int) -> Tensor:
+    """Draft what follows the rows' last tokens by the sequential head alone: (B, length)."""
+    head, place = run.decoding.head, rows.done
+    assert head is not None
+    known = rows.tokens.gather(1, torch.cat((place - 2, place - 1), dim=1))
+    tokens = list(known.unbind(1))
+    for i in range(length):
+        scores = prior[:, 0] + head.step(tokens[-2], tokens[-1])
+        if run.decoding.sampling.temperature <= 0:
+            tokens.append(scores.argmax(-1))  # as `sample`, without the probabilities
+        else:
+            tokens.append(run.sample(scores[:, None], place + i)[0][:, 0])
+    return torch.stack(tokens[2:], dim=1)
 
 
 Fill = Callable[[Run, Window, Tensor], tuple[Window, Tensor]]

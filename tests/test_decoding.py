@@ -17,6 +17,7 @@ import train_gpt as tg
 from scripts import decoding as dec
 from scripts.decoding import LIMITS, MODES, Decoding, Limits, Measured, Quality, Target
 from tests.conftest import random_rows, tiny
+from tests.test_chain import random_head
 from tests.test_decode import autoregressive, model_of
 
 V = 64
@@ -86,6 +87,50 @@ def test_speculative_is_lossless_for_every_kind_of_model(
         for batch in (1, 5):
             found = dec.decode(model, ids[:batch], 5, 21, decoding).ids
             assert found.equal(expected[:batch])
+
+
+@pytest.mark.parametrize("draft", ["window", "head"])
+@pytest.mark.parametrize("sampling", [dec.GREEDY, HOT])
+@pytest.mark.parametrize(("bigrams", "lookup"), [(0, 0), (50, 0), (50, 1)])
+def test_speculative_is_lossless_with_a_sequential_head(
+    bigrams: int, lookup: int, sampling: dec.Sampling, draft: str
+) -> None:
+    model, ids = model_of(bigram_vocab_size=bigrams), random_rows(8, 21, V)
+    expected = autoregressive(model, ids, 5, 21, sampling).ids
+    settings = {"lookup_ngram": lookup, "draft": draft, "head": random_head(model)}
+    for window, count in ((1, 8), (2, 8), (6, 5), (6, 1)):
+        decoding = mode_of("speculative", sampling, window=window, **settings)
+        found = dec.decode(model, ids[:count], 5, 21, decoding)
+        assert found.ids.equal(expected[:count])
+        assert dec.decode(model, ids[:, :1], 1, 1, decoding).ids.equal(ids[:, :1])
+
+
+@pytest.mark.parametrize("sampling", [dec.GREEDY, HOT])
+def test_drafts_of_a_head_that_knows_the_next_token_are_accepted(
+    sampling: dec.Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = model_of(), random_rows(3, 17, V)
+    head = random_head(model)
+    expected = autoregressive(model, ids, 5, 17, sampling).ids
+    with torch.no_grad():
+        logits = model.forward_causal(expected)[0]  # each predicts the next token
+
+    def step(before: Tensor, token: Tensor) -> Tensor:  # what follows this pair of the text
+        rows = [
+            next(i for i in range(16) if text[i - 1 : i + 1] == pair and i >= 5)
+            if (pair := [int(b), int(t)]) in [text[i - 1 : i + 1] for i in range(5, 16)]
+            else 0
+            for text, b, t in zip(expected.tolist(), before, token, strict=True)
+        ]
+        return logits[torch.arange(3), torch.tensor(rows)]
+
+    monkeypatch.setattr(head, "step", step)
+    prior = torch.zeros(3, 1, V)
+    monkeypatch.setattr(dec, "window_prior", lambda *_: prior)
+    decoding = mode_of("speculative", sampling, window=3, lookup_ngram=0, head=head)
+    found = dec.decode(model, ids, 5, 17, decoding)
+    assert found.ids.equal(expected)
+    assert int(found.forwards.max()) <= 1 + 2 + 12 // 4  # the prior; one token, then four a pass
 
 
 @pytest.mark.parametrize("sampling", [dec.GREEDY, HOT])
@@ -281,11 +326,19 @@ class Slow:
             logits = self.predict(text, window, left, step)
             step += 1
             tokens, log_p = dec.sample_tokens(logits[None], self.decoding.sampling, keys)
-            for i in left:
-                window[i] = int(tokens[0, i])
+            hidden, head = left, self.decoding.head
             num_left = total - math.ceil(total * step / steps)
             left = sorted(left, key=lambda i: log_p[0, i].item())[:num_left]
             left = [i for i in left if log_p[0, i].exp() < self.decoding.threshold]
+            decided = {*hidden} - {*left}
+            for i in sorted(decided):
+                window[i] = int(tokens[0, i])
+                if head is not None and i - 1 in decided:
+                    before = [V if j in left else window[j] for j in range(i)]
+                    scores = logits[i] + head(torch.tensor([[text[-1], *before]]))[0, -1]
+                    key = keys[:, i : i + 1]
+                    found = dec.sample_tokens(scores[None, None], self.decoding.sampling, key)
+                    window[i] = int(found[0])
         return window[:num]
 
     def low(self, text: list[int], window: list[int]) -> list[int]:
@@ -334,6 +387,23 @@ def test_windowed_modes_equal_the_slow_reference(
     model, ids = model_of(diffusion_corruption_mode=corruption), random_rows(4, 21, V)
     decoding = Decoding(mode, sampling=sampling, **REFERENCE_SETTINGS[mode])
     found = dec.decode(model, ids, 4, 18, decoding)
+    keys = dec.row_keys(ids, sampling.seed)
+    for row in range(4):
+        slow = Slow(model, decoding, keys[row : row + 1])
+        assert found.ids[row].tolist() == slow.decode(ids[row].tolist(), 4, 18)
+        assert found.forwards[row].item() == slow.passes
+
+
+@pytest.mark.parametrize("sampling", [dec.GREEDY, HOT])
+@pytest.mark.parametrize("mode", REFERENCE_SETTINGS)
+@torch.no_grad()
+def test_windows_with_a_head_equal_the_slow_reference(mode: str, sampling: dec.Sampling) -> None:
+    model, ids = model_of(bigram_vocab_size=50), random_rows(4, 21, V)
+    head = random_head(model)
+    decoding = Decoding(mode, sampling=sampling, head=head, **REFERENCE_SETTINGS[mode])
+    found = dec.decode(model, ids, 4, 18, decoding)
+    without = dec.decode(model, ids, 4, 18, decoding._replace(head=None))
+    assert not found.ids.equal(without.ids)
     keys = dec.row_keys(ids, sampling.seed)
     for row in range(4):
         slow = Slow(model, decoding, keys[row : row + 1])
@@ -629,6 +699,8 @@ def test_windows_need_a_denoiser(mode: str) -> None:
     [
         (Decoding("blocks"), r"mode='blocks' is unknown; name one of ar, refine, .*speculative"),
         (mode_of("block", window=0), "window=0 must be at least 1 in mode block"),
+        (mode_of("speculative", draft="x"), "draft='x' must be one of: auto, window, head"),
+        (mode_of("speculative", draft="head"), "draft='head' needs a sequential head; fit one"),
         (mode_of("speculative", window=-1), "window=-1 must be at least 0 in mode speculative"),
         (mode_of("refine", steps=0), "steps=0 must be at least 1"),
     ],
