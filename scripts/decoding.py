@@ -1017,7 +1017,7 @@ class Choice(NamedTuple):
 
 
 def candidates(
-    denoiser: bool, suffix: bool, span: int, sampling: Sampling = GREEDY
+    denoiser: bool, suffix: bool, span: int, sampling: Sampling = GREEDY, head: Head | None = None
 ) -> list[Decoding]:
     """List settings to try: only those that need no denoiser, or that read text after the span."""
     rows = list[Decoding]()
@@ -1029,7 +1029,7 @@ def candidates(
         rows += [MODES[mode]._replace(steps=n) for mode in ("refine", "refine_cached") for n in few]
         rows += [MODES["threshold"]._replace(threshold=p) for p in THRESHOLDS]
         rows += [MODES[mode] for mode in ("block", "remask", "draft_refine")]
-    return [decoding._replace(sampling=sampling) for decoding in rows]
+    return [decoding._replace(sampling=sampling, head=head) for decoding in rows]
 
 
 def measure(model: tg.GPT, ids: Tensor, start: int, stop: int, decoding: Decoding) -> Measured:
@@ -1073,6 +1073,7 @@ def choose(
     stop: int,
     target: Target,
     sampling: Sampling = GREEDY,
+    head: Head | None = None,
 ) -> Choice:
     """Mode auto: try all candidates on rows (B, L) and `select` one.
 
@@ -1082,7 +1083,7 @@ def choose(
     """
     check_target(target)
     suffix = stop < ids.shape[1]
-    rows = candidates(model.mask_emb is not None, suffix, stop - start, sampling)
+    rows = candidates(model.mask_emb is not None, suffix, stop - start, sampling, head)
     if not rows or not len(ids) or start >= stop:
         reason = "is empty, or text after it needs a denoiser"
         raise tg.UserError(f"span {start}..{stop} of {len(ids)} rows {reason}")

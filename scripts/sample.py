@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import torch
     from rich.text import Text
 
+    from scripts.chain import Head
     from scripts.decoding import Decoding, Sampling
     from train_gpt import GPT, Config
 
@@ -73,6 +74,8 @@ def add_text_options(parser: Parser) -> None:
     default = "models/python.ptz, else the newest final_model.*.ptz of this folder"
     parser.artifact(default, "beside it, or the one it names")
     add("--adapter", type=Path, metavar="FILE", help="of scripts/finetune.py, for this artifact")
+    head = "of scripts/chain.py, for this artifact: tokens of one pass are decided left to right"
+    add("--head", type=Path, metavar="FILE", help=head)
     given.add_argument("--prompt", metavar="TEXT", help="text to start from; may be empty")
     given.add_argument("--prompt-file", type=Path, metavar="PATH", help="file with the prompt")
     demo = "take a Python function of this validation data"
@@ -146,6 +149,8 @@ def faults(args: argparse.Namespace) -> Iterator[tuple[object, str]]:
     yield unused and chosen == "auto", by_auto
     no_target = f"--mode {mode} has no target; leave it out, or --latency and --nats"
     yield has_target and mode not in (None, "auto"), no_target
+    no_pass = "--head changes passes over windows, and mode ar has none; add --mode speculative"
+    yield args.head and chosen == "ar" and not (args.edit or args.demo), no_pass
     one_target = (args.latency is None) == (args.nats is None)
     yield chosen == "auto" and one_target, "auto takes one of --latency and --nats"
     folder = args.html.parent if args.html else Path()
@@ -178,12 +183,17 @@ class Loaded(NamedTuple):
     cfg: Config
     tokenizer: spm.SentencePieceProcessor
     device: torch.device
+    head: Head | None = None
 
 
 def load(
-    path: Path, tokenizer: Path | None, device: torch.device, adapter: Path | None = None
+    path: Path,
+    tokenizer: Path | None,
+    device: torch.device,
+    adapter: Path | None = None,
+    head: Path | None = None,
 ) -> Loaded:
-    """Read an artifact, the tokenizer it was trained with, and an adapter, if any.
+    """Read an artifact, the tokenizer it was trained with, and an adapter and a head, if any.
 
     Raises:
         UserError: one is missing or damaged, or does not belong to the artifact.
@@ -194,12 +204,17 @@ def load(
         from scripts.finetune import load_adapter
 
         load_adapter(adapter, model, path)
+    loaded = None
+    if head is not None:
+        from scripts.chain import load_head
+
+        loaded = load_head(head, model, path)
     file = tokenizer_path(tokenizer, path, model.cfg.tokenizer_path)
     remedy = "name that one: --tokenizer MODEL"
     if not file.is_file():
         fail(f"tokenizer {file} is not there; name the one {path} was trained with: {remedy}")
     counter = open_tokenizer(artifact, file, "tokenizer ", remedy)
-    return Loaded(model, model.cfg, counter.tokenizer, device)
+    return Loaded(model, model.cfg, counter.tokenizer, device, loaded)
 
 
 def encode(tokenizer: spm.SentencePieceProcessor, text: str, continues: bool = False) -> list[int]:
@@ -379,7 +394,7 @@ def choose_mode(
 
     span = (at.model, ids, job.start, job.start + job.num)
     try:
-        found = choose(*span, Target(args.latency, args.nats), sampling)
+        found = choose(*span, Target(args.latency, args.nats), sampling, at.head)
     except tg.UserError as error:
         target = f"--nats={args.nats}" if args.latency is None else f"--latency={args.latency}"
         fail(f"{target}: {error}; raise it")
@@ -403,7 +418,7 @@ def settle(at: Loaded, job: Job, ids: torch.Tensor, args: argparse.Namespace) ->
         return choose_mode(at, job, ids, args, sampling)
     values = {name: getattr(args, name) for name in DENOISING if mode != "ar"}
     given = {name: value for name, value in values.items() if value is not None}
-    decoding = MODES[mode]._replace(sampling=sampling, **given)
+    decoding = MODES[mode]._replace(sampling=sampling, head=at.head, **given)
     if needs_denoiser(decoding) and at.model.mask_emb is None:
         option = "--edit" if job.draft else f"--mode={mode}"
         why = "this model was trained without one (DIFFUSION_LOSS_WEIGHT=0)"
@@ -709,7 +724,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     path = args.artifact or default_artifact()
     if path == common.PACKAGED and args.artifact is None:
         print(f"--- model: {packaged_name()}, as no --artifact is named", file=sys.stderr)
-    loaded = load(path, args.tokenizer, device, args.adapter)
+    loaded = load(path, args.tokenizer, device, args.adapter, args.head)
     if args.compile:
         from scripts.decoding import compiled
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import io
@@ -21,7 +22,7 @@ import sentencepiece as spm
 import torch
 
 import train_gpt as tg
-from scripts import common, decoding, sample
+from scripts import chain, common, decoding, sample
 from scripts.sample_page import Cell, Recording, character, join, page, spell
 from tests.conftest import (
     BOS,
@@ -99,6 +100,34 @@ def test_compiled_passes_give_the_same_text(
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     again = facts(call("--prompt", PROMPT, "--tokens", "12", "--mode", "speculative", "--compile"))
     assert again["text"] == plain["text"]
+
+
+@pytest.mark.parametrize("mode", ["block", "refine", "speculative", "auto"])
+def test_a_head_joins_the_tokens_of_a_pass(
+    call: Callable[..., Called], at: sample.Loaded, mode: str, artifact: Path, tmp_path: Path
+) -> None:
+    head, path = chain.Head(at.model, 2), tmp_path / "head.ptz"
+    for p in head.parameters():
+        torch.nn.init.normal_(p)
+    about = {"artifact_sha256": chain.artifact_digest(artifact), "width": 2}
+    chain.save_head(path, head, about)
+    argv = ("--prompt", PROMPT, "--tokens", "12", "--mode", mode)
+    argv += ("--latency", "1000") if mode == "auto" else ("--window", "12")
+    found = facts(call(*argv, "--head", str(path)))
+    if mode != "auto":
+        ids = [BOS, *at.tokenizer.encode(PROMPT)]
+        sampling = decoding.Sampling(end=BOS)
+        loaded = chain.load_head(path, at.model, artifact)
+        settings = decoding.MODES[mode]._replace(sampling=sampling, window=12, head=loaded)
+        expected = decoding.generate(at.model, torch.tensor([ids]), 12, settings)
+        assert found["text"] == at.tokenizer.decode(expected.ids[0].tolist())
+        without = facts(call(*argv))
+        assert (found["text"] == without["text"]) == (mode == "speculative")  # lossless
+    other = tmp_path / "other.ptz"
+    save(dataclasses.replace(at.cfg, eval_seed=1), other)
+    status, _, err = call(*argv, "--head", str(path), artifact=other)
+    assert status == 2
+    assert "belongs to another artifact" in err
 
 
 def test_a_suffix_is_read_and_kept(call: Callable[..., Called]) -> None:
@@ -430,6 +459,8 @@ def test_a_job_in_other_tokens_is_the_same_text(at: sample.Loaded, tokenizers: T
         ("--top-p 0", "argument --top-p: 0 must be between"),
         ("--temperature nan", "argument --temperature: nan must be between 0 and"),
         ("--steps 3", "--steps: mode ar has no windows"),
+        ("--head x.ptz", "--head changes passes over windows, and mode ar has none"),
+        ("--head nowhere.ptz --mode block", r"head nowhere\.ptz is missing, damaged or not ours"),
         ("--latency 1 --window 4", "--window: mode auto chooses that"),
         ("--mode auto", "--latency and --nats"),
         ("--latency 1 --nats 1", "--latency and --nats"),
