@@ -42,7 +42,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +54,7 @@ import train_gpt as tg
 from scripts import decoding
 from scripts.bench.infill import distinct_2, estimate, unigram_entropy
 from scripts.bench.text import open_validation
+from scripts.chain import Head, load_head
 from scripts.common import (
     Artifact,
     Parser,
@@ -88,6 +89,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("artifact", type=Path)
     add("--judge", type=Path, metavar="ARTIFACT", help="another model of the same tokenizer")
     add("--modes", type=names, default=modes, help="default all; ar is always measured")
+    head = "of scripts/chain.py: modes with windows also with it"
+    add("--head", type=Path, metavar="FILE", help=head)
+    add("--no-lookup", action="store_true", help="speculative also without prompt lookup")
     passes, batch = "1,2,4,8,12,20,30", "examples at once (default %(default)s)"
     add("--passes", type=counts, default=passes, help="default %(default)s")
     add("--batch", type=counts, default="1,32", help=batch)
@@ -150,15 +154,33 @@ def fills_windows(settings: Decoding) -> bool:
     return settings.mode not in decoding.LOSSLESS
 
 
-def plan_jobs(modes: Sequence[str], args: argparse.Namespace) -> list[Job]:
+def variants(
+    modes: Sequence[str], args: argparse.Namespace, head: Head | None
+) -> Iterator[tuple[str, Decoding]]:
+    """Yield each mode with its settings; with a sequential head; without prompt lookup."""
+    for mode in modes:
+        plain = decoding.MODES[mode]
+        yield mode, plain
+        fewer = args.no_lookup and plain.lookup_ngram > 0
+        if fewer:
+            yield f"{mode}, no lookup", plain._replace(lookup_ngram=0)
+        if head is not None and mode != "ar":
+            yield f"{mode} + head", plain._replace(head=head)
+            if fewer:
+                yield f"{mode} + head, no lookup", plain._replace(head=head, lookup_ngram=0)
+
+
+def plan_jobs(
+    modes: Sequence[str], args: argparse.Namespace, head: Head | None = None
+) -> list[Job]:
     """List every mode x passes x batch, the first mode first in each batch.
 
     A window takes at most one pass per token.
     """
     sampling, jobs = decoding.Sampling(temperature=args.temperature), []
     for batch in args.batch:
-        for mode in modes:
-            settings = decoding.MODES[mode]._replace(sampling=sampling)
+        for mode, variant in variants(modes, args, head):
+            settings = variant._replace(sampling=sampling)
             has_steps = fills_windows(settings) and settings.threshold == math.inf
             most = min(settings.window, args.target)
             steps = sorted({min(n, most) for n in args.passes}) if has_steps else [0]
@@ -450,7 +472,8 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads or torch.get_num_threads())
     at, data_path = load(args, pick_device(args.device))
     modes = args.modes if at.model.mask_emb is not None else ["ar"]
-    jobs, cuda = plan_jobs(modes, args), at.rows.is_cuda
+    head = load_head(args.head, at.model, args.artifact) if args.head else None
+    jobs, cuda = plan_jobs(modes, args, head), at.rows.is_cuda
     bar = tqdm(total=len(jobs) + 5 * args.predecessor, desc="decode", disable=None)
     with bar, autocast(at.rows.device):
         text = quality(at, at.rows[:, : args.prefix + args.target])

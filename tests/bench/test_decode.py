@@ -15,6 +15,7 @@ import torch
 import train_gpt as tg
 from scripts import decoding
 from scripts.bench import decode as bench
+from scripts.chain import Head
 from tests.bench import artifacts
 from tests.conftest import (
     ROOT,
@@ -58,9 +59,9 @@ def bench_of(rows: int = 6, judge: tg.GPT | None = None, repeats: int = 1) -> be
 def jobs_of(
     modes: list[str], passes: list[int], batch: list[int], temperature: float = 0.0
 ) -> list[bench.Job]:
-    return bench.plan_jobs(
-        modes, Namespace(passes=passes, batch=batch, target=TARGET, temperature=temperature)
-    )
+    options = Namespace(passes=passes, batch=batch, target=TARGET, temperature=temperature)
+    options.no_lookup = False
+    return bench.plan_jobs(modes, options)
 
 
 def measured(at: bench.Bench, *args: Any) -> list[dict[str, Any]]:
@@ -76,6 +77,26 @@ def test_every_mode_has_the_passes_its_windows_can_take() -> None:
         mode = decoding.MODES[job.mode]
         sampling = decoding.Sampling(temperature=0.5)
         assert job.decoding == mode._replace(sampling=sampling, steps=job.passes or mode.steps)
+
+
+def test_modes_are_also_measured_with_a_head_and_without_lookup() -> None:
+    options = Namespace(passes=[2], batch=[1], target=TARGET, temperature=0.0, no_lookup=True)
+    head = Head(model_of(), 2)
+    jobs = bench.plan_jobs(["ar", "block", "speculative"], options, head)
+    found = {job.mode: (job.decoding.head, job.decoding.lookup_ngram) for job in jobs}
+    lookup = decoding.MODES["speculative"].lookup_ngram
+    assert found == {
+        "ar": (None, 0),
+        "block": (None, 0),
+        "block + head": (head, 0),
+        "speculative": (None, lookup),
+        "speculative, no lookup": (None, 0),
+        "speculative + head": (head, lookup),
+        "speculative + head, no lookup": (head, 0),
+    }
+    at = bench_of()
+    rows = bench.measure(at, jobs, Namespace(update=lambda: None))
+    assert [row["identical"] for row in rows if "speculative" in row["mode"]] == [1.0] * 4
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
