@@ -55,6 +55,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.artifact(default, "beside it, or the one it names")
     lengths = "of spans, by bench/serving.py (default: FILE.lengths.json beside it, or ours)"
     add("--length-correction", type=Path, metavar="FILE", help=lengths)
+    head = "of scripts/chain.py, for this artifact: tokens of one pass are decided left to right"
+    add("--head", type=Path, metavar="FILE", help=head)
     add("--model-name", metavar="NAME", help="name for clients (default: that of the file)")
     add("--host", default="127.0.0.1", help="address; another than %(default)s needs a key file")
     parser.whole("--port", 8000, "0: any that is free", low=0, high=65535)
@@ -146,6 +148,7 @@ def length_file(args: argparse.Namespace, artifact: Path) -> Path | None:
 
 def make_service(args: argparse.Namespace, device: torch.device) -> Service:
     """Load the model and its tokenizer; UserError: one is missing or not the other's."""
+    from scripts.chain import load_head
     from scripts.serving import hole
     from scripts.serving.api import Access, Service
     from scripts.serving.engine import Engine, Limits
@@ -166,8 +169,9 @@ def make_service(args: argparse.Namespace, device: torch.device) -> Service:
     if args.deterministic and not check_deterministic(artifact.model, args.slots):
         rule = "finds that results on this machine depend on the slot; leave it out"
         fail(f"--deterministic --slots={args.slots} {rule}, or try another number of --slots")
+    head = load_head(args.head, artifact.model, path) if args.head else None
     try:
-        engine = Engine(artifact.model, limits, metrics, args.deterministic)
+        engine = Engine(artifact.model, limits, metrics, args.deterministic, head)
     except (RuntimeError, MemoryError) as error:
         why = str(error).splitlines()[0]
         fail(f"--slots={args.slots}: their buffers cannot be allocated ({why}); use fewer slots")

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 import train_gpt as tg
+from scripts.chain import Head
 from scripts.common import autocast
 from scripts.decoding import GREEDY, LOSSLESS
 from scripts.serving.passes import Choices, Denoise, Pass, Passes, Read, Result, Step
@@ -101,10 +102,16 @@ class Engine:
         limits: of the server.
         metrics: counters that the thread updates.
         deterministic: see `Passes`.
+        head: see `Passes`.
     """
 
     def __init__(
-        self, model: tg.GPT, limits: Limits, metrics: Metrics, deterministic: bool = False
+        self,
+        model: tg.GPT,
+        limits: Limits,
+        metrics: Metrics,
+        deterministic: bool = False,
+        head: Head | None = None,
     ) -> None:
         self.model, self.limits, self.metrics = model, limits, metrics
         self.deterministic = deterministic
@@ -116,7 +123,7 @@ class Engine:
         self.row_seconds = 1.0  # moving average of the time that a row holds a slot
         self.ready = self.draining = self.stopping = False
         with torch.inference_mode(), autocast(next(model.parameters()).device):
-            self.passes = Passes(model, limits.slots, deterministic)
+            self.passes = Passes(model, limits.slots, deterministic, head)
         self.thread = threading.Thread(target=self._work, name="model", daemon=True)
 
     # --- used by any thread ---

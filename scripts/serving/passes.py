@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import train_gpt as tg
+from scripts.chain import Head, choose_along_chain
 from scripts.decoding import Sampling, sample_tokens
 
 # Shapes: R rows of a pass, N tokens of each, S tokens of a window without the clean one before it,
@@ -119,10 +120,18 @@ class Passes:
         num_slots: rows at once.
         deterministic: every pass has all slots, all places and a fixed width, so that a row gets
             the same bits whatever its neighbours are. Otherwise results are equal but for rounding.
+        head: of scripts/chain.py: tokens that a pass unmasks are chosen left to right.
     """
 
-    def __init__(self, model: tg.GPT, num_slots: int, deterministic: bool = False) -> None:
+    def __init__(
+        self,
+        model: tg.GPT,
+        num_slots: int,
+        deterministic: bool = False,
+        head: Head | None = None,
+    ) -> None:
         self.model, self.num_slots, self.deterministic = model, num_slots, deterministic
+        self.head = head
         self.device = next(model.parameters()).device
         self.length = model.cfg.train_seq_len
         one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
@@ -271,11 +280,14 @@ class Passes:
         index = torch.tensor(list(at), device=self.device)
         logits = logits[index]  # (rows of `group`, 1, S, V)
         tokens, log_p = self._sample(windows, logits[:, 0], inputs.positions[index, 1:])
-        masked = inputs.noisy.corrupted[index, 0]
+        hidden = masked = inputs.noisy.corrupted[index, 0]
         tokens = torch.where(masked, tokens, self._own_tokens(windows, tokens.shape[1]))
         remaining = torch.tensor([[each.remaining] for each in windows], device=self.device)
         threshold = torch.tensor([[each.threshold] for each in windows], device=self.device)
         masked = tg.unmask_confident(masked, log_p, remaining) & (log_p.exp() < threshold)
+        if self.head is not None:
+            positions = inputs.positions[index, 1:]
+            tokens = self._join(self.head, windows, logits[:, 0], tokens, hidden, masked, positions)
         soft = self.model.cfg.self_condition == "soft"
         previous = tg.expected_embedding(self.model, logits)[:, 0] if soft else None
         lists = zip(windows, tokens.tolist(), log_p.tolist(), masked.tolist(), strict=True)
@@ -285,6 +297,43 @@ class Passes:
             own = None if previous is None else previous[i, :size]
             results.append(Unmasked(t[:size], p[:size], still[:size], own))
         return results
+
+    def _join(
+        self,
+        head: Head,
+        windows: Sequence[Denoise],
+        logits: Tensor,
+        tokens: Tensor,
+        hidden: Tensor,
+        masked: Tensor,
+        positions: Tensor,
+    ) -> Tensor:
+        """Choose the tokens (R, S) that a pass unmasks left to right, with the head.
+
+        Args:
+            head: of the model.
+            windows: one of each row.
+            logits: (R, S, V) of the pass.
+            tokens: (R, S) as chosen without the head.
+            hidden: (R, S) bool, masked at the start of the pass.
+            masked: (R, S) bool, still masked after it.
+            positions: (R, S).
+        """
+        before = torch.tensor([[each.tokens[0]] for each in windows], device=self.device)
+        known = tokens.masked_fill(hidden, self.model.cfg.vocab_size)
+        known, decided = torch.cat((before, known), dim=1), hidden & ~masked
+        at_once = 1 if self.deterministic else len(windows)  # as in _sample
+        parts = list[Tensor]()
+        for start in range(0, len(windows), at_once):
+            part = slice(start, start + at_once)
+
+            def choose(scores: Tensor, i: int, part: slice = part) -> Tensor:
+                place = positions[part, i : i + 1]
+                return self._sample(windows[part], scores[:, None], place)[0][:, 0]
+
+            found = choose_along_chain(head, logits[part], known[part], decided[part], choose)
+            parts.append(found[:, 1:])
+        return torch.where(decided, torch.cat(parts), tokens)
 
     def _own_tokens(self, windows: Sequence[Denoise], size: int) -> Tensor:
         lists = {i: each.tokens[1:] for i, each in enumerate(windows)}

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from scripts import decoding
+import train_gpt as tg
+from scripts import chain, decoding
 from scripts.decoding import MODES, Decoding, Sampling
 from scripts.serving.api import Service
 from scripts.serving.engine import Draining, QueueFull
 from scripts.serving.rows import Event, Row
-from tests.conftest import BOS, VOCAB, random_rows
+from tests.conftest import BOS, CPU, VOCAB, random_rows
 from tests.serving.conftest import LENGTH, decode, export, make, make_row
 
 NewRow = Callable[..., Row]
@@ -82,6 +83,39 @@ def test_rows_of_any_model_get_what_decode_gives_each(
         setting = MODES[mode]._replace(steps=3)
         for row in decode(service, different_rows(service, setting, mode != "ar")):
             assert row.span == reference(service, row, setting)
+
+
+@pytest.fixture
+def head(artifact: Path, tmp_path: Path) -> Path:
+    """A head of random weights for the artifact."""
+    model, path = tg.load_artifact(artifact, CPU)[0], tmp_path / "head.ptz"
+    found = chain.Head(model, 2)
+    for p in found.parameters():
+        torch.nn.init.normal_(p)
+    about = {"artifact_sha256": chain.artifact_digest(artifact), "width": 2}
+    chain.save_head(path, found, about)
+    return path
+
+
+@pytest.mark.parametrize("sampling", [decoding.GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_rows_get_what_decode_gives_each_with_a_head(
+    artifact: Path, head: Path, sampling: Sampling, deterministic: bool
+) -> None:
+    options = ["--deterministic"] if deterministic else []
+    service = make(artifact, "--slots", "4", "--head", str(head), *options)
+    loaded = chain.load_head(head, service.engine.model, artifact)
+    for mode in ("refine", "block", "threshold"):
+        setting = MODES[mode]._replace(sampling=sampling, steps=2)
+        rows = decode(service, different_rows(service, setting, has_suffix=True))
+        found = [row.span for row in rows]
+        assert found == [reference(service, r, setting._replace(head=loaded)) for r in rows]
+        assert found != [reference(service, r, setting) for r in rows]
+
+
+def test_a_head_of_another_artifact_is_refused(head: Path, causal_artifact: Path) -> None:
+    with pytest.raises(tg.UserError, match="belongs to another artifact"):
+        make(causal_artifact, "--head", str(head))
 
 
 def test_edit_gives_what_edit_of_decoding_gives(service: Service) -> None:
