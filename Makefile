@@ -46,6 +46,7 @@ demo: $(VENV)/.requirements
 	$(BIN)/python scripts/prepare_data.py --out $(DATA)
 	DATA_PATH=$(DATA) TOKENIZER_PATH=$(DATA)/tokenizer.model RUN_ID=demo OUT_DIR=$(OUT) \
 	    NELBO_SEQUENCES=64 PARALLEL_EVAL_EXAMPLES=64 $(BIN)/python train_gpt.py
+	$(BIN)/python scripts/chain.py $(ARTIFACT) --steps 150
 	$(BIN)/python scripts/sample.py --artifact $(ARTIFACT) --demo $(DATA) --compare
 	@echo "log       $(OUT)/logs/demo.txt and $(OUT)/logs/demo.jsonl"
 	@echo "artifact  $(ARTIFACT)"
@@ -56,7 +57,9 @@ model: $(VENV)/.requirements
 	    DATA_PATH=$(DATA) TOKENIZER_PATH=$(DATA)/tokenizer.model OUT_DIR=$(MODEL_OUT) \
 	    $(if $(STAGE),timeout --foreground --signal=INT $(STAGE)) $(BIN)/python train_gpt.py
 	test $$(wc -c < $(MODEL_OUT)/final_model.int6.ptz) -le $(MODEL_BYTES)
+	$(BIN)/python scripts/chain.py $(MODEL_OUT)/final_model.int6.ptz --steps 2000
 	cp $(DATA)/tokenizer.model models/python.model
+	cp $(MODEL_OUT)/final_model.int6.head models/python.head
 	cp $(MODEL_OUT)/final_model.int6.ptz models/python.ptz
 
 serve: $(VENV)/.requirements-serve

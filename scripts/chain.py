@@ -1,9 +1,8 @@
 """Fit a sequential head to an artifact, so that tokens which one pass decides fit each other.
 
-    DATA_PATH=data/stdlib python scripts/chain.py final_model.int6.ptz --out head.ptz
-    python scripts/sample.py --artifact final_model.int6.ptz --head head.ptz --prompt 'def f(' \\
-        --mode block
-    python scripts/bench/passes.py --artifact final_model.int6.ptz --head head.ptz
+    python scripts/chain.py final_model.int6.ptz        writes final_model.int6.head beside it
+    python scripts/sample.py --artifact final_model.int6.ptz --prompt 'def f(' --mode block
+    python scripts/bench/passes.py --artifact final_model.int6.ptz --head final_model.int6.head
 
 A denoising pass predicts every masked token of a window on its own, so tokens that it decides
 together do not fit each other. The head decides them from left to right: it adds to the logits of a
@@ -52,9 +51,11 @@ from scripts.common import (
     pick_device,
     run_command,
     text_config,
+    warn,
 )
 
 FORMAT = "text-diffusion-head-1"
+SUFFIX = ".head"
 FIT = "fit one: python scripts/chain.py {}"
 MOST_WIDTH = 64  # of the MLP, in multiples of the model's width
 CHECKED_TOKENS = 1 << 16  # validation tokens of the scores before and after
@@ -68,7 +69,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     newest = "default: the newest final_model.*.ptz of the current folder"
     add("artifact", type=Path, nargs="?", help=newest)
-    add("--out", type=Path, default=Path("head.ptz"), help="default %(default)s")
+    beside = "default: FILE.head beside the artifact, where sample.py and serve.py look"
+    add("--out", type=Path, metavar="FILE", help=beside)
     parser.whole("--steps", 300, "optimizer steps; 150 come close", high=10**7)
     parser.whole("--batch-tokens", 2048, "tokens a step", high=10**8)
     parser.whole("--window", 8, "tokens of the windows it is fitted on", low=2)
@@ -185,6 +187,23 @@ def load_head(path: Path, model: tg.GPT, artifact: Path) -> Head:
         fail(f"head {path} {rule}, or {FIT.format(artifact)}")
     head.load_state_dict({name: w.float() for name, w in tensors.items()})
     return head.to(model.tok_emb.device).eval()
+
+
+def find_head(given: Path | None, model: tg.GPT, artifact: Path) -> Head | None:
+    """Read the head that is given, or else the one beside the artifact, if there is one.
+
+    Raises:
+        UserError: the one that is given is missing or damaged, or of another artifact; one that is
+            not asked for is left out with a warning.
+    """
+    beside = artifact.with_suffix(SUFFIX)
+    if given is not None or not beside.is_file():
+        return None if given is None else load_head(given, model, artifact)
+    try:
+        return load_head(beside, model, artifact)
+    except tg.UserError as error:
+        warn(f"left out: {error}")
+        return None
 
 
 # ==============================================================================
@@ -325,6 +344,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     args.artifact = args.artifact or newest_artifact()
     artifact = load_artifact(args.artifact, device)
     model, cfg = artifact.model, text_config(artifact.model.cfg)
+    args.out = args.out or args.artifact.with_suffix(SUFFIX)
     check_model(args, cfg)
     model.requires_grad_(False)
     val, train = open_validation(artifact, cfg), tg.TokenLoader(cfg, "train")

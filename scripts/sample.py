@@ -74,7 +74,7 @@ def add_text_options(parser: Parser) -> None:
     default = "models/python.ptz, else the newest final_model.*.ptz of this folder"
     parser.artifact(default, "beside it, or the one it names")
     add("--adapter", type=Path, metavar="FILE", help="of scripts/finetune.py, for this artifact")
-    head = "of scripts/chain.py, for this artifact: tokens of one pass are decided left to right"
+    head = "of scripts/chain.py: tokens of one pass fit each other (default: FILE.head beside it)"
     add("--head", type=Path, metavar="FILE", help=head)
     given.add_argument("--prompt", metavar="TEXT", help="text to start from; may be empty")
     given.add_argument("--prompt-file", type=Path, metavar="PATH", help="file with the prompt")
@@ -204,11 +204,9 @@ def load(
         from scripts.finetune import load_adapter
 
         load_adapter(adapter, model, path)
-    loaded = None
-    if head is not None:
-        from scripts.chain import load_head
+    from scripts.chain import find_head
 
-        loaded = load_head(head, model, path)
+    loaded = find_head(head, model, path)
     file = tokenizer_path(tokenizer, path, model.cfg.tokenizer_path)
     remedy = "name that one: --tokenizer MODEL"
     if not file.is_file():

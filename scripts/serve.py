@@ -55,7 +55,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.artifact(default, "beside it, or the one it names")
     lengths = "of spans, by bench/serving.py (default: FILE.lengths.json beside it, or ours)"
     add("--length-correction", type=Path, metavar="FILE", help=lengths)
-    head = "of scripts/chain.py, for this artifact: tokens of one pass are decided left to right"
+    head = "of scripts/chain.py: tokens of one pass fit each other (default: FILE.head beside it)"
     add("--head", type=Path, metavar="FILE", help=head)
     add("--model-name", metavar="NAME", help="name for clients (default: that of the file)")
     add("--host", default="127.0.0.1", help="address; another than %(default)s needs a key file")
@@ -148,7 +148,7 @@ def length_file(args: argparse.Namespace, artifact: Path) -> Path | None:
 
 def make_service(args: argparse.Namespace, device: torch.device) -> Service:
     """Load the model and its tokenizer; UserError: one is missing or not the other's."""
-    from scripts.chain import load_head
+    from scripts.chain import find_head
     from scripts.serving import hole
     from scripts.serving.api import Access, Service
     from scripts.serving.engine import Engine, Limits
@@ -169,7 +169,7 @@ def make_service(args: argparse.Namespace, device: torch.device) -> Service:
     if args.deterministic and not check_deterministic(artifact.model, args.slots):
         rule = "finds that results on this machine depend on the slot; leave it out"
         fail(f"--deterministic --slots={args.slots} {rule}, or try another number of --slots")
-    head = load_head(args.head, artifact.model, path) if args.head else None
+    head = find_head(args.head, artifact.model, path)
     try:
         engine = Engine(artifact.model, limits, metrics, args.deterministic, head)
     except (RuntimeError, MemoryError) as error:

@@ -31,6 +31,7 @@ grep -Eq '^final_int6_lzma_roundtrip_exact val_loss:[0-9.]+ val_bpb:[0-9.]+$' "$
 grep -q '"event": "done"' "$work/out/logs/smoke.jsonl"
 
 sample=("$python" scripts/sample.py --artifact "$work/out/final_model.int6.ptz" --device cpu)
+"$python" scripts/chain.py "$work/out/final_model.int6.ptz" --steps 2 --device cpu
 "${sample[@]}" --demo "$work/data"
 "${sample[@]}" --prompt 'def area(' --suffix ' return' --tokens 8 --steps 2 --temperature 1
 "${sample[@]}" --tokens 8 --mode block --window 4 </dev/null

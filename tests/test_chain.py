@@ -254,6 +254,22 @@ def test_a_damaged_head_is_refused(
 # ---- bad input ----
 
 
+def test_a_head_beside_the_artifact_is_found(
+    artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tg.load_artifact(artifact, CPU)[0]
+    assert chain.find_head(None, model, artifact) is None
+    found = facts(outcome(chain.main, [str(artifact), "--steps", "1"], capsys))
+    beside = artifact.with_suffix(".head")
+    assert found["head"] == str(beside)
+    assert chain.find_head(None, model, artifact) is not None
+    beside.write_bytes(b"damaged")
+    assert chain.find_head(None, model, artifact) is None
+    assert "warning: left out: head" in capsys.readouterr().err
+    with pytest.raises(tg.UserError, match="missing, damaged or not ours"):
+        chain.find_head(beside, model, artifact)
+
+
 def test_a_model_without_a_denoiser_has_no_head(
     tmp_path: Path, data: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
