@@ -633,6 +633,7 @@ class Run:
             run.identity = {"program_sha256": hashlib.sha256(program).hexdigest()}
             for number in ENDING_SIGNALS:
                 stack.callback(signal.signal, number, signal.signal(number, interrupt))
+            stack.callback(setattr, sys, "unraisablehook", sys.unraisablehook)  # see interrupt()
             try:
                 run.open()
                 yield run

@@ -45,6 +45,7 @@ from scripts.bench.text import open_validation
 from scripts.common import (
     Parser,
     autocast,
+    check_outputs,
     fail,
     load_artifact,
     newest_artifact,
@@ -58,6 +59,7 @@ FORMAT = "text-diffusion-head-1"
 SUFFIX = ".head"
 FIT = "fit one: python scripts/chain.py {}"
 MOST_WIDTH = 64  # of the MLP, in multiples of the model's width
+ROWS_AT_ONCE = 8
 CHECKED_TOKENS = 1 << 16  # validation tokens of the scores before and after
 
 # Shapes: B rows, T + 1 tokens of a row, W windows of S tokens per row, V vocabulary, D width.
@@ -71,8 +73,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("artifact", type=Path, nargs="?", help=newest)
     beside = "default: FILE.head beside the artifact, where sample.py and serve.py look"
     add("--out", type=Path, metavar="FILE", help=beside)
-    parser.whole("--steps", 300, "optimizer steps; 150 come close", high=10**7)
-    parser.whole("--batch-tokens", 2048, "tokens a step", high=10**8)
+    parser.whole("--steps", 300, "optimizer steps", high=10**5)
+    parser.whole("--batch-tokens", 2048, "tokens per step", high=10**6)
     parser.whole("--window", 8, "tokens of the windows it is fitted on", low=2)
     parser.whole("--width", 8, "width of its MLP / D", high=MOST_WIDTH)
     parser.real("--lr", 0.001, "first learning rate (Adam), which falls to 0", 1e-9, 1)
@@ -126,8 +128,8 @@ class Head(nn.Module):
         return F.linear(self.proj(hidden), table.detach(), self.bias)
 
     def step(self, before: Tensor, token: Tensor) -> Tensor:
-        """Do as forward does for one known token (B,) after another (B,): (B, V). It is for loops
-        over tokens, where most of forward's time would go into what does not change.
+        """Same as `forward` for one token (B,) after another (B,), both known: (B, V). Embeddings
+        of tokens are computed once and kept.
         """
         model, left = self.model[0], F.embedding(token, self.embedded)
         if model.bigram_embedding is not None:
@@ -141,8 +143,12 @@ class Head(nn.Module):
         return tg.rms_norm(self.model[0].tok_emb.detach())
 
 
+def read_file(path: Path) -> bytes:
+    return b"" if path.is_fifo() else path.read_bytes()  # a pipe would block
+
+
 def artifact_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(read_file(path)).hexdigest()
 
 
 def save_head(path: Path, head: Head, about: Mapping[str, Any]) -> None:
@@ -165,7 +171,7 @@ def load_head(path: Path, model: tg.GPT, artifact: Path) -> Head:
         UserError: the file is missing or damaged, or of another artifact.
     """
     try:
-        about, tensors = tg.unpack_tensors(tg.decompress(path.read_bytes()))
+        about, tensors = tg.unpack_tensors(tg.decompress(read_file(path)))
         if about["format"] != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
         theirs, found = about["artifact_sha256"], artifact_digest(artifact)
@@ -209,17 +215,14 @@ def find_head(given: Path | None, model: tg.GPT, artifact: Path) -> Head | None:
 # ==============================================================================
 # 2  ONE PASS -- its exact likelihood, and the choice of its tokens
 # ==============================================================================
-Mask = tuple[Tensor, ...]
-
-
-def split_mask(cfg: tg.Config, size: int, device: torch.device) -> Mask:
-    """Which keys windows of `size` tokens read, as forward_denoise takes it."""
+def window_groups(cfg: tg.Config, size: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Which keys windows of `size` tokens read, in groups, as WindowInput takes it."""
     mask = tg.window_mask(cfg.train_seq_len, size, cfg.diffusion_causal, device)
     return tg.split_mask(mask, size)
 
 
 def parallel_nll(
-    model: tg.GPT, head: Head | None, rows: Tensor, order: Tensor, mask: Mask
+    model: tg.GPT, head: Head | None, rows: Tensor, order: Tensor, mask: tuple[Tensor, ...]
 ) -> Tensor:
     """Score decoding by a schedule that is fixed in advance: exact, without samples.
 
@@ -231,14 +234,14 @@ def parallel_nll(
         head: None decides the tokens of a pass independently of each other.
         rows: (B, T + 1) int64; windows of S tokens cover all but the first.
         order: (S,) int64 number of the pass that decides a token, from 0 on; -1: it is given.
-        mask: of windows of S tokens, by `split_mask`.
+        mask: of windows of S tokens, by `window_groups`.
 
     Returns:
         Nats of each token, (B, W, S) float32; 0 where it is given. Only the head gets a gradient.
     """
     tokens, positions = tg.split_into_windows(rows, len(order))
     before, x0 = tokens[..., :1], tokens[..., 1:]
-    V, nll = model.cfg.vocab_size, torch.zeros_like(x0, dtype=torch.float32)
+    V, nll, previous = model.cfg.vocab_size, torch.zeros_like(x0, dtype=torch.float32), None
     with torch.no_grad():
         cache = model.forward_causal(rows[:, :-1])[1]
     for i in range(int(order.max()) + 1):
@@ -246,7 +249,10 @@ def parallel_nll(
         t, keys = masked.float().mean(-1), torch.full_like(x0[..., 0], i)
         noisy = tg.apply_noise(x0, masked, t, keys, model.cfg)
         with torch.no_grad():
-            logits = model.forward_denoise(tg.WindowInput(before, noisy, positions, mask), cache)
+            window = tg.WindowInput(before, noisy, positions, mask, previous)
+            logits = model.forward_denoise(window, cache)
+            if model.cfg.self_condition == "soft":  # as decoders do from the second pass on
+                previous = tg.expected_embedding(model, logits)
         if head is not None:
             known = torch.cat((before, x0.masked_fill(order > i, V)), dim=-1)
             added = head(known[..., :-1].flatten(0, 1)).view_as(logits)
@@ -301,16 +307,22 @@ def check_model(args: argparse.Namespace, cfg: tg.Config) -> None:
     T, name = cfg.train_seq_len, f"--window={args.window}"
     if T % args.window:
         fail(f"{name} must divide the {T} tokens of a row (TRAIN_SEQ_LEN); choose another")
-    if args.out.is_dir() or (args.out.exists() and args.out.samefile(args.artifact)):
-        fail(f"--out={args.out} must be neither a folder nor the artifact; name another file")
+    if args.out.exists() and args.out.samefile(args.artifact):
+        fail(f"--out={args.out} is the artifact; name another file")
 
 
 @torch.no_grad()
-def score(model: tg.GPT, head: Head | None, rows: Tensor, size: int, mask: Mask) -> float:
-    """Mean nats of tokens of windows that one pass decides."""
+def scores(model: tg.GPT, head: Head, rows: Tensor, size: int) -> dict[str, float]:
+    """Mean nats per token of the clean stream, and of windows that one pass decides."""
     order = torch.zeros(size, dtype=torch.long, device=rows.device)
-    parts = [parallel_nll(model, head, part, order, mask).double() for part in torch.split(rows, 8)]
-    return torch.cat(parts).mean().item()
+    mask, sums = window_groups(model.cfg, size, rows.device), [0.0, 0.0, 0.0]
+    for part in torch.split(rows, ROWS_AT_ONCE):
+        with autocast(rows.device):
+            causal = tg.token_nll_causal(model, part)
+            without, with_head = (parallel_nll(model, h, part, order, mask) for h in (None, head))
+        for i, nats in enumerate((causal, without, with_head)):
+            sums[i] += nats.double().sum().item() / rows[:, 1:].numel()
+    return dict(zip(("causal_nats", "without_head_nats", "with_head_nats"), sums, strict=True))
 
 
 def fit(
@@ -319,7 +331,7 @@ def fit(
     """Train the head by Adam, its learning rate falling linearly to 0; the loss of each step."""
     model, losses = head.model[0], list[float]()
     T, order = model.cfg.train_seq_len, torch.zeros(args.window, dtype=torch.long, device=device)
-    mask = split_mask(model.cfg, args.window, device)
+    mask = window_groups(model.cfg, args.window, device)
     count = max(args.batch_tokens // T, 1)
     optimizer = torch.optim.Adam(head.parameters(), args.lr, betas=(0.9, 0.95))
     start = int(tg.random_uniform(torch.tensor(args.seed), 1).item() * loader.total)
@@ -345,6 +357,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     artifact = load_artifact(args.artifact, device)
     model, cfg = artifact.model, text_config(artifact.model.cfg)
     args.out = args.out or args.artifact.with_suffix(SUFFIX)
+    check_outputs(args)
     check_model(args, cfg)
     model.requires_grad_(False)
     val, train = open_validation(artifact, cfg), tg.TokenLoader(cfg, "train")
@@ -354,11 +367,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     about = {"artifact_sha256": artifact_digest(args.artifact), "width": args.width}
     save_head(args.out, head, {**about, **artifact.identity})
-    read, mask = load_head(args.out, model, args.artifact), split_mask(cfg, args.window, device)
     rows = val.rows(0, min(CHECKED_TOKENS, val.total - 1) // T, T, device)
-    found = {"causal_nats": tg.token_nll_causal(model, rows).mean().item()}
-    found["without_head_nats"] = score(model, None, rows, args.window, mask)
-    found["with_head_nats"] = score(model, read, rows, args.window, mask)
+    found = scores(model, load_head(args.out, model, args.artifact), rows, args.window)
     for name, nats in found.items():
         tqdm.write(f"{name:20} {nats:.4f}  {nats / found['causal_nats']:.4f} x", file=sys.stderr)
     options = {name: getattr(args, name) for name in ("steps", "batch_tokens", "window", "width")}

@@ -194,15 +194,18 @@ class Run(NamedTuple):
 
     def sample_along_chain(
         self, head: Head, logits: Tensor, tokens: Tensor, positions: Tensor, decided: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Choose the `decided` tokens (B, S) of windows (B, 1 + S) left to right, from logits
-        (B, S, V) and what the head adds; tokens that are still masked are V. Returns the windows.
+        (B, S, V) and what the head adds; tokens that are still masked are V. Returns the windows,
+        and the log-probabilities of what was decided, (B, S), 0 elsewhere.
         """
+        log_p = torch.zeros(decided.shape, dtype=torch.double, device=decided.device)
 
         def choose(scores: Tensor, i: int) -> Tensor:
-            return self.sample(scores[:, None], positions[:, i : i + 1])[0][:, 0]
+            tokens, log_p[:, i : i + 1] = self.sample(scores[:, None], positions[:, i : i + 1])
+            return tokens[:, 0]
 
-        return choose_along_chain(head, logits, tokens, decided, choose)
+        return choose_along_chain(head, logits, tokens, decided, choose), log_p
 
 
 class Window(NamedTuple):
@@ -433,8 +436,9 @@ def unmask(run: Run, windows: MaskedWindows, logits: Tensor, total: Tensor) -> M
         decided = hidden & ~masked
         known = tokens.masked_fill(hidden, run.model.cfg.vocab_size)
         known = torch.cat((before, known), dim=1)
-        chosen = run.sample_along_chain(decoding.head, logits[:, 0], known, positions, decided)
-        tokens = torch.where(decided, chosen[:, 1:], tokens)
+        found = run.sample_along_chain(decoding.head, logits[:, 0], known, positions, decided)
+        tokens = torch.where(decided, found[0][:, 1:], tokens)
+        log_p = torch.where(decided, found[1], log_p)
     if run.watch is not None:
         run.watch(positions, tokens, log_p, masked)
     soft = run.model.cfg.self_condition == "soft"
@@ -624,7 +628,7 @@ def draft_after(run: Run, logits: Tensor, known: Tensor, positions: Tensor) -> T
     logits = torch.cat((certain, logits[:, 1:]), dim=1)
     windows = F.pad(known, (0, logits.shape[1] - 1), value=run.model.cfg.vocab_size)
     every = torch.ones_like(positions, dtype=torch.bool)
-    return run.sample_along_chain(head, logits, windows, positions, every)[:, 2:]
+    return run.sample_along_chain(head, logits, windows, positions, every)[0][:, 2:]
 
 
 PRIOR_WINDOW = 8  # tokens of the one window that drafts without windows begin with

@@ -74,8 +74,10 @@ def add_text_options(parser: Parser) -> None:
     default = "models/python.ptz, else the newest final_model.*.ptz of this folder"
     parser.artifact(default, "beside it, or the one it names")
     add("--adapter", type=Path, metavar="FILE", help="of scripts/finetune.py, for this artifact")
-    head = "of scripts/chain.py: tokens of one pass fit each other (default: FILE.head beside it)"
-    add("--head", type=Path, metavar="FILE", help=head)
+    head = "of scripts/chain.py: a pass decides left to right (default: FILE.head beside it)"
+    heads = parser.add_mutually_exclusive_group()
+    heads.add_argument("--head", type=Path, metavar="FILE", help=head)
+    heads.add_argument("--no-head", action="store_true", help="use none, whatever lies there")
     given.add_argument("--prompt", metavar="TEXT", help="text to start from; may be empty")
     given.add_argument("--prompt-file", type=Path, metavar="PATH", help="file with the prompt")
     demo = "take a Python function of this validation data"
@@ -149,6 +151,8 @@ def faults(args: argparse.Namespace) -> Iterator[tuple[object, str]]:
     yield unused and chosen == "auto", by_auto
     no_target = f"--mode {mode} has no target; leave it out, or --latency and --nats"
     yield has_target and mode not in (None, "auto"), no_target
+    changed = "--head was fitted to the artifact without --adapter; leave one of them out"
+    yield args.head and args.adapter, changed
     no_pass = "--head changes passes over windows, and mode ar has none; add --mode speculative"
     yield args.head and chosen == "ar" and not (args.edit or args.demo), no_pass
     one_target = (args.latency is None) == (args.nats is None)
@@ -192,8 +196,10 @@ def load(
     device: torch.device,
     adapter: Path | None = None,
     head: Path | None = None,
+    find: bool = False,
 ) -> Loaded:
-    """Read an artifact, the tokenizer it was trained with, and an adapter and a head, if any.
+    """Read an artifact, the tokenizer it was trained with, and an adapter and a head, if any. With
+    `find` a head beside the artifact is taken, but not with an adapter, which it does not know.
 
     Raises:
         UserError: one is missing or damaged, or does not belong to the artifact.
@@ -204,9 +210,11 @@ def load(
         from scripts.finetune import load_adapter
 
         load_adapter(adapter, model, path)
-    from scripts.chain import find_head
+    loaded = None
+    if head is not None or (find and adapter is None):
+        from scripts.chain import find_head
 
-    loaded = find_head(head, model, path)
+        loaded = find_head(head, model, path)
     file = tokenizer_path(tokenizer, path, model.cfg.tokenizer_path)
     remedy = "name that one: --tokenizer MODEL"
     if not file.is_file():
@@ -476,6 +484,7 @@ def decode_job(at: Loaded, job: Job, args: argparse.Namespace, screen: Screen | 
             nats = tg.token_nll_causal(at.model, out.ids)[0, job.start - 1 :].tolist()
             recording.put("left to right instead", found, nats)
     facts = {"forwards": int(out.forwards[0, 0]), "seconds": seconds, **facts}
+    facts |= {"head": True} if decoding.head is not None and decoding.mode != "ar" else {}
     end = decoding.sampling.end
     length = found.index(end) if end in found else job.num
     return Output(settings.mode, found[:length], recording, facts)
@@ -722,7 +731,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     path = args.artifact or default_artifact()
     if path == common.PACKAGED and args.artifact is None:
         print(f"--- model: {packaged_name()}, as no --artifact is named", file=sys.stderr)
-    loaded = load(path, args.tokenizer, device, args.adapter, args.head)
+    loaded = load(path, args.tokenizer, device, args.adapter, args.head, not args.no_head)
     if args.compile:
         from scripts.decoding import compiled
 

@@ -55,7 +55,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.artifact(default, "beside it, or the one it names")
     lengths = "of spans, by bench/serving.py (default: FILE.lengths.json beside it, or ours)"
     add("--length-correction", type=Path, metavar="FILE", help=lengths)
-    head = "of scripts/chain.py: tokens of one pass fit each other (default: FILE.head beside it)"
+    head = "of scripts/chain.py: a pass decides left to right (default: FILE.head beside it)"
     add("--head", type=Path, metavar="FILE", help=head)
     add("--model-name", metavar="NAME", help="name for clients (default: that of the file)")
     add("--host", default="127.0.0.1", help="address; another than %(default)s needs a key file")

@@ -611,7 +611,8 @@ def test_a_signal_that_python_drops_ends_a_run_at_the_next_batch(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown, evaluated = list[object](), list[tg.Pair]()
-    monkeypatch.setattr(sys, "unraisablehook", shown.append)  # restored at the end
+    hook = shown.append
+    monkeypatch.setattr(sys, "unraisablehook", hook)
     cfg = tiny(**data, out_dir=str(tmp_path))
     val, starts = tg.TokenLoader(cfg, "val"), torch.arange(2) * cfg.train_seq_len
 
@@ -625,6 +626,7 @@ def test_a_signal_that_python_drops_ends_a_run_at_the_next_batch(
         run()
     assert caught.value.status == 128 + signal.SIGTERM
     assert (shown, evaluated) == ([], [])
+    assert sys.unraisablehook is hook
 
 
 @pytest.mark.slow

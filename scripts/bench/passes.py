@@ -1,15 +1,15 @@
 """Score decoding itself: exact bits per byte against forward passes per token, without samples.
 
-    python scripts/bench/passes.py --head head.ptz              windows of 4, 8 and 16 tokens
-    python scripts/bench/passes.py --head head.ptz --rows 256 --plot passes.png
-    python scripts/bench/passes.py --order spread               passes decide tokens far apart
+    python scripts/bench/passes.py --head final_model.int6.head      windows of 4, 8, 16 tokens
+    python scripts/bench/passes.py --head final_model.int6.head --rows 256 --plot passes.png
+    python scripts/bench/passes.py --order spread                    tokens of a pass far apart
 
 parallel_bpb window:S passes:N is what a decoder that fills windows of S tokens in N passes, by a
 schedule fixed in advance, gives the text: by the chain rule over passes and, inside a pass, over
 tokens, which are independent (factorised) or decided left to right with a sequential head of
 scripts/chain.py (chained). It is no bound: the probabilities of all windows sum to one. A pass of
 the clean stream per window, which enters it into the cache, is not counted. `alone` is the head
-without a window: the same logits before every token, and what the head adds.
+without a window: to the mean logits of masked tokens of training text it adds what it knows.
 
 Text comes from DATA_PATH and TOKENIZER_PATH, or from where the artifact was trained; rows are
 evenly spaced over the validation split. The last line is one JSON object.
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import train_gpt as tg
 from scripts.bench.likelihood import Loaded, causal, load, window_sizes
-from scripts.chain import Head, load_head, parallel_nll, split_mask
+from scripts.chain import Head, load_head, parallel_nll, window_groups
 from scripts.common import (
     Parser,
     autocast,
@@ -95,15 +95,18 @@ def score(at: Loaded, head: Head | None, order: Tensor, mask: tuple[Tensor, ...]
 
 @torch.no_grad()
 def mean_logits(at: Loaded, size: int, mask: tuple[Tensor, ...]) -> Tensor:
-    """Mean logits (V,) of tokens of wholly masked windows, but for the first of each."""
-    rows = at.rows[:PRIOR_ROWS].to(at.device)
+    """Mean logits (V,) of tokens of wholly masked windows of training text, but for the first of
+    each window.
+    """
+    rows = tg.TokenLoader(at.cfg, "train").rows(0, PRIOR_ROWS, at.cfg.train_seq_len, at.device)
     tokens, positions = tg.split_into_windows(rows, size)
     x0 = tokens[..., 1:]
     masked, t = torch.ones_like(x0, dtype=torch.bool), torch.ones(x0.shape[:2], device=at.device)
     noisy = tg.apply_noise(x0, masked, t, torch.zeros_like(x0[..., 0]), at.cfg)
-    cache = at.model.forward_causal(rows[:, :-1])[1]
     window = tg.WindowInput(tokens[..., :1], noisy, positions, mask)
-    return at.model.forward_denoise(window, cache)[:, :, 1:].mean((0, 1, 2))
+    with autocast(at.device):
+        cache = at.model.forward_causal(rows[:, :-1])[1]
+        return at.model.forward_denoise(window, cache)[:, :, 1:].mean((0, 1, 2))
 
 
 @torch.no_grad()
@@ -129,7 +132,7 @@ def measure(at: Loaded, head: Head | None, args: argparse.Namespace) -> dict[str
     plan = [(size, passes) for size in sizes for passes in pass_counts(size)]
     rows, exact = list[dict[str, Any]](), causal(at, lambda: None)
     for size, passes in tqdm(plan, "passes", leave=False, disable=None):
-        mask = split_mask(at.cfg, size, at.device)
+        mask = window_groups(at.cfg, size, at.device)
         order = schedule(size, passes, args.order).to(at.device)
         row: dict[str, Any] = {"window": size, "passes": passes, "passes_per_token": passes / size}
         row["factorised_bpb"] = score(at, None, order, mask)
@@ -160,9 +163,7 @@ def show(result: Mapping[str, Any]) -> None:
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Draw exact bits per byte against passes per token, of the largest window: smaller ones, whose
-    passes decide as many tokens, fall onto the same lines.
-    """
+    """Draw exact bits per byte against passes per token, of the largest window."""
     from matplotlib.figure import Figure
 
     size = max(row["window"] for row in result["scores"])
@@ -185,6 +186,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure and print; UserError: it cannot be measured."""
     check_outputs(args)
+    if args.adapter is not None and args.head is not None:
+        fail("--head was fitted to the artifact without --adapter; leave one of them out")
     at = load(args)
     head = None if args.head is None else load_head(args.head, at.model, args.artifact)
     result = measure(at, head, args)

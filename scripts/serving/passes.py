@@ -287,7 +287,8 @@ class Passes:
         masked = tg.unmask_confident(masked, log_p, remaining) & (log_p.exp() < threshold)
         if self.head is not None:
             positions = inputs.positions[index, 1:]
-            tokens = self._join(self.head, windows, logits[:, 0], tokens, hidden, masked, positions)
+            given = tokens, log_p, hidden, masked
+            tokens, log_p = self._join(self.head, windows, logits[:, 0], positions, *given)
         soft = self.model.cfg.self_condition == "soft"
         previous = tg.expected_embedding(self.model, logits)[:, 0] if soft else None
         lists = zip(windows, tokens.tolist(), log_p.tolist(), masked.tolist(), strict=True)
@@ -303,37 +304,35 @@ class Passes:
         head: Head,
         windows: Sequence[Denoise],
         logits: Tensor,
+        positions: Tensor,
         tokens: Tensor,
+        log_p: Tensor,
         hidden: Tensor,
         masked: Tensor,
-        positions: Tensor,
-    ) -> Tensor:
-        """Choose the tokens (R, S) that a pass unmasks left to right, with the head.
+    ) -> tuple[Tensor, Tensor]:
+        """Choose the tokens that a pass unmasks left to right, with the head.
 
-        Args:
-            head: of the model.
-            windows: one of each row.
-            logits: (R, S, V) of the pass.
-            tokens: (R, S) as chosen without the head.
-            hidden: (R, S) bool, masked at the start of the pass.
-            masked: (R, S) bool, still masked after it.
-            positions: (R, S).
+        Logits are (R, S, V), all others (R, S): tokens and log-probabilities as chosen without the
+        head, what was masked at the start of the pass, what still is. Returns the new first two.
         """
         before = torch.tensor([[each.tokens[0]] for each in windows], device=self.device)
         known = tokens.masked_fill(hidden, self.model.cfg.vocab_size)
         known, decided = torch.cat((before, known), dim=1), hidden & ~masked
         at_once = 1 if self.deterministic else len(windows)  # as in _sample
-        parts = list[Tensor]()
+        parts, log_p = list[Tensor](), log_p.clone()
         for start in range(0, len(windows), at_once):
             part = slice(start, start + at_once)
 
             def choose(scores: Tensor, i: int, part: slice = part) -> Tensor:
                 place = positions[part, i : i + 1]
-                return self._sample(windows[part], scores[:, None], place)[0][:, 0]
+                found, p = self._sample(windows[part], scores[:, None], place)
+                now = decided[part, i : i + 1]
+                log_p[part, i : i + 1] = torch.where(now, p, log_p[part, i : i + 1])
+                return found[:, 0]
 
             found = choose_along_chain(head, logits[part], known[part], decided[part], choose)
             parts.append(found[:, 1:])
-        return torch.where(decided, torch.cat(parts), tokens)
+        return torch.where(decided, torch.cat(parts), tokens), log_p
 
     def _own_tokens(self, windows: Sequence[Denoise], size: int) -> Tensor:
         lists = {i: each.tokens[1:] for i, each in enumerate(windows)}

@@ -70,7 +70,7 @@ def test_scores_are_of_the_whole_split_in_bits_per_byte(
     exact = tg.evaluate_exact(model, make_run(cfg), val, counter)
     assert found["causal_bpb"] == pytest.approx(exact["bpb"], rel=1e-6)
     assert (found["tokens"], found["bytes"]) == (exact["tokens"], exact["bytes"])
-    mask, order = chain.split_mask(cfg, 8, CPU), torch.zeros(8, dtype=torch.long)
+    mask, order = chain.window_groups(cfg, 8, CPU), torch.zeros(8, dtype=torch.long)
     rows = val.rows(0, exact["tokens"] // cfg.train_seq_len, cfg.train_seq_len)
     with torch.no_grad():
         nats = chain.parallel_nll(model, None, rows, order, mask).double().sum().item()
