@@ -200,7 +200,7 @@ def find_head(given: Path | None, model: tg.GPT, artifact: Path) -> Head | None:
 
     Raises:
         UserError: the one that is given is missing or damaged, or of another artifact; one that is
-            not asked for is left out with a warning.
+            only found is left out with a warning.
     """
     beside = artifact.with_suffix(SUFFIX)
     if given is not None or not beside.is_file():
