@@ -455,7 +455,9 @@ def time_decoding(at: Session) -> None:
         rows = torch.cat([place.state.loader.rows(i * T, 1, length - 1) for i in range(3)])
         rows = rows.repeat(11, 1)[:32].to(at.device)
         bench = Bench(model, None, None, rows, **shape)
-        plan = argparse.Namespace(batch=[1, 32], passes=[8], temperature=0.0, **shape)
+        plan = argparse.Namespace(
+            batch=[1, 32], passes=[8], temperature=0.0, no_lookup=False, **shape
+        )
         for batch in plan.batch:
             plan.batch = [batch]
             few = bench._replace(rows=rows[: max(batch, 2)])
