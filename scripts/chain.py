@@ -28,7 +28,6 @@ import scripts.process  # noqa: F401 -- first: Ctrl-C ends the imports below in 
 # isort: split
 import argparse
 import functools
-import hashlib
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -45,12 +44,14 @@ from scripts.bench.text import open_validation
 from scripts.common import (
     Parser,
     autocast,
+    check_base,
     check_outputs,
     fail,
     load_artifact,
     newest_artifact,
     pick_device,
     run_command,
+    sha256_of,
     text_config,
     warn,
 )
@@ -143,14 +144,6 @@ class Head(nn.Module):
         return tg.rms_norm(self.model[0].tok_emb.detach())
 
 
-def read_file(path: Path) -> bytes:
-    return b"" if path.is_fifo() else path.read_bytes()  # a pipe would block
-
-
-def artifact_digest(path: Path) -> str:
-    return hashlib.sha256(read_file(path)).hexdigest()
-
-
 def save_head(path: Path, head: Head, about: Mapping[str, Any]) -> None:
     """Write a head as fp16, and what is said about it.
 
@@ -171,14 +164,12 @@ def load_head(path: Path, model: tg.GPT, artifact: Path) -> Head:
         UserError: the file is missing or damaged, or of another artifact.
     """
     try:
-        about, tensors = tg.unpack_tensors(tg.decompress(read_file(path)))
+        about, tensors = tg.unpack_tensors(
+            tg.decompress(b"" if path.is_fifo() else path.read_bytes())
+        )
         if about["format"] != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
-        theirs, found = about["artifact_sha256"], artifact_digest(artifact)
-        if theirs != found:
-            hashes = f"its SHA-256 is {theirs[:12]}, that of {artifact} is {found[:12]}"
-            remedy = f"name that artifact, or {FIT.format(artifact)}"
-            fail(f"head {path} belongs to another artifact: {hashes}; {remedy}")
+        check_base(f"head {path}", about, artifact, FIT.format(artifact))
         if not 1 <= about["width"] <= MOST_WIDTH:
             raise ValueError(f"its width is {about['width']!r}")
         head = Head(model, about["width"])
@@ -253,10 +244,10 @@ def parallel_nll(
             logits = model.forward_denoise(window, cache)
             if model.cfg.self_condition == "soft":  # as decoders do from the second pass on
                 previous = tg.expected_embedding(model, logits)
-        if head is not None:
+        together = now & F.pad(now[:-1], (1, 0))  # this token and the one to its left
+        if head is not None and bool(together.any()):
             known = torch.cat((before, x0.masked_fill(order > i, V)), dim=-1)
             added = head(known[..., :-1].flatten(0, 1)).view_as(logits)
-            together = now & F.pad(now[:-1], (1, 0))  # this token and the one to its left
             logits = logits + together[:, None] * added
         nll = torch.where(now, tg.token_nll(logits, x0), nll)
     return nll
@@ -281,9 +272,10 @@ def choose_along_chain(
         Windows (B, 1 + S) with these tokens filled in.
     """
     tokens, together = tokens.clone(), F.pad(decided[:, :-1], (1, 0))
-    for i in decided.any(0).nonzero().flatten().tolist():
+    columns, joined = decided.any(0).tolist(), together.any(0).tolist()  # one wait for a device
+    for i in (i for i, any_row in enumerate(columns) if any_row):
         scores = logits[:, i]
-        if i and bool(together[:, i].any()):
+        if joined[i]:
             added = head(tokens[:, i - 1 : i + 1])[:, -1]
             scores = torch.where(together[:, i, None], scores + added, scores)
         tokens[:, i + 1] = torch.where(decided[:, i], choose(scores, i), tokens[:, i + 1])
@@ -365,7 +357,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     losses = fit(head, train, args, device)
     seconds = time.perf_counter() - began
-    about = {"artifact_sha256": artifact_digest(args.artifact), "width": args.width}
+    about = {"artifact_sha256": sha256_of(args.artifact), "width": args.width}
     save_head(args.out, head, {**about, **artifact.identity})
     rows = val.rows(0, min(CHECKED_TOKENS, val.total - 1) // T, T, device)
     found = scores(model, load_head(args.out, model, args.artifact), rows, args.window)

@@ -248,6 +248,19 @@ def load_artifact(path: Path, device: torch.device) -> Artifact:
     return Artifact(path, *tg.load_artifact(path, device))
 
 
+def sha256_of(path: Path) -> str:
+    """Digest of a file; of nothing for a pipe, which would block."""
+    return hashlib.sha256(b"" if path.is_fifo() else path.read_bytes()).hexdigest()
+
+
+def check_base(what: str, about: Mapping[str, Any], artifact: Path, command: str) -> None:
+    """Raise UserError if a file (`what`, as an error names it) was made for another artifact."""
+    theirs, found = about["artifact_sha256"], sha256_of(artifact)
+    if theirs != found:
+        hashes = f"its SHA-256 is {theirs[:12]}, that of {artifact} is {found[:12]}"
+        fail(f"{what} belongs to another artifact: {hashes}; name that artifact, or {command}")
+
+
 def program_sha256() -> str:
     """SHA-256 of train_gpt.py, as a run logs it."""
     import train_gpt as tg

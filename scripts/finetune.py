@@ -26,7 +26,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,11 +41,13 @@ from scripts.bench.text import check_manifest
 from scripts.common import (
     Artifact,
     Parser,
+    check_base,
     check_faults,
     fail,
     load_artifact,
     open_tokenizer,
     run_command,
+    sha256_of,
 )
 
 FORMAT = "text-diffusion-adapter-2"
@@ -128,10 +129,6 @@ def add_updates(model: tg.GPT, rank: int, seed: int) -> None:
         parametrize.register_parametrization(module, "weight", update)
 
 
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def save_adapter(path: Path, weights: tg.Weights, about: Mapping[str, Any]) -> None:
     """Write the trained updates among the weights of a model as fp16, and what is said about them.
 
@@ -145,15 +142,6 @@ def save_adapter(path: Path, weights: tg.Weights, about: Mapping[str, Any]) -> N
         fail(f"{name} is not finite in fp16, so no adapter was written; lower ADAPTER_LR")
     data = zlib.compress(tg.pack_tensors({"format": FORMAT, **about}, tensors), 9)
     tg.atomic_write(path, data, "adapter")
-
-
-def check_artifact(path: Path, about: Mapping[str, Any], artifact: Path) -> None:
-    """Raise UserError if an adapter was trained for another artifact."""
-    theirs, found = about["artifact_sha256"], sha256_of(artifact)
-    if theirs != found:
-        hashes = f"its SHA-256 is {theirs[:12]}, that of {artifact} is {found[:12]}"
-        remedy = f"name that artifact, or {TRAIN.format(artifact)}"
-        fail(f"adapter {path} belongs to another artifact: {hashes}; {remedy}")
 
 
 def multiply(
@@ -189,7 +177,7 @@ def load_adapter(path: Path, model: tg.GPT, artifact: Path) -> dict[str, Any]:
         about, tensors = tg.unpack_tensors(tg.decompress(path.read_bytes()))
         if about["format"] != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
-        check_artifact(path, about, artifact)
+        check_base(f"adapter {path}", about, artifact, TRAIN.format(artifact))
         updates = multiply(tensors, own, about["rank"])
     except tg.UserError:
         raise

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt as tg
-from scripts import chain
+from scripts import chain, common
 from scripts.chain import Head
 from tests.bench import artifacts
 from tests.conftest import CPU, Called, facts, outcome, random_rows, randomise, tiny
@@ -229,7 +229,7 @@ def test_a_damaged_head_is_refused(
     facts(fit(artifact, capsys, "--steps", "1"))
     path, model = artifact.with_name("head.ptz"), tg.load_artifact(artifact, CPU)[0]
     data, head = path.read_bytes(), chain.load_head(path, model, artifact)
-    about = {"artifact_sha256": chain.artifact_digest(artifact), "width": 2}
+    about = {"artifact_sha256": common.sha256_of(artifact), "width": 2}
     if damage == "gone":
         path.unlink()
     elif damage == "cut":

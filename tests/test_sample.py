@@ -109,7 +109,7 @@ def test_a_head_joins_the_tokens_of_a_pass(
     head, path = chain.Head(at.model, 2), tmp_path / "head.ptz"
     for p in head.parameters():
         torch.nn.init.normal_(p)
-    about = {"artifact_sha256": chain.artifact_digest(artifact), "width": 2}
+    about = {"artifact_sha256": common.sha256_of(artifact), "width": 2}
     chain.save_head(path, head, about)
     argv = ("--prompt", PROMPT, "--tokens", "12", "--mode", mode)
     argv += ("--latency", "1000") if mode == "auto" else ("--window", "12")

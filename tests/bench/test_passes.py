@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train_gpt as tg
-from scripts import chain
+from scripts import chain, common
 from scripts.bench import passes
 from tests.bench import artifacts
 from tests.conftest import CPU, Called, facts, make_run, outcome, randomise, tiny
@@ -25,7 +25,7 @@ def files(tmp_path: Path, data: dict[str, Any]) -> tuple[Path, Path]:
     artifacts.save(artifact, dict(model.named_parameters()), cfg)
     loaded = chain.Head(model, 2)
     torch.nn.init.normal_(loaded.proj.weight, std=0.3)
-    about = {"artifact_sha256": chain.artifact_digest(artifact), "width": 2}
+    about = {"artifact_sha256": common.sha256_of(artifact), "width": 2}
     chain.save_head(head, loaded, about)
     return artifact, head
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train_gpt as tg
-from scripts import chain, decoding
+from scripts import chain, common, decoding
 from scripts.decoding import MODES, Decoding, Sampling
 from scripts.serving.api import Service
 from scripts.serving.engine import Draining, QueueFull
@@ -92,7 +92,7 @@ def head(artifact: Path, tmp_path: Path) -> Path:
     found = chain.Head(model, 2)
     for p in found.parameters():
         torch.nn.init.normal_(p)
-    about = {"artifact_sha256": chain.artifact_digest(artifact), "width": 2}
+    about = {"artifact_sha256": common.sha256_of(artifact), "width": 2}
     chain.save_head(path, found, about)
     return path
 
