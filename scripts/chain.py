@@ -27,7 +27,6 @@ import scripts.process  # noqa: F401 -- first: Ctrl-C ends the imports below in 
 
 # isort: split
 import argparse
-import functools
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -60,6 +59,7 @@ FORMAT = "text-diffusion-head-1"
 SUFFIX = ".head"
 FIT = "fit one: python scripts/chain.py {}"
 MOST_WIDTH = 64  # of the MLP, in multiples of the model's width
+KEPT_BYTES = 1 << 26  # of logits that the head keeps
 ROWS_AT_ONCE = 8
 CHECKED_TOKENS = 1 << 16  # validation tokens of the scores before and after
 
@@ -99,6 +99,7 @@ class Head(nn.Module):
         self.proj = nn.Linear(width * dim, dim, bias=False)
         self.bias = nn.Parameter(torch.zeros(model.cfg.vocab_size))
         self.model = (model,)  # in a tuple, so that its weights are none of this module
+        self.kept: dict[tuple[float, float], Tensor] = {}  # by `step`: (1, V) of pairs of tokens
         generator = torch.Generator().manual_seed(seed)
         nn.init.uniform_(self.fc.weight, -(dim**-0.5), dim**-0.5, generator=generator)
         nn.init.zeros_(self.proj.weight)  # the head adds nothing at first
@@ -113,13 +114,14 @@ class Head(nn.Module):
         Returns:
             (B, n, V). Only the head gets a gradient.
         """
+        return self.logits(self.left(ids))
+
+    @torch.no_grad()
+    def left(self, ids: Tensor) -> Tensor:
+        """Embed tokens (B, n), each with the pair it ends, as the model does: (B, n, D)."""
         model = self.model[0]
-        with torch.no_grad():
-            known = ids.clamp_max(model.cfg.vocab_size - 1)
-            emb = tg.rms_norm(F.embedding(known, model.tok_emb))
-            positions = torch.arange(ids.shape[1], device=ids.device)
-            left = model.add_bigrams(emb, ids, positions, None)
-        return self.logits(left)
+        emb = tg.rms_norm(F.embedding(ids.clamp_max(model.cfg.vocab_size - 1), model.tok_emb))
+        return model.add_bigrams(emb, ids, torch.arange(ids.shape[1], device=ids.device), None)
 
     def logits(self, left: Tensor) -> Tensor:
         """Embedded tokens, pairs added, (..., D) to what is added to the logits, (..., V)."""
@@ -128,20 +130,21 @@ class Head(nn.Module):
         hidden = F.relu(self.fc(tg.rms_norm(left))).square()
         return F.linear(self.proj(hidden), table.detach(), self.bias)
 
+    @torch.no_grad()
     def step(self, before: Tensor, token: Tensor) -> Tensor:
-        """Same as `forward` for one token (B,) after another (B,), both known: (B, V). Embeddings
-        of tokens are computed once and kept.
+        """Same as `forward` for one token (B,) after another (B,): (B, V). In mode eval the
+        result for one row on a CPU is kept: pairs come again, and reading the weights of the head
+        from memory takes most of the time.
         """
-        model, left = self.model[0], F.embedding(token, self.embedded)
-        if model.bigram_embedding is not None:
-            row = tg.split_key(before, token) % len(model.bigram_embedding)
-            left = left + F.embedding(row, model.bigram_embedding)
-        return self.logits(left)
-
-    @functools.cached_property
-    def embedded(self) -> Tensor:
-        """All tokens as the model embeds them, (V, D)."""
-        return tg.rms_norm(self.model[0].tok_emb.detach())
+        ids = torch.stack((before, token), dim=1)
+        if self.training or len(ids) != 1 or ids.is_cuda:  # a device would have to be waited for
+            return self.logits(self.left(ids)[:, -1])
+        pair = before.item(), token.item()
+        if pair not in self.kept:
+            if len(self.kept) >= KEPT_BYTES // self.bias.nbytes:
+                self.kept.clear()
+            self.kept[pair] = self.logits(self.left(ids)[:, -1])
+        return self.kept[pair]
 
 
 def save_head(path: Path, head: Head, about: Mapping[str, Any]) -> None:
@@ -222,17 +225,19 @@ def parallel_nll(
 
     Args:
         model: with a denoiser.
-        head: None decides the tokens of a pass independently of each other.
+        head: None: only the first result is of use.
         rows: (B, T + 1) int64; windows of S tokens cover all but the first.
         order: (S,) int64 number of the pass that decides a token, from 0 on; -1: it is given.
         mask: of windows of S tokens, by `window_groups`.
 
     Returns:
-        Nats of each token, (B, W, S) float32; 0 where it is given. Only the head gets a gradient.
+        Nats of each token, (2, B, W, S) float32; 0 where it is given. First those of tokens that
+        are decided independently of each other, then with the head, which alone gets a gradient.
     """
     tokens, positions = tg.split_into_windows(rows, len(order))
     before, x0 = tokens[..., :1], tokens[..., 1:]
-    V, nll, previous = model.cfg.vocab_size, torch.zeros_like(x0, dtype=torch.float32), None
+    V, previous = model.cfg.vocab_size, None
+    nll = torch.zeros(2, *x0.shape, device=x0.device)
     with torch.no_grad():
         cache = model.forward_causal(rows[:, :-1])[1]
     for i in range(int(order.max()) + 1):
@@ -244,12 +249,13 @@ def parallel_nll(
             logits = model.forward_denoise(window, cache)
             if model.cfg.self_condition == "soft":  # as decoders do from the second pass on
                 previous = tg.expected_embedding(model, logits)
+        found = [tg.token_nll(logits, x0)] * 2
         together = now & F.pad(now[:-1], (1, 0))  # this token and the one to its left
         if head is not None and bool(together.any()):
             known = torch.cat((before, x0.masked_fill(order > i, V)), dim=-1)
             added = head(known[..., :-1].flatten(0, 1)).view_as(logits)
-            logits = logits + together[:, None] * added
-        nll = torch.where(now, tg.token_nll(logits, x0), nll)
+            found[1] = tg.token_nll(logits + together[:, None] * added, x0)
+        nll = torch.where(now, torch.stack(found), nll)
     return nll
 
 
@@ -276,7 +282,7 @@ def choose_along_chain(
     for i in (i for i, any_row in enumerate(columns) if any_row):
         scores = logits[:, i]
         if joined[i]:
-            added = head(tokens[:, i - 1 : i + 1])[:, -1]
+            added = head.step(tokens[:, i - 1], tokens[:, i])
             scores = torch.where(together[:, i, None], scores + added, scores)
         tokens[:, i + 1] = torch.where(decided[:, i], choose(scores, i), tokens[:, i + 1])
     return tokens
@@ -311,8 +317,8 @@ def scores(model: tg.GPT, head: Head, rows: Tensor, size: int) -> dict[str, floa
     for part in torch.split(rows, ROWS_AT_ONCE):
         with autocast(rows.device):
             causal = tg.token_nll_causal(model, part)
-            without, with_head = (parallel_nll(model, h, part, order, mask) for h in (None, head))
-        for i, nats in enumerate((causal, without, with_head)):
+            both = parallel_nll(model, head, part, order, mask)
+        for i, nats in enumerate((causal, *both)):
             sums[i] += nats.double().sum().item() / rows[:, 1:].numel()
     return dict(zip(("causal_nats", "without_head_nats", "with_head_nats"), sums, strict=True))
 
@@ -330,7 +336,7 @@ def fit(
     for step in tqdm(range(args.steps), "fit", file=sys.stderr):
         rows = loader.rows(start + step * count * T, count, T, device)
         with autocast(device):
-            loss = parallel_nll(model, head, rows, order, mask).mean()
+            loss = parallel_nll(model, head, rows, order, mask)[1].mean()
         losses.append(loss.item())
         if not losses[-1] < float("inf"):
             fail(f"the loss is not finite at step {step}; lower --lr={args.lr}")

@@ -231,7 +231,7 @@ def newest_artifact(before: str = "") -> Path:
     found = [path for path in Path().glob("final_model.*.ptz") if path.is_file()]
     if not found:
         neither = f"{before}the current folder holds neither {' nor '.join(ARTIFACTS)}"
-        fail(f"{neither}; name one by --artifact FILE, or train one: python train_gpt.py")
+        fail(f"{neither}; name one, or train one: python train_gpt.py")
     return max(found, key=lambda path: path.stat().st_mtime)
 
 

@@ -154,18 +154,29 @@ def sample_tokens(logits: Tensor, sampling: Sampling, keys: Tensor) -> tuple[Ten
     if sampling.temperature <= 0:
         best = logits.max(dim=-1)
         return best.indices, (best.values - logits.logsumexp(-1)).double()
-    log_p, V = logits.double().log_softmax(-1), logits.shape[-1]
-    scores = log_p / sampling.temperature
-    if sampling.top_k or sampling.top_p < 1:
-        ranked, order = scores.sort(dim=-1, descending=True)
-        p = ranked.softmax(-1)
-        out = p.cumsum(-1) - p >= sampling.top_p  # a token stays if those before it leave room
-        out |= torch.arange(V, device=logits.device) >= (sampling.top_k or V)
-        scores = scores.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -math.inf)
-    # Gumbel noise in fp32 would cut off the tail of the distribution (arXiv:2409.02908).
-    u = tg.random_uniform(keys, V, torch.float64).clamp(1e-300, 1 - 1e-16)
-    tokens = (scores - torch.log(-torch.log(u))).argmax(-1)
+    log_p = logits.double().log_softmax(-1)
+    noise = gumbel_noise(keys, logits.shape[-1])
+    tokens = (truncate(log_p / sampling.temperature, sampling) + noise).argmax(-1)
     return tokens, log_p.gather(-1, tokens[..., None])[..., 0]
+
+
+def truncate(scores: Tensor, sampling: Sampling) -> Tensor:
+    """Exclude what is outside top-k or top-p of scores (..., V), which may lack a constant."""
+    if not sampling.top_k and sampling.top_p >= 1:
+        return scores
+    ranked, order = scores.sort(dim=-1, descending=True)
+    p = ranked.softmax(-1)
+    out = p.cumsum(-1) - p >= sampling.top_p  # a token stays if those before it leave room
+    out |= torch.arange(p.shape[-1], device=p.device) >= (sampling.top_k or p.shape[-1])
+    return scores.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -math.inf)
+
+
+def gumbel_noise(keys: Tensor, count: int) -> Tensor:
+    """Draw Gumbel noise from keys, (...) to (..., count) float64; in fp32 it would cut off the tail
+    of the distribution (arXiv:2409.02908).
+    """
+    u = tg.random_uniform(keys, count, torch.float64).clamp(1e-300, 1 - 1e-16)
+    return -torch.log(-torch.log(u))
 
 
 def row_keys(ids: Tensor, seed: int) -> Tensor:
@@ -749,16 +760,18 @@ def head_prior(run: Run, rows: Rows, length: int) -> Tensor | None:
 
 def draft_by_head(run: Run, rows: Rows, prior: Tensor, length: int) -> Tensor:
     """Draft what follows the rows' last tokens by the sequential head alone: (B, length)."""
-    head, place = run.decoding.head, rows.done
+    head, sampling, place = run.decoding.head, run.decoding.sampling, rows.done
     assert head is not None
     known = rows.tokens.gather(1, torch.cat((place - 2, place - 1), dim=1))
-    tokens = list(known.unbind(1))
+    tokens, noise = list(known.unbind(1)), None
+    if sampling.temperature > 0:  # that of `sample`, so that drafts are likely to be accepted
+        positions = place + torch.arange(length, device=place.device)
+        noise = gumbel_noise(tg.split_key(run.keys, positions), prior.shape[-1])  # (B, length, V)
     for i in range(length):
         scores = prior[:, 0] + head.step(tokens[-2], tokens[-1])
-        if run.decoding.sampling.temperature <= 0:
-            tokens.append(scores.argmax(-1))  # as `sample`, without the probabilities
-        else:
-            tokens.append(run.sample(scores[:, None], place + i)[0][:, 0])
+        if noise is not None:
+            scores = truncate(scores / sampling.temperature, sampling) + noise[:, i]
+        tokens.append(scores.argmax(-1))
     return torch.stack(tokens[2:], dim=1)
 
 

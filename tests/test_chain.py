@@ -45,7 +45,8 @@ def small(**overrides: Any) -> tuple[tg.GPT, Head]:
 def nll(model: tg.GPT, head: Head | None, rows: Tensor, order: Sequence[int]) -> Tensor:
     """Nats of the windows' tokens, (B, W, S)."""
     mask = chain.window_groups(model.cfg, len(order), CPU)
-    return chain.parallel_nll(model, head, rows, torch.tensor(order), mask).double()
+    found = chain.parallel_nll(model, head, rows, torch.tensor(order), mask).double()
+    return found[0 if head is None else 1]
 
 
 # ---- likelihood ----
@@ -159,10 +160,27 @@ def test_a_step_equals_the_pass_over_all_tokens(bigrams: int) -> None:
             torch.testing.assert_close(head.step(ids[:, i - 1], ids[:, i]), whole[:, i])
 
 
+def test_steps_that_are_kept_are_those_of_their_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    (_, head), ids = small(bigram_vocab_size=7), random_rows(1, 40, V + 1)
+    monkeypatch.setattr(chain, "KEPT_BYTES", 5 * head.bias.nbytes)  # so that they are dropped, too
+    ids[:, 1::2] %= V  # the token to the left is known, the one before it may not be
+    head.eval()
+    for _ in range(2):
+        for i in range(1, 40, 2):
+            found, whole = head.step(ids[:, i - 1], ids[:, i]), head(ids[:, i - 1 : i + 1])
+            torch.testing.assert_close(found, whole[:, -1].detach())
+            assert 0 < len(head.kept) <= 5
+    kept = head.step(ids[:, 0], ids[:, 1])
+    assert head.step(ids[:, 0], ids[:, 1]) is kept
+    head.train()
+    torch.nn.init.ones_(head.bias)
+    assert not head.step(ids[:, 0], ids[:, 1]).equal(kept)  # weights that change are read
+
+
 def test_only_the_head_gets_a_gradient() -> None:
     (model, head), rows = small(), random_rows(2, 7, V)
     mask = chain.window_groups(model.cfg, 3, CPU)
-    chain.parallel_nll(model, head, rows, torch.zeros(3).long(), mask).mean().backward()
+    chain.parallel_nll(model, head, rows, torch.zeros(3).long(), mask)[1].mean().backward()
     assert all(p.grad is None for p in model.parameters())
     assert all(p.grad is not None and bool(p.grad.any()) for p in head.parameters())
     assert len(list(head.parameters())) == 3  # the model's are not among them

@@ -5,7 +5,8 @@
 
 Prompts are excerpts of the validation data (DATA_PATH; else that of the artifact). Seconds include
 the pass over the prompt in every row, AR's too, and only decoded tokens count; median of --repeats
-runs after a warm-up. The last line of the output is one JSON object.
+rounds after a warm-up. In a round all modes take turns, batch by batch, so that a machine that
+slows down slows all of them. The last line of the output is one JSON object.
 
 passes              over one window; `block` and `remask` fill several windows
 tokens per forward  decoded tokens / passes, mean over examples; the pass over the prompt is not
@@ -37,6 +38,8 @@ import argparse
 import ast
 import codeop
 import contextlib
+import copy
+import functools
 import math
 import os
 import statistics
@@ -170,6 +173,20 @@ def variants(
                 yield f"{mode} + head, no lookup", plain._replace(head=head, lookup_ngram=0)
 
 
+def fresh(head: Head | None) -> Head | None:
+    """Copy a head without what it keeps, which must not speed up another row."""
+    same = copy.copy(head)
+    if same is not None:
+        same.kept = {}
+    return same
+
+
+def forget(heads: Sequence[Head]) -> None:
+    """Drop what heads keep, as at the start of a program."""
+    for head in heads:
+        head.kept.clear()
+
+
 def plan_jobs(
     modes: Sequence[str], args: argparse.Namespace, head: Head | None = None
 ) -> list[Job]:
@@ -185,7 +202,8 @@ def plan_jobs(
             most = min(settings.window, args.target)
             steps = sorted({min(n, most) for n in args.passes}) if has_steps else [0]
             for n in steps:
-                jobs.append(Job(mode, n, batch, settings._replace(steps=n or settings.steps)))
+                own = settings._replace(steps=n or settings.steps, head=fresh(settings.head))
+                jobs.append(Job(mode, n, batch, own))
     return jobs
 
 
@@ -220,15 +238,33 @@ def decode_all(at: Bench, decode: Decode, batch: int) -> decoding.Decoded:
     return decoding.Decoded(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
-def timed(at: Bench, decode: Decode, batch: int) -> tuple[decoding.Decoded, dict[str, Any]]:
-    """Decode all excerpts once, then again under the clock; return output (N, L) and speed."""
-    found, seconds = decode_all(at, decode, batch), list[float]()
-    for _ in range(at.repeats):
-        began = at.clock()
-        decode_all(at, decode, batch)
-        seconds.append(at.clock() - began)
-    speed = at.text(found.ids).numel() / statistics.median(seconds)
-    return found, {"tokens_per_second": speed, "seconds": seconds}
+def timed(
+    at: Bench, decoders: Sequence[Decode], batch: int, cold: Callable[[], object] = lambda: None
+) -> list[tuple[decoding.Decoded, dict[str, Any]]]:
+    """Decode all excerpts once by each decoder, then again in turns under the clock.
+
+    Args:
+        at: excerpts, and how many rounds.
+        decoders: which take turns at each batch; another one begins each time.
+        batch: excerpts at once.
+        cold: called before each round, to drop what the last one left.
+
+    Returns:
+        Output (N, L) and speed of each decoder.
+    """
+    found = [decode_all(at, decode, batch) for decode in decoders]
+    seconds = [[0.0] * at.repeats for _ in decoders]
+    for i in range(at.repeats):
+        cold()
+        for turn, start in enumerate(range(0, len(at.rows), batch)):
+            for j in range(len(decoders)):
+                which = (i + turn + j) % len(decoders)
+                began = at.clock()
+                decoders[which](at.rows[start : start + batch], start)
+                seconds[which][i] += at.clock() - began
+    count = at.text(at.rows).numel()
+    speeds = [{"tokens_per_second": count / statistics.median(s), "seconds": s} for s in seconds]
+    return [*zip(found, speeds, strict=True)]
 
 
 def nats(model: tg.GPT | None, ids: Tensor, prefix: int) -> dict[str, float] | None:
@@ -280,22 +316,37 @@ def quality(at: Bench, ids: Tensor) -> dict[str, Any]:
 
 def measure(at: Bench, jobs: Sequence[Job], bar: Any) -> list[dict[str, Any]]:
     """Measure every job; the first of a batch, ar, is its reference."""
-    found, references = list[dict[str, Any]](), dict[int, tuple[float, Tensor]]()
-    for job in jobs:
-        out, speed = timed(at, decoder(at, job.decoding), job.batch)
-        rate = speed["tokens_per_second"]
-        reference, ids = references.setdefault(job.batch, (rate, out.ids))
-        row: dict[str, Any] = {"mode": job.mode, "passes": job.passes or None, "batch": job.batch}
-        row["tokens_per_forward"] = (at.target / out.forwards.double()).mean().item()
-        row |= speed | {"times_cached_ar": rate / reference}
-        row["identical"] = (out.ids == ids).all(dim=1).double().mean().item()
-        row |= {"accuracy": accuracy(at, out.ids), "infill_accuracy": None}
-        if fills_windows(job.decoding):
-            filled = decode_all(at, decoder(at, job.decoding, suffix=True), job.batch)
-            row["infill_accuracy"] = accuracy(at, filled.ids)
-        found.append(row | quality(at, out.ids))
-        bar.update()
+    found = list[dict[str, Any]]()
+    for batch in dict.fromkeys(job.batch for job in jobs):
+        group = [job for job in jobs if job.batch == batch]
+        heads = [head for job in group if (head := job.decoding.head) is not None]
+        decoders = [decoder(at, job.decoding) for job in group]
+        each = timed(at, decoders, batch, functools.partial(forget, heads))
+        for job, (out, speed) in zip(group, each, strict=True):
+            found.append(measured(at, job, out, speed, *each[0]))
+            bar.update()
     return found
+
+
+def measured(
+    at: Bench,
+    job: Job,
+    out: decoding.Decoded,
+    speed: Mapping[str, Any],
+    reference: decoding.Decoded,
+    its_speed: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Describe the output of a job beside that of mode ar."""
+    row: dict[str, Any] = {"mode": job.mode, "passes": job.passes or None, "batch": job.batch}
+    row["tokens_per_forward"] = (at.target / out.forwards.double()).mean().item()
+    row |= speed
+    row["times_cached_ar"] = speed["tokens_per_second"] / its_speed["tokens_per_second"]
+    row["identical"] = (out.ids == reference.ids).all(dim=1).double().mean().item()
+    row |= {"accuracy": accuracy(at, out.ids), "infill_accuracy": None}
+    if fills_windows(job.decoding):
+        filled = decode_all(at, decoder(at, job.decoding, suffix=True), job.batch)
+        row["infill_accuracy"] = accuracy(at, filled.ids)
+    return row | quality(at, out.ids)
 
 
 def predecessor_decoders(at: Bench) -> dict[str, Decode]:
@@ -318,8 +369,9 @@ def predecessor(at: Bench, bar: Any) -> list[dict[str, Any]]:
     The speed of infill is compared with that of a continuation, not of infill by another mode.
     """
     found = list[dict[str, Any]]()
-    for name, decode in predecessor_decoders(at).items():
-        out, speed = timed(at, decode, len(at.rows))
+    decoders = predecessor_decoders(at)
+    each = timed(at, [*decoders.values()], len(at.rows))
+    for name, (out, speed) in zip(decoders, each, strict=True):
         row = {"decoding": name, **speed, "accuracy": accuracy(at, out.ids)}
         found.append(row | {"published": PUBLISHED.get(name)})
         bar.update()
@@ -481,7 +533,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
         before = predecessor(at, bar) if args.predecessor else None
     options = vars(args).items()
     about = {name: str(value) if isinstance(value, Path) else value for name, value in options}
-    about |= {"data_path": data_path, "recipe": at.model.cfg.recipe}
+    about |= {"data_path": data_path, "recipe": at.model.cfg.recipe, "seed": at.model.cfg.seed}
     about |= {"threads": torch.get_num_threads(), "notes": notes_of(args, at, modes)}
     about |= {"device": torch.cuda.get_device_name() if cuda else "cpu"}
     about |= {"parameters": sum(p.numel() for p in at.model.parameters())}

@@ -84,13 +84,16 @@ def pass_counts(size: int) -> list[int]:
 
 
 @torch.no_grad()
-def score(at: Loaded, head: Head | None, order: Tensor, mask: tuple[Tensor, ...]) -> float:
-    """Bits per byte of a schedule (S,)."""
-    nats = 0.0
+def score(
+    at: Loaded, head: Head | None, order: Tensor, mask: tuple[Tensor, ...]
+) -> tuple[float, float]:
+    """Bits per byte of a schedule (S,): factorised, and chained (without a head the same)."""
+    sums = torch.zeros(2, dtype=torch.double, device=at.device)
     for _, rows in at.batches():
         with autocast(at.device):
-            nats += parallel_nll(at.model, head, rows, order, mask).double().sum().item()
-    return tg.bits_per_byte(nats, at.bytes)
+            sums += parallel_nll(at.model, head, rows, order, mask).double().flatten(1).sum(1)
+    factorised, chained = (tg.bits_per_byte(nats, at.bytes) for nats in sums.tolist())
+    return factorised, chained
 
 
 @torch.no_grad()
@@ -135,13 +138,14 @@ def measure(at: Loaded, head: Head | None, args: argparse.Namespace) -> dict[str
         mask = window_groups(at.cfg, size, at.device)
         order = schedule(size, passes, args.order).to(at.device)
         row: dict[str, Any] = {"window": size, "passes": passes, "passes_per_token": passes / size}
-        row["factorised_bpb"] = score(at, None, order, mask)
-        row["chained_bpb"] = None if head is None else score(at, head, order, mask)
+        row["factorised_bpb"], chained = score(at, head, order, mask)
+        row["chained_bpb"] = None if head is None else chained
         alone = head is not None and passes == 1
         row["alone_bpb"] = score_alone(at, head, size, mask) if head and alone else None
         rows.append(row)
     about = {name: getattr(args, name) for name in ("artifact", "head", "adapter")}
     result: dict[str, Any] = {k: None if v is None else str(v) for k, v in about.items()}
+    result |= {"recipe": at.cfg.recipe, "seed": at.cfg.seed, "data_path": at.cfg.data_path}
     result |= {"rows": len(at.rows), "tokens": at.rows[:, 1:].numel(), "bytes": int(at.bytes)}
     return result | {"order": args.order, "causal_bpb": exact, "scores": rows}
 
