@@ -218,14 +218,12 @@ def window_groups(cfg: tg.Config, size: int, device: torch.device) -> tuple[Tens
 def parallel_nll(
     model: tg.GPT, head: Head | None, rows: Tensor, order: Tensor, mask: tuple[Tensor, ...]
 ) -> Tensor:
-    """Score decoding by a schedule that is fixed in advance: exact, without samples.
-
-    A pass decides its tokens left to right, each from the windows as they were at its start and, if
-    the same pass decided the token to its left, from what the head adds to that.
+    """Score decoding by a schedule that is fixed in advance: exact, without samples. A pass decides
+    its tokens left to right, each from the windows as they were at its start and, if the same pass
+    decided the token to its left, from what the head adds to that.
 
     Args:
-        model: with a denoiser.
-        head: None: only the first result is of use.
+        model, head: the model has a denoiser; None: only the first result is of use.
         rows: (B, T + 1) int64; windows of S tokens cover all but the first.
         order: (S,) int64 number of the pass that decides a token, from 0 on; -1: it is given.
         mask: of windows of S tokens, by `window_groups`.

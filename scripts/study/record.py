@@ -3,7 +3,7 @@
     python scripts/study/record.py 8xh100              FineWeb, `record`, 3 seeds x 600 s, 8 GPUs
     DATA_PATH=data/mine TOKENIZER_PATH=data/mine/tokenizer.model \\
         python scripts/study/record.py 1xgpu --seconds 150
-    python scripts/study/record.py cpu                 2 recipes x 3 seeds x 300 s: 1 h
+    python scripts/study/record.py cpu                 3 recipes x 3 seeds x 300 s, and heads: 2 h
     python scripts/study/record.py 8xh100 --plan       only say what would be run
     python scripts/study/record.py 8xh100 --rehearse   4 steps on two CPU processes: a dry run
     python scripts/study/record.py 8xh100 --variant sp8192     another tokenizer; sets VOCAB_SIZE
@@ -11,7 +11,9 @@
 
 Rerun the command to resume. Steps: prepare_data.py (FineWeb, or for cpu the Python library, unless
 DATA_PATH names what is there), sweep.py twice (baselines, then the recipe `record`; finished runs
-are skipped), bench/export.py (where the bytes go and what rounding costs both scores), report.py.
+are skipped), bench/export.py (where the bytes go and what rounding costs both scores), for cpu
+chain.py, bench/passes.py and bench/decode.py for every seed (a sequential head, the exact
+likelihood of decoding with it, its speed), report.py.
 OUT holds runs, logs/ with results.json, export.json, README.md with the tables and submission.json.
 Settings of train_gpt.py come from the environment as always; a rehearsal sets COMPILE=0 and
 MICRO_BATCHES=2 where it does not. The last line is one JSON object.
@@ -38,6 +40,7 @@ from typing import Any, NamedTuple
 import torch
 
 import train_gpt as tg
+from scripts.chain import SUFFIX
 from scripts.common import Parser, fail, run_command
 from scripts.study import package, report
 from scripts.study.child import STOP_SECONDS, ending, interruptible, stop
@@ -49,7 +52,8 @@ SEEDS = "1337,42,2026"
 RESUME = "what is done is kept: rerun the command to resume"
 RECIPE = package.RECIPE  # of the record; others are baselines
 DATA_OPTIONS = ("source", "variant", "repo")  # of what is prepared
-CHECKPOINT = "CHECKPOINT"  # in a command: that of a record run
+# In a command, with a seed after it: a file of the record run of that seed.
+CHECKPOINT, ARTIFACT, HEAD = "CHECKPOINT:", "ARTIFACT:", "HEAD:"
 
 
 class Protocol(NamedTuple):
@@ -60,13 +64,16 @@ class Protocol(NamedTuple):
     seconds: float  # of each run
     baselines: str  # recipes, if any
     source: str  # of text, where none is named
+    heads: bool = False  # fit a sequential head to every record, and measure decoding with it
 
 
 PROTOCOLS = {
     "8xh100": Protocol(8, "8xh100", 600.0, "", "fineweb --train-shards 80"),
     "1xgpu": Protocol(1, "1xgpu", 150.0, "ar,retrograde,direct", "fineweb --train-shards 80"),
-    "cpu": Protocol(1, "cpu", 300.0, "ar", "stdlib"),
+    "cpu": Protocol(1, "cpu", 300.0, "ar,ar_record", "stdlib", heads=True),
 }
+HEAD_STEPS, HEAD_ROWS, HEAD_EXAMPLES = 600, 64, 24  # of the fit, of its scores, of decoding
+HEAD_RESULTS = (report.PARALLEL_BPB.name, *(f"{report.DECODE.name}_{t}" for t in report.HEATS))
 
 
 class Step(NamedTuple):
@@ -74,6 +81,7 @@ class Step(NamedTuple):
 
     command: list[str]
     settings: dict[str, str]
+    once: bool = False  # it is skipped where the file that follows --out is there
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -157,23 +165,47 @@ def steps_of(args: argparse.Namespace, env: Mapping[str, str]) -> list[Step]:
     levels = tg.SCHEMES[scheme].levels[:4]  # the artifact takes one of the first
     export = ["--levels", ",".join(map(str, levels)), "--out", str(out / "export.json")]
     device, rows = settings.get("DEVICE", "auto"), env.get("NELBO_SEQUENCES", "4096")
-    add("bench/export.py", CHECKPOINT, *export, "--device", device, NELBO_SEQUENCES=rows)
+    seeds = args.seeds.split(",")
+    checkpoint = f"{CHECKPOINT}{seeds[0]}"
+    add("bench/export.py", checkpoint, *export, "--device", device, NELBO_SEQUENCES=rows)
+    for seed in seeds if protocol.heads else ():
+        steps += [Step(command, settings, once=True) for command in head_commands(args, seed)]
     files = {"--logs": "logs", "--readme": "README.md", "--submission": "submission.json"}
     paths = [part for option, name in files.items() for part in (option, str(out / name))]
     add("study/report.py", *paths, "--write")
     return steps
 
 
-def checkpoint(args: argparse.Namespace, env: Mapping[str, str]) -> Path:
-    """Find the last checkpoint of a finished record run of the first seed.
+def head_commands(args: argparse.Namespace, seed: str) -> list[list[str]]:
+    """List what fits a sequential head to the record of a seed, and measures decoding with it."""
+    artifact, head, device = f"{ARTIFACT}{seed}", f"{HEAD}{seed}", ["--device", "cpu"]
+    steps, rows = (2, 2) if args.rehearse else (HEAD_STEPS, HEAD_ROWS)
+    examples = 2 if args.rehearse else HEAD_EXAMPLES
+    given = ["--head", head, *device, "--out"]
+    results = [str(args.out / "logs" / f"seed{seed}_{name}.json") for name in HEAD_RESULTS]
+    modes = ["--modes", "speculative", "--no-lookup", "--batch", "1", "--examples", str(examples)]
+    commands = [["chain.py", artifact, "--steps", str(steps), *device, "--out", head]]
+    passes = ["bench/passes.py", "--artifact", artifact, "--rows", str(rows)]
+    commands.append([*passes, *given, results[0]])
+    for heat, out in zip(report.HEATS, results[1:], strict=True):
+        decode = ["bench/decode.py", artifact, *modes, "--temperature", str(heat)]
+        commands.append([*decode, *given, out])
+    return [[sys.executable, str(SCRIPTS / script), *rest] for script, *rest in commands]
+
+
+def file_of(part: str, args: argparse.Namespace, env: Mapping[str, str]) -> str:
+    """Put the file of a finished record run in the place of its name in a command.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such run.
     """
+    kind = next((k for k in (CHECKPOINT, ARTIFACT, HEAD) if part.startswith(k)), None)
+    if kind is None:
+        return part
     time = {"ITERATIONS": "4", "MAX_WALLCLOCK_SECONDS": "0"}
     if not args.rehearse:
         time = {"MAX_WALLCLOCK_SECONDS": str(args.seconds or PROTOCOLS[args.protocol].seconds)}
-    seed = args.seeds.split(",")[0]
+    seed = part.removeprefix(kind)
     cfg = record_config(env, **time, SEED=seed, RUN_ID="", OUT_DIR=str(args.out))
     digest = digest_of(cfg)
 
@@ -185,7 +217,9 @@ def checkpoint(args: argparse.Namespace, env: Mapping[str, str]) -> Path:
     paths = filter(finished, Path(args.out).glob(names))
     if (path := next(paths, None)) is None:
         fail(f"OUT={args.out} holds no checkpoint of a finished record run; name another --out")
-    return path
+    artifact = path.parents[1] / cfg.artifact.name
+    files = {CHECKPOINT: path, ARTIFACT: artifact, HEAD: artifact.with_suffix(SUFFIX)}
+    return str(files[kind])
 
 
 def check(args: argparse.Namespace, env: Mapping[str, str]) -> None:
@@ -204,8 +238,9 @@ def run_step(step: Step, args: argparse.Namespace, env: Mapping[str, str]) -> No
         print(shlex.join(changes + step.command), file=sys.stderr)
         return
     all_env = {**env, **step.settings}
-    parts = step.command
-    command = [str(checkpoint(args, all_env)) if part == CHECKPOINT else part for part in parts]
+    command = [file_of(part, args, all_env) for part in step.command]
+    if step.once and Path(command[command.index("--out") + 1]).exists():
+        return
     print(shlex.join(changes + command), file=sys.stderr, flush=True)
     # A process group of its own: it hears of Ctrl-C from here, once.
     process = subprocess.Popen(command, env=all_env, stdout=2, process_group=0)

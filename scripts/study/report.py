@@ -27,7 +27,7 @@ import contextlib
 import json
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +63,7 @@ from scripts.study.runlog import (
 INFILL_SPAN, INFILL_PASSES = 8, (1, 8)
 TEXTS = (("data", "fingerprints of data"), ("tokenizer", "tokenizers"))  # that runs are of
 
+Benchmarks = Sequence[dict[str, Any]]
 Rows = dict[str, Group]  # of one data set, machine and settings, in the order of the ladder, by row
 
 
@@ -416,6 +417,9 @@ def recipes_block(runs: Iterable[RunLog]) -> str:
 STRONG = {"direct": "record", "ar": "ar_record"}  # older logs name the recipe without the strength
 RECORD_ROWS = ("ar", "record", "ar_record")
 RECORD_WINDOW, RECORD_PASSES = 16, (1, 4)
+JOINT_WINDOW, HEATS = 8, (0.0, 0.8)  # of the head: tokens of one pass, temperatures
+JOINT = f"one pass over {JOINT_WINDOW} tokens, exact, with a head"
+LOSSLESS = f"lossless speedup, greedy / temperature {HEATS[1]}"
 
 
 def strong_name(g: Group) -> str:
@@ -454,14 +458,24 @@ def length_of(row: Mapping[str, Any]) -> list[Any]:
     return [row.get(name) for name in ("span", "hole")]  # an older log has the second
 
 
-def record_table(rows: Rows, chance: float | None) -> str:
-    """One line per recipe: size, exact bits per byte, ratio to naive `ar`, bound, infill."""
-    beside = "" if chance is None else f" (chance {chance:.3f})"
+class Measured(NamedTuple):
+    """What the record table shows beside run logs."""
+
+    chance: float | None  # accuracy of the most frequent token in infill
+    decodes: Sequence[Mapping[str, Any]]  # results of bench/decode.py
+    passes: Sequence[Mapping[str, Any]]  # results of bench/passes.py
+
+
+def record_table(rows: Rows, beside: Measured) -> str:
+    """One line per recipe: size, exact bits per byte, ratio to naive `ar`, bound, decoding."""
+    chance = "" if beside.chance is None else f" (chance {beside.chance:.3f})"
     head = ["recipe", "n", "parameters", "val_bpb", "ratio to naive `ar`"]
     head += [f"bound, window {RECORD_WINDOW}"]
+    head += [JOINT] * bool(beside.passes)
     head += [
-        f"infill {INFILL_SPAN}, {n} pass{'es' if n > 1 else ''}{beside}" for n in RECORD_PASSES
+        f"infill {INFILL_SPAN}, {n} pass{'es' if n > 1 else ''}{chance}" for n in RECORD_PASSES
     ]
+    head += [LOSSLESS] * bool(beside.decodes)
     naive, body = point_of(rows["ar"]), []
     for name in (name for name in RECORD_ROWS if name in rows):
         g = rows[name]
@@ -473,18 +487,48 @@ def record_table(rows: Rows, chance: float | None) -> str:
                 mean_cell(g.values("final", "val_bpb")),
                 f"{point_of(g) / naive:.3f}",
                 mean_cell(bounds(g, RECORD_WINDOW)),
+                *[joint_cell(name, beside.passes)] * bool(beside.passes),
                 *(mean_cell(infill(g, n, "token_acc"), 3) for n in RECORD_PASSES),
+                *[lossless_cell(name, beside.decodes)] * bool(beside.decodes),
                 whole(of_runs(g, "size", "total_bytes"), max),
             ]
         )
     return markdown([*head, "bytes"], body, 1)
 
 
+def joint_cell(recipe: str, passes: Sequence[Mapping[str, Any]]) -> str:
+    """Exact bits per byte of windows decided in one pass, and the ratio to the causal score of the
+    same rows.
+    """
+    pairs = [
+        (row["chained_bpb"], found["causal_bpb"])
+        for found in passes
+        for row in found["scores"]
+        if (found["recipe"], row["window"], row["passes"]) == (recipe, JOINT_WINDOW, 1)
+        and row["chained_bpb"] is not None
+    ]
+    if not pairs:
+        return NONE
+    ratio = statistics.mean(chained / causal for chained, causal in pairs)
+    return f"{mean_cell([chained for chained, _ in pairs])} ({ratio:.3f} x causal)"
+
+
+def lossless_cell(recipe: str, decodes: Sequence[Mapping[str, Any]]) -> str:
+    """Speedup of speculative decoding with a head at batch 1, by temperature."""
+    speeds: dict[float, list[float]] = {}
+    for found in decodes:
+        for row in found["rows"]:
+            if (found["recipe"], row["mode"], row["batch"]) == (recipe, "speculative + head", 1):
+                speeds.setdefault(found["temperature"], []).append(row["times_cached_ar"])
+    means = [f"{statistics.mean(speeds[heat]):.2f}" for heat in HEATS if heat in speeds]
+    return " / ".join(means) or NONE
+
+
 def point_of(g: Group) -> float:
     return statistics.mean(g.values("final", "val_bpb"))
 
 
-def record_block(runs: Iterable[RunLog], chance: float | None) -> str:
+def record_block(runs: Iterable[RunLog], beside: Measured) -> str:
     """The text between the marks of the record: a table for each data set and machine."""
     contexts: dict[Key, Rows] = {}
     for g in group_runs(runs)[0]:
@@ -497,7 +541,7 @@ def record_block(runs: Iterable[RunLog], chance: float | None) -> str:
         if "ar" in rows:
             shared = shared_changes(list(rows.values()))
             about = context_name(key._replace(changes=tuple(shared)))
-            tables.append(f"{about}:\n\n{record_table(rows, chance)}")
+            tables.append(f"{about}:\n\n{record_table(rows, beside)}")
     return "\n\n".join(tables) or "No finished run of the naive baseline."
 
 
@@ -550,14 +594,14 @@ def decode_means(g: Group) -> list[dict[str, Any]] | None:
     return found or None
 
 
-def read_benchmarks(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Read the results of bench/decode.py, *decode*.txt and *decode*.json; return them, and what is
-    wrong with the files that are left out.
+def read_benchmarks(folder: Path, bench: Bench) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read the results of a benchmark, *NAME*.txt and *NAME*.json; return them, and what is wrong
+    with the files that are left out.
     """
     found, damaged = list[dict[str, Any]](), list[str]()
-    for path in sorted([*folder.glob("*decode*.txt"), *folder.glob("*decode*.json")]):
+    for path in sorted([*folder.glob(f"*{bench.name}*.txt"), *folder.glob(f"*{bench.name}*.json")]):
         try:
-            found += read_benchmark(path)
+            found += read_benchmark(path, bench)
         except OSError as error:
             damaged.append(f"log {path}: it cannot be read ({error.strerror})")
         except ValueError as error:
@@ -565,16 +609,16 @@ def read_benchmarks(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return found, damaged
 
 
-def read_benchmark(path: Path) -> list[dict[str, Any]]:
+def read_benchmark(path: Path, bench: Bench) -> list[dict[str, Any]]:
     """Read the JSON lines of one file; ValueError: which line is no result, and why."""
     found = []
     for number, line in split_lines(path):
         try:
             if line.startswith(b"{"):
-                found.append(benchmark(parse_object(line), path.name))
+                found.append(bench.read(parse_object(line), path.name))
         except (ValueError, TypeError, KeyError) as error:
             why = f"{type(error).__name__}: {error}"
-            raise ValueError(f"line {number}: not a result of bench/decode.py ({why})") from error
+            raise ValueError(f"line {number}: not a result of {bench.program} ({why})") from error
     return found
 
 
@@ -599,15 +643,47 @@ def benchmark_value(name: str, value: Any) -> float | None:
 
 def benchmark(line: dict[str, Any], log: str) -> dict[str, Any]:
     """Keep of a result of bench/decode.py what a reader compares; ValueError: it cannot be one."""
-    about = {name: line[name] for name in BENCHMARK_SETTINGS}
+    about = {name: line[name] for name in BENCHMARK_SETTINGS} | {"seed": line.get("seed")}
     rows = []
     for row in line["rows"]:
         kept = {name: row[name] for name in ("mode", "passes", "batch")}
         kept |= {name: benchmark_value(name, row[name]) for name in BENCHMARK_VALUES}
         rows.append(kept)
+    return {"log": log, "data": data_of(line), **about, "rows": rows}
+
+
+def data_of(line: Mapping[str, Any]) -> str:
+    """Name the folder of the text of a result; ValueError: it has none."""
     if not is_text(data := Path(line["data_path"]).name):
         raise ValueError(f"data_path is {shown(data)}")
-    return {"log": log, "data": data, **about, "rows": rows}
+    return data
+
+
+PASSES_SETTINGS = ("recipe", "seed", "artifact", "head", "rows", "tokens", "order")
+PASSES_VALUES = ("factorised_bpb", "chained_bpb", "alone_bpb")
+
+
+def parallel_bpb(line: dict[str, Any], log: str) -> dict[str, Any]:
+    """Keep of a result of bench/passes.py what a reader compares; ValueError: it cannot be one."""
+    about = {name: line[name] for name in PASSES_SETTINGS}
+    about["causal_bpb"] = benchmark_value("causal_bpb", line["causal_bpb"])
+    scores = []
+    for row in line["scores"]:
+        values = {name: benchmark_value(name, row[name]) for name in PASSES_VALUES}
+        scores.append({"window": row["window"], "passes": row["passes"], **values})
+    return {"log": log, "data": data_of(line), **about, "scores": scores}
+
+
+class Bench(NamedTuple):
+    """A benchmark whose results are reported."""
+
+    name: str  # in the names of its logs
+    program: str
+    read: Callable[[dict[str, Any], str], dict[str, Any]]  # a result, and its file
+
+
+DECODE = Bench("decode", "bench/decode.py", benchmark)
+PARALLEL_BPB = Bench("parallel_bpb", "bench/passes.py", parallel_bpb)
 
 
 def is_ranked(key: Key) -> bool:
@@ -645,12 +721,15 @@ def submission(groups: Sequence[Group]) -> dict[str, Any]:
     return submission_entry({**ABOUT, "date": date, "track": RANKED_TRACK}, ranked.runs)
 
 
-def results(groups: Sequence[Group], benchmarks: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+def results(groups: Sequence[Group], benchmarks: Mapping[Bench, Benchmarks]) -> dict[str, Any]:
     """Build results.json: what our recipes scored and how fast they decode, by data."""
     ours = [g for g in groups if g.key.recipe in OUR_RECIPES]
     return {
         "measured_here": by_data((g.key.data, measured(g)) for g in ours),
-        "decode_benchmark_here": by_data((found["data"], found) for found in benchmarks),
+        **{
+            f"{bench.name}_benchmark_here": by_data((one["data"], one) for one in found)
+            for bench, found in benchmarks.items()
+        },
     }
 
 
@@ -770,7 +849,9 @@ def more_tables(args: argparse.Namespace) -> tuple[list[RunLog], dict[Block, str
     if ladder or has_place(args, RECIPES):
         blocks[RECIPES] = recipes_block(ladder)
     if record or has_place(args, RECORD):
-        blocks[RECORD] = record_block(record, most_frequent_token(args.logs, INFILL_SPAN))
+        found = (read_benchmarks(args.record, bench)[0] for bench in (DECODE, PARALLEL_BPB))
+        beside = Measured(most_frequent_token(args.logs, INFILL_SPAN), *found)
+        blocks[RECORD] = record_block(record, beside)
     return [*ladder, *record], blocks
 
 
@@ -784,7 +865,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     runs = read_logs(args.logs)
     groups, notes = group_runs(runs)
     others, more = more_tables(args)
-    benchmarks, damaged = read_benchmarks(args.logs)
+    benchmarks, damaged = dict[Bench, Benchmarks](), list[str]()
+    for bench in (DECODE, PARALLEL_BPB):
+        each = [read_benchmarks(folder, bench) for folder in (args.logs, args.record)]
+        benchmarks[bench] = [one for found, _ in each for one in found]
+        damaged += [line for _, lines in each for line in lines]
     for line in damaged:
         warn(f"{line}; it is left out: repair it, or move it away")
     damaged += warn_of_ladder()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ def test_the_record_is_data_three_seeds_the_split_of_bytes_and_a_report() -> Non
         "sweep.py record --seeds 1337,42,2026 --seconds 600.0 --nproc 8 --out out/record_8xh100"
     )
     assert (
-        "bench/export.py CHECKPOINT --levels 31,27,23,19 --out out/record_8xh100/export.json"
+        "bench/export.py CHECKPOINT:1337 --levels 31,27,23,19 --out out/record_8xh100/export.json"
         in export[0]
     )
     assert "--submission out/record_8xh100/submission.json --write" in table[0]
@@ -167,12 +168,49 @@ def test_the_checkpoint_is_that_of_a_finished_run_of_this_protocol(tmp_path: Pat
         made[name].touch()
     assert len(set(made.values())) == 3
     with pytest.raises(tg.UserError, match="holds no checkpoint"):
-        record.checkpoint(args, env)  # it is not finished
+        record.file_of("CHECKPOINT:42", args, env)  # it is not finished
     logged = sorted((tmp_path / "logs").glob("*.jsonl"))
     assert len(logged) == 3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(record, "read_log", lambda path: SimpleNamespace(why_left_out=""))
-        assert record.checkpoint(args, env) == made["mine"]
+        assert record.file_of("CHECKPOINT:42", args, env) == str(made["mine"])
+        artifact = made["mine"].parents[1] / "final_model.int6.ptz"
+        assert record.file_of("ARTIFACT:42", args, env) == str(artifact)
+        assert record.file_of("HEAD:42", args, env) == str(artifact.with_suffix(".head"))
+        assert record.file_of("--rows", args, env) == "--rows"
+        with pytest.raises(tg.UserError, match="holds no checkpoint"):
+            record.file_of("HEAD:1", args, env)  # a seed that was not run
+
+
+def test_on_a_cpu_every_seed_gets_a_head_and_scores_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = planned(["cpu", "--seeds", "7,8", "--out", str(tmp_path)], {"DATA_PATH": "mine"})
+    heads = [command for command, _ in steps if ":" in command and "export" not in command]
+    assert [command.split()[1].split("/")[-1] for command in heads] == [
+        *("chain.py", "passes.py", "decode.py", "decode.py")
+    ] * 2
+    assert heads[0].endswith("chain.py ARTIFACT:7 --steps 600 --device cpu --out HEAD:7")
+    assert (
+        ["HEAD:7" in c for c in heads]
+        == ["HEAD:8" not in c for c in heads]
+        == [True] * 4 + [False] * 4
+    )
+    out = f"{tmp_path}/logs/seed8_"
+    assert [c.split()[-1] for c in heads[5:]] == [
+        *(f"{out}parallel_bpb.json", f"{out}decode_0.0.json", f"{out}decode_0.8.json")
+    ]
+    args, called = record.parse_args(["cpu", "--out", str(tmp_path)]), list[Any]()
+    monkeypatch.setattr(record, "file_of", lambda part, *_: part)
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: called.append(command))
+    there = tmp_path / "there.json"
+    there.touch()
+    record.run_step(record.Step(["a", "--out", str(there)], {}, once=True), args, {})
+    assert not called  # what is done is kept
+    for once, path in ((True, tmp_path / "new"), (False, there)):
+        with pytest.raises(AttributeError):  # there is no process to wait for
+            record.run_step(record.Step(["a", "--out", str(path)], {}, once), args, {})
+    assert len(called) == 2
 
 
 def test_a_plan_runs_nothing(
@@ -222,6 +260,7 @@ def test_a_signal_ends_the_step_and_says_what_is_done(tmp_path: Path, number: in
     code = f"""
 import signal, sys
 from types import SimpleNamespace
+from typing import Any
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -374,7 +374,8 @@ def test_check_notices_any_change(project: Project) -> None:
 
 def test_no_log_is_not_an_error(project: Project) -> None:
     assert "No finished run." in project.run()
-    assert project.measured() == {"measured_here": None, "decode_benchmark_here": None}
+    names = ("measured_here", "decode_benchmark_here", "parallel_bpb_benchmark_here")
+    assert project.measured() == dict.fromkeys(names)
 
 
 def test_faults_of_files_that_are_no_logs_are_named(project: Project) -> None:
@@ -853,6 +854,57 @@ def test_chance_stands_beside_the_accuracy_of_infill(record: Project) -> None:
     assert "infill 8, 1 pass (chance 0.024) | infill 8, 4 passes (chance 0.024) |" in record.run()
 
 
+def test_the_record_has_columns_of_decoding_with_a_head_once_they_are_measured(
+    record: Project,
+) -> None:
+    names = ["one pass over 8 tokens, exact, with a head", "lossless speedup, greedy"]
+    assert not any(name in record.run() for name in names)
+    folder = record.root / "logs" / "record_cpu" / "logs"
+    for seed, chained in ((1, 2.2), (2, 2.0)):
+        found = scored(recipe="record", seed=seed, causal_bpb=2.0)
+        found["scores"][0]["chained_bpb"] = chained
+        path = folder / f"seed{seed}_parallel_bpb.json"
+        path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        for heat, times in ((0.8, 1.25 + seed), (0.0, 3.0 + seed)):
+            found = decoded(recipe="record", temperature=heat)
+            found["rows"][0] |= {"mode": "speculative + head", "times_cached_ar": times}
+            path = folder / f"seed{seed}_decode_{heat}.json"
+            path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    out = record.run()
+    assert all(name in out for name in names)
+    (line,) = (line for line in out.splitlines() if line.startswith("| `record` |"))
+    assert "| 2.1000 ± 0.1414 (1.050 x causal) |" in line
+    assert "| 4.50 / 2.75 |" in line
+    (line,) = (line for line in out.splitlines() if line.startswith("| `ar_record` |"))
+    assert line.count("| - ") >= 2
+    results = record.measured()
+    assert len(results["parallel_bpb_benchmark_here"]["fineweb10B_sp1024"]) == 2
+    assert len(results["decode_benchmark_here"]["fineweb10B_sp1024"]) == 4
+    path.write_text('{"rows": []}\n', encoding="utf-8")
+    assert f"error: log {path}, line 1: not a result of bench/decode.py" in record.run(
+        "--check", code=1
+    )
+
+
+def test_scores_of_passes_are_reported_and_damaged_ones_named(project: Project) -> None:
+    path = project.root / "logs" / "x_parallel_bpb.txt"
+    path.write_text(f"| a table |\n{json.dumps(scored())}\n", encoding="utf-8")
+    (found,) = project.measured()["parallel_bpb_benchmark_here"]["fineweb10B_sp1024"]
+    assert (found["log"], found["seed"], found["causal_bpb"]) == (path.name, 1, 2.0)
+    assert found["scores"][1] == {
+        **{"window": 8, "passes": 8, "factorised_bpb": 2.0, "chained_bpb": 2.0},
+        "alone_bpb": None,
+    }
+    for changes, said in (
+        ({"causal_bpb": -1.0}, "ValueError: causal_bpb is -1"),
+        ({"scores": [{"window": 8}]}, "KeyError: 'factorised_bpb'"),
+        ({"scores": 3}, "TypeError: "),
+    ):
+        path.write_text(json.dumps(scored() | changes) + "\n", encoding="utf-8")
+        out = project.run()
+        assert f"warning: log {path}, line 1: not a result of bench/passes.py ({said}" in out
+
+
 def test_the_page_of_every_table_has_a_place_for_it() -> None:
     for block, page in report.PAGES.items():
         text = (ROOT / page).read_text(encoding="utf-8")
@@ -948,6 +1000,15 @@ def decoded(**other: Any) -> dict[str, Any]:
     }
     row |= {"times_cached_ar": 2.0, "identical": 1.0, "judge_nats": {"mean": 3.0, "se": 0.1}}
     return {**about, "rows": [row], **other}
+
+
+def scored(**other: Any) -> dict[str, Any]:
+    """A result of bench/passes.py."""
+    about = {"recipe": "direct", "seed": 1, "artifact": "a.ptz", "head": "a.head", "rows": 2}
+    about |= {"tokens": 9, "order": "parts", "data_path": "/x/fineweb10B_sp1024", "causal_bpb": 2.0}
+    one = {"window": 8, "passes": 1, "factorised_bpb": 3.0, "chained_bpb": 2.1, "alone_bpb": 2.2}
+    all_ = one | {"passes": 8, "factorised_bpb": 2.0, "chained_bpb": 2.0, "alone_bpb": None}
+    return {**about, "scores": [one, all_], **other}
 
 
 def test_results_take_decoding_from_the_benchmarks_own_line(project: Project) -> None:
