@@ -223,7 +223,8 @@ def parallel_nll(
     decided the token to its left, from what the head adds to that.
 
     Args:
-        model, head: the model has a denoiser; None: only the first result is of use.
+        model: with a denoiser.
+        head: None: only the first result is of use.
         rows: (B, T + 1) int64; windows of S tokens cover all but the first.
         order: (S,) int64 number of the pass that decides a token, from 0 on; -1: it is given.
         mask: of windows of S tokens, by `window_groups`.
@@ -233,8 +234,7 @@ def parallel_nll(
         are decided independently of each other, then with the head, which alone gets a gradient.
     """
     tokens, positions = tg.split_into_windows(rows, len(order))
-    before, x0 = tokens[..., :1], tokens[..., 1:]
-    V, previous = model.cfg.vocab_size, None
+    before, x0, previous = tokens[..., :1], tokens[..., 1:], None
     nll = torch.zeros(2, *x0.shape, device=x0.device)
     with torch.no_grad():
         cache = model.forward_causal(rows[:, :-1])[1]
@@ -250,7 +250,7 @@ def parallel_nll(
         found = [tg.token_nll(logits, x0)] * 2
         together = now & F.pad(now[:-1], (1, 0))  # this token and the one to its left
         if head is not None and bool(together.any()):
-            known = torch.cat((before, x0.masked_fill(order > i, V)), dim=-1)
+            known = torch.cat((before, x0.masked_fill(order > i, model.cfg.vocab_size)), dim=-1)
             added = head(known[..., :-1].flatten(0, 1)).view_as(logits)
             found[1] = tg.token_nll(logits + together[:, None] * added, x0)
         nll = torch.where(now, torch.stack(found), nll)

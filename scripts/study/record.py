@@ -52,8 +52,7 @@ SEEDS = "1337,42,2026"
 RESUME = "what is done is kept: rerun the command to resume"
 RECIPE = package.RECIPE  # of the record; others are baselines
 DATA_OPTIONS = ("source", "variant", "repo")  # of what is prepared
-# In a command, with a seed after it: a file of the record run of that seed.
-CHECKPOINT, ARTIFACT, HEAD = "CHECKPOINT:", "ARTIFACT:", "HEAD:"
+FILES = ("CHECKPOINT", "ARTIFACT", "HEAD", "RESULT")  # in a command KIND:recipe:seed[:name]
 
 
 class Protocol(NamedTuple):
@@ -73,7 +72,6 @@ PROTOCOLS = {
     "cpu": Protocol(1, "cpu", 300.0, "ar,ar_record", "stdlib", heads=True),
 }
 HEAD_STEPS, HEAD_ROWS, HEAD_EXAMPLES = 600, 64, 24  # of the fit, of its scores, of decoding
-HEAD_RESULTS = (report.PARALLEL_BPB.name, *(f"{report.DECODE.name}_{t}" for t in report.HEATS))
 
 
 class Step(NamedTuple):
@@ -158,68 +156,77 @@ def steps_of(args: argparse.Namespace, env: Mapping[str, str]) -> list[Step]:
     budget = ["--seconds", str(args.seconds or protocol.seconds)]
     budget = ["--steps", "4"] if args.rehearse else budget
     runs = ["--seeds", args.seeds, *budget, "--nproc", str(protocol.nproc), "--out", str(out)]
-    if baselines := protocol.baselines if args.baselines is None else args.baselines:
+    baselines = protocol.baselines if args.baselines is None else args.baselines
+    if baselines:
         add("study/sweep.py", *baselines.split(","), *runs)
     add("study/sweep.py", RECIPE, *runs)
-    scheme = record_config(env, **settings).export_scheme
-    levels = tg.SCHEMES[scheme].levels[:4]  # the artifact takes one of the first
+    levels = tg.SCHEMES[record_config(env, **settings).export_scheme].levels[:4]  # the first ones
     export = ["--levels", ",".join(map(str, levels)), "--out", str(out / "export.json")]
     device, rows = settings.get("DEVICE", "auto"), env.get("NELBO_SEQUENCES", "4096")
     seeds = args.seeds.split(",")
-    checkpoint = f"{CHECKPOINT}{seeds[0]}"
-    add("bench/export.py", checkpoint, *export, "--device", device, NELBO_SEQUENCES=rows)
-    for seed in seeds if protocol.heads else ():
-        steps += [Step(command, settings, once=True) for command in head_commands(args, seed)]
+    export = [f"CHECKPOINT:{RECIPE}:{seeds[0]}", *export, "--device", device]
+    add("bench/export.py", *export, NELBO_SEQUENCES=rows)
+    for recipe in [*filter(None, baselines.split(",")), RECIPE] if protocol.heads else ():
+        if can_have_head(recipe, env, settings):
+            commands = [c for seed in seeds for c in head_commands(args, f"{recipe}:{seed}")]
+            steps += [Step(command, settings, once=True) for command in commands]
     files = {"--logs": "logs", "--readme": "README.md", "--submission": "submission.json"}
     paths = [part for option, name in files.items() for part in (option, str(out / name))]
     add("study/report.py", *paths, "--write")
     return steps
 
 
-def head_commands(args: argparse.Namespace, seed: str) -> list[list[str]]:
-    """List what fits a sequential head to the record of a seed, and measures decoding with it."""
-    artifact, head, device = f"{ARTIFACT}{seed}", f"{HEAD}{seed}", ["--device", "cpu"]
+def can_have_head(recipe: str, *envs: Mapping[str, str]) -> bool:
+    """Say if a recipe trains a denoiser whose visible tokens are known to be right."""
+    settings = {name: value for env in envs for name, value in env.items()}
+    cfg = tg.Config.from_env(settings | {"RECIPE": recipe})[0]
+    return cfg.diffusion and cfg.diffusion_corruption_mode == "mask"
+
+
+def head_commands(args: argparse.Namespace, run: str) -> list[list[str]]:
+    """List what fits a sequential head to a run, recipe:seed, and measures decoding with it."""
+    artifact, head, device = f"ARTIFACT:{run}", f"HEAD:{run}", ["--device", "cpu"]
     steps, rows = (2, 2) if args.rehearse else (HEAD_STEPS, HEAD_ROWS)
     examples = 2 if args.rehearse else HEAD_EXAMPLES
     given = ["--head", head, *device, "--out"]
-    results = [str(args.out / "logs" / f"seed{seed}_{name}.json") for name in HEAD_RESULTS]
     modes = ["--modes", "speculative", "--no-lookup", "--batch", "1", "--examples", str(examples)]
     commands = [["chain.py", artifact, "--steps", str(steps), *device, "--out", head]]
     passes = ["bench/passes.py", "--artifact", artifact, "--rows", str(rows)]
-    commands.append([*passes, *given, results[0]])
-    for heat, out in zip(report.HEATS, results[1:], strict=True):
+    commands.append([*passes, *given, f"RESULT:{run}:{report.PARALLEL_BPB.name}"])
+    for heat in report.HEATS:
         decode = ["bench/decode.py", artifact, *modes, "--temperature", str(heat)]
-        commands.append([*decode, *given, out])
+        commands.append([*decode, *given, f"RESULT:{run}:{report.DECODE.name}_{heat}"])
     return [[sys.executable, str(SCRIPTS / script), *rest] for script, *rest in commands]
 
 
 def file_of(part: str, args: argparse.Namespace, env: Mapping[str, str]) -> str:
-    """Put the file of a finished record run in the place of its name in a command.
+    """Put the file of a finished run in the place of its name in a command (see FILES).
 
     Raises:
         UserError: there is no such run.
     """
-    kind = next((k for k in (CHECKPOINT, ARTIFACT, HEAD) if part.startswith(k)), None)
-    if kind is None:
+    kind, *run = part.split(":")
+    if kind not in FILES:
         return part
     time = {"ITERATIONS": "4", "MAX_WALLCLOCK_SECONDS": "0"}
     if not args.rehearse:
         time = {"MAX_WALLCLOCK_SECONDS": str(args.seconds or PROTOCOLS[args.protocol].seconds)}
-    seed = part.removeprefix(kind)
-    cfg = record_config(env, **time, SEED=seed, RUN_ID="", OUT_DIR=str(args.out))
-    digest = digest_of(cfg)
+    asked = {**env, **time, "RECIPE": run[0], "SEED": run[1], "RUN_ID": ""}
+    cfg = tg.Config.from_env(asked | {"OUT_DIR": str(args.out)})[0]
+    logs, digest = args.out / "logs", digest_of(cfg)
 
     def finished(path: Path) -> bool:
-        log = args.out / "logs" / f"{path.stem}.jsonl"
+        log = logs / f"{path.stem}.jsonl"
         return log.exists() and not read_log(log).why_left_out
 
     names = f"*_{digest}/checkpoints/*_{digest}{cfg.checkpoints[0].suffix}"
     paths = filter(finished, Path(args.out).glob(names))
     if (path := next(paths, None)) is None:
-        fail(f"OUT={args.out} holds no checkpoint of a finished record run; name another --out")
+        fail(f"OUT={args.out} holds no checkpoint of a finished {run[0]} run; name another --out")
     artifact = path.parents[1] / cfg.artifact.name
-    files = {CHECKPOINT: path, ARTIFACT: artifact, HEAD: artifact.with_suffix(SUFFIX)}
-    return str(files[kind])
+    result = logs / f"{path.stem}_{run[-1]}.json"
+    files = {"CHECKPOINT": path, "ARTIFACT": artifact, "HEAD": artifact.with_suffix(SUFFIX)}
+    return str(files.get(kind, result))
 
 
 def check(args: argparse.Namespace, env: Mapping[str, str]) -> None:

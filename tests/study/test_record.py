@@ -34,10 +34,8 @@ def test_the_record_is_data_three_seeds_the_split_of_bytes_and_a_report() -> Non
     assert sweep[0].endswith(
         "sweep.py record --seeds 1337,42,2026 --seconds 600.0 --nproc 8 --out out/record_8xh100"
     )
-    assert (
-        "bench/export.py CHECKPOINT:1337 --levels 31,27,23,19 --out out/record_8xh100/export.json"
-        in export[0]
-    )
+    levels = "--levels 31,27,23,19 --out out/record_8xh100/export.json"
+    assert f"bench/export.py CHECKPOINT:record:1337 {levels}" in export[0]
     assert "--submission out/record_8xh100/submission.json --write" in table[0]
     settings = {
         "PRESET": "8xh100",
@@ -168,38 +166,41 @@ def test_the_checkpoint_is_that_of_a_finished_run_of_this_protocol(tmp_path: Pat
         made[name].touch()
     assert len(set(made.values())) == 3
     with pytest.raises(tg.UserError, match="holds no checkpoint"):
-        record.file_of("CHECKPOINT:42", args, env)  # it is not finished
+        record.file_of("CHECKPOINT:record:42", args, env)  # it is not finished
     logged = sorted((tmp_path / "logs").glob("*.jsonl"))
     assert len(logged) == 3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(record, "read_log", lambda path: SimpleNamespace(why_left_out=""))
-        assert record.file_of("CHECKPOINT:42", args, env) == str(made["mine"])
+        assert record.file_of("CHECKPOINT:record:42", args, env) == str(made["mine"])
         artifact = made["mine"].parents[1] / "final_model.int6.ptz"
-        assert record.file_of("ARTIFACT:42", args, env) == str(artifact)
-        assert record.file_of("HEAD:42", args, env) == str(artifact.with_suffix(".head"))
+        assert record.file_of("ARTIFACT:record:42", args, env) == str(artifact)
+        assert record.file_of("HEAD:record:42", args, env) == str(artifact.with_suffix(".head"))
+        result = tmp_path / "logs" / f"{made['mine'].stem}_x.json"
+        assert record.file_of("RESULT:record:42:x", args, env) == str(result)
         assert record.file_of("--rows", args, env) == "--rows"
         with pytest.raises(tg.UserError, match="holds no checkpoint"):
-            record.file_of("HEAD:1", args, env)  # a seed that was not run
+            record.file_of("HEAD:record:1", args, env)  # a seed that was not run
 
 
 def test_on_a_cpu_every_seed_gets_a_head_and_scores_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = planned(["cpu", "--seeds", "7,8", "--out", str(tmp_path)], {"DATA_PATH": "mine"})
-    heads = [command for command, _ in steps if ":" in command and "export" not in command]
+    argv = ["cpu", "--seeds", "7,8", "--out", str(tmp_path)]
+    steps = planned(argv, {"DATA_PATH": "mine"})
+    heads = [command for command, _ in steps if ":record:" in command and "export" not in command]
     assert [command.split()[1].split("/")[-1] for command in heads] == [
         *("chain.py", "passes.py", "decode.py", "decode.py")
     ] * 2
-    assert heads[0].endswith("chain.py ARTIFACT:7 --steps 600 --device cpu --out HEAD:7")
-    assert (
-        ["HEAD:7" in c for c in heads]
-        == ["HEAD:8" not in c for c in heads]
-        == [True] * 4 + [False] * 4
-    )
-    out = f"{tmp_path}/logs/seed8_"
-    assert [c.split()[-1] for c in heads[5:]] == [
-        *(f"{out}parallel_bpb.json", f"{out}decode_0.0.json", f"{out}decode_0.8.json")
+    last = "--steps 600 --device cpu --out HEAD:record:7"
+    assert heads[0].endswith(f"chain.py ARTIFACT:record:7 {last}")
+    assert ["HEAD:record:7" in c for c in heads] == [True] * 4 + [False] * 4
+    assert [c.split()[-1].removeprefix("RESULT:record:8:") for c in heads[4:]] == [
+        *("HEAD:record:8", "parallel_bpb", "decode_0.0", "decode_0.8")
     ]
+    steps = planned([*argv, "--baselines", "ar,record_bound,gidd_20"], {"DATA_PATH": "mine"})
+    fits = [command.split()[2] for command, _ in steps if "chain.py" in command]
+    assert fits == [f"ARTIFACT:{name}:{n}" for name in ("record_bound", "record") for n in (7, 8)]
+    assert not any("HEAD" in c for c, _ in planned(["1xgpu"], {"DATA_PATH": "mine"}))
     args, called = record.parse_args(["cpu", "--out", str(tmp_path)]), list[Any]()
     monkeypatch.setattr(record, "file_of", lambda part, *_: part)
     monkeypatch.setattr(subprocess, "Popen", lambda command, **_: called.append(command))
