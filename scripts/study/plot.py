@@ -7,7 +7,9 @@ Reads logs/ and logs/ladder/, each into pictures of its own: FOLDER_DATA_trainin
 and .._likelihood.png, one of each for runs on the same data and machine, of the same size and
 settings. A colour and a marker are a recipe. Curves are single runs (dotted: it did not finish);
 points are means over seeds, bars their standard deviation where there are several. Of a run that
-did not finish nothing else is drawn. The last line is one JSON object.
+did not finish nothing else is drawn. FOLDER_DATA_growth.png shows what grows with the tokens that
+runs of different MAX_WALLCLOCK_SECONDS were trained on, and results of record.py beside their logs.
+The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import argparse
 import re
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,6 +244,72 @@ def likelihood(about: str, rows: Rows, style: Mapping[str, Any]) -> Figure | Non
     return figure
 
 
+Lines = dict[str, list[tuple[float, float]]]  # (tokens trained on, value) by label
+GROWTH = (
+    "val_bpb over naive `ar`, equal time",
+    "bits per byte over the own causal score",
+    "8-token infill, one pass: tokens equal to the text",
+    "lossless, no lookup: tokens per pass",
+)
+SPAN, AT_ONCE, BOUND = 8, 8, 16  # of infill; of one pass with a head; window of the bound
+NO_LOOKUP = "speculative + head, no lookup"
+TIME = "max_wallclock_seconds"
+
+
+def growth_points(
+    run: RunLog, naive: float | None, results: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, str, float | None]]:
+    """Yield panel, label and value of what a run scored; `naive`: val_bpb of `ar` in equal time."""
+    name, exact = run.setting("recipe"), run.number("final", "val_bpb")
+    ratio, own, accuracy, drafts = GROWTH
+    bound = run.nelbo.get(BOUND, {}).get("nelbo_bpb")
+    yield ratio, name, naive and exact / naive
+    yield own, f"{name}, bound at {BOUND}", bound and bound / exact
+    yield accuracy, name, run.decode.get(("infill", SPAN, 1, REFINE), {}).get("token_acc")
+    kinds = {"chained_bpb": f"one pass of {AT_ONCE}", "alone_bpb": "head alone"}
+    for found in (one for one in results if one["log"].startswith(f"{run.name}_")):
+        for row in found.get("scores", ()):
+            if (row["window"], row["passes"]) == (AT_ONCE, 1):
+                for kind, label in kinds.items():
+                    value = row[kind] and row[kind] / found["causal_bpb"]
+                    yield own, f"{name}, {label}", value
+        heat = found.get("temperature")
+        for row in found["rows"] if heat is not None else ():  # of bench/decode.py
+            if row["mode"] == NO_LOOKUP:
+                how = f"temperature {heat}" if heat else "greedy"
+                yield drafts, f"{name}, {how}", row["tokens_per_forward"]
+
+
+def growth_lines(folder: Path, runs: Sequence[RunLog]) -> dict[str, Lines]:
+    """Gather what grows with the length of a run, by panel of GROWTH; runs have finished."""
+    results = [one for b in report.BENCHES for one in report.read_benchmarks(folder, b)[0]]
+    scored = [run for run in runs if run.setting("recipe") == "ar"]
+    naive = {run.setting(TIME): run.number("final", "val_bpb") for run in scored}
+    lines: dict[str, Lines] = {panel: {} for panel in GROWTH}
+    for run in sorted(runs, key=lambda run: run.number("done", "train_seconds")):
+        tokens = run.number("done", "steps") * run.setting("train_batch_tokens")
+        for panel, label, value in growth_points(run, naive.get(run.setting(TIME)), results):
+            if value is not None:
+                lines[panel].setdefault(label, []).append((tokens, value))
+    return lines
+
+
+def growth(folder: Path, about: str, runs: Sequence[RunLog]) -> Figure | None:
+    """Draw growth_lines; None if all runs had the same time."""
+    if len({run.setting(TIME) for run in runs}) < 2:
+        return None
+    figure, panels = new_figure(about, 2, 2, sharex=True)
+    for (title, lines), panel in zip(growth_lines(folder, runs).items(), panels.flat, strict=True):
+        for label, points in lines.items():
+            panel.plot(*zip(*points, strict=True), "o-", ms=4, label=label)
+        panel.set(title=title, xscale="log")
+        panel.title.set_size(9)
+        legend(figure, [panel])
+    for panel in panels[1]:
+        panel.set(xlabel="tokens trained on")
+    return figure
+
+
 def curves_by_context(runs: Sequence[RunLog]) -> dict[Key, dict[str, list[RunLog]]]:
     """Gather all runs that have begun, finished or not, by context and row."""
     found: dict[Key, dict[str, list[RunLog]]] = {}
@@ -263,10 +331,27 @@ def kept(found: Mapping[str, Any], only: Sequence[str] | None) -> dict[str, Any]
     return {name: value for name, value in found.items() if names is None or name in names}
 
 
+def draw_growth(folder: Path, args: argparse.Namespace, runs: Sequence[RunLog]) -> list[Path]:
+    """Draw growth with the length of runs, a picture for each data set and machine."""
+    contexts: dict[Key, list[RunLog]] = {}
+    for run in (run for run in runs if not run.why_left_out):
+        key = key_of(run)
+        if TIME in run.get("config", "values") and kept({key.recipe: run}, args.rows):
+            contexts.setdefault(key._replace(recipe="", changes=()), []).append(run)
+    files = list[Path]()
+    for key, found in contexts.items():
+        figure = growth(folder, f"{report.context_name(key)}, by tokens trained on", found)
+        if figure is not None:
+            name = re.sub(r"[^\w.-]+", "_", f"{folder.resolve().name}_{key.data}")
+            files.append(args.plots / f"{name}_growth.png")
+            save(figure, files[-1])
+    return files
+
+
 def draw_folder(folder: Path, args: argparse.Namespace) -> tuple[list[Path], set[str]]:
     """Draw what one folder holds; return the files, and the recipes it has."""
     runs = read_logs(folder)
-    files = list[Path]()
+    files = draw_growth(folder, args, runs)
     seen = set[str]()
     finished, notes = report.by_context(runs)
     curves, used = curves_by_context(runs), Counter[str]()

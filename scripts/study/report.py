@@ -684,6 +684,7 @@ class Bench(NamedTuple):
 
 DECODE = Bench("decode", "bench/decode.py", benchmark)
 PARALLEL_BPB = Bench("parallel_bpb", "bench/passes.py", parallel_bpb)
+BENCHES = (DECODE, PARALLEL_BPB)
 
 
 def is_ranked(key: Key) -> bool:
@@ -849,7 +850,7 @@ def more_tables(args: argparse.Namespace) -> tuple[list[RunLog], dict[Block, str
     if ladder or has_place(args, RECIPES):
         blocks[RECIPES] = recipes_block(ladder)
     if record or has_place(args, RECORD):
-        found = (read_benchmarks(args.record, bench)[0] for bench in (DECODE, PARALLEL_BPB))
+        found = (read_benchmarks(args.record, bench)[0] for bench in BENCHES)
         beside = Measured(most_frequent_token(args.logs, INFILL_SPAN), *found)
         blocks[RECORD] = record_block(record, beside)
     return [*ladder, *record], blocks
@@ -866,7 +867,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     groups, notes = group_runs(runs)
     others, more = more_tables(args)
     benchmarks, damaged = dict[Bench, Benchmarks](), list[str]()
-    for bench in (DECODE, PARALLEL_BPB):
+    for bench in BENCHES:
         each = [read_benchmarks(folder, bench) for folder in (args.logs, args.record)]
         benchmarks[bench] = [one for found, _ in each for one in found]
         damaged += [line for _, lines in each for line in lines]

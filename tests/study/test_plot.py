@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from scripts.study import plot, report, runlog
-from tests.study.test_report import events
+from tests.study.test_report import decoded, events, scored
 
 STYLE = {"direct": {"color": "b", "marker": "o"}, "ar": {"color": "r", "marker": "o"}}
 
@@ -128,6 +128,50 @@ def run(capsys: pytest.CaptureFixture[str], *argv: Any, code: int = 0) -> str:
 
 
 @pytest.mark.slow
+def test_growth_is_drawn_where_runs_differ_in_their_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = tmp_path / "grown"
+    for seconds, ar, bpb, bound in ((60.0, 2.0, 1.75, 3.5), (240.0, 1.5, 0.75, 2.25)):
+        changed = {"max_wallclock_seconds": seconds, "train_batch_tokens": 64}
+        for name, value in (("ar", ar), ("record", bpb)):
+            lines = lines_of(recipe=name, bpb=value, changed=changed)
+            for line in lines:
+                if line["event"] == "done":
+                    line |= {"steps": int(seconds), "train_seconds": seconds}
+                if line["event"] == "nelbo":
+                    line["nelbo_bpb"] = bound
+            kept = ("nelbo", "parallel_eval") if name == "ar" else ()
+            lines = [line for line in lines if line["event"] not in kept]
+            write(logs, f"{name}_{seconds:.0f}", lines)
+        found = scored(recipe="record", causal_bpb=bpb)
+        found["scores"][0] |= {"chained_bpb": 2 * bpb - 0.25, "alone_bpb": None}
+        (logs / f"record_{seconds:.0f}_parallel_bpb.json").write_text(json.dumps(found) + "\n")
+        found = decoded(recipe="record", temperature=0.8)
+        row = found["rows"][0] | {"mode": plot.NO_LOOKUP, "tokens_per_forward": seconds / 60}
+        found["rows"].append(row)
+        (logs / f"record_{seconds:.0f}_decode_0.8.json").write_text(json.dumps(found) + "\n")
+    runs = runlog.read_logs(logs)
+    x = [60 * 64, 240 * 64]
+    ratio, own, accuracy, drafts = plot.growth_lines(logs, runs).values()
+    assert ratio == {"ar": [(n, 1.0) for n in x], "record": [(x[0], 0.875), (x[1], 0.5)]}
+    assert own.keys() == {"record, bound at 16", "record, one pass of 8"}
+    assert [y for _, y in own["record, bound at 16"]] == [2.0, 3.0]
+    assert [y for _, y in own["record, one pass of 8"]] == [2 - 0.25 / 1.75, 2 - 0.25 / 0.75]
+    assert accuracy.keys() == {"record"}
+    assert drafts == {"record, temperature 0.8": [(x[0], 1.0), (x[1], 4.0)]}
+    argv = ["--plots", str(tmp_path / "plots"), "--logs", str(logs)]
+    assert plot.main(argv) == 0
+    assert (tmp_path / "plots" / "grown_stdlib_growth.png").stat().st_size > 10_000
+    assert plot.main([*argv, "--rows", "ar"]) == 0
+    for path in logs.glob("*_240*"):
+        path.unlink()
+    (tmp_path / "plots" / "grown_stdlib_growth.png").unlink()
+    assert plot.main(argv) == 0
+    assert not (tmp_path / "plots" / "grown_stdlib_growth.png").exists()
+    capsys.readouterr()
+
+
 def test_every_context_of_a_folder_has_its_pictures(
     logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
