@@ -55,12 +55,13 @@ from scripts.common import (
     warn,
 )
 
-FORMAT = "text-diffusion-head-1"
+FORMAT = "text-diffusion-head-2"
 SUFFIX = ".head"
 FIT = "fit one: python scripts/chain.py {}"
 MOST_WIDTH = 64  # of the MLP, in multiples of the model's width
 KEPT_BYTES = 1 << 26  # of logits that the head keeps
 ROWS_AT_ONCE = 8
+PRIOR_LR = 0.03  # first learning rate of the logits that drafts begin with, one number a token
 CHECKED_TOKENS = 1 << 16  # validation tokens of the scores before and after
 
 # Shapes: B rows, T + 1 tokens of a row, W windows of S tokens per row, V vocabulary, D width.
@@ -98,6 +99,7 @@ class Head(nn.Module):
         self.fc = nn.Linear(dim, width * dim, bias=False)
         self.proj = nn.Linear(width * dim, dim, bias=False)
         self.bias = nn.Parameter(torch.zeros(model.cfg.vocab_size))
+        self.prior = nn.Parameter(torch.zeros(model.cfg.vocab_size))  # logits without a window
         self.model = (model,)  # in a tuple, so that its weights are none of this module
         self.kept: dict[tuple[float, float], Tensor] = {}  # by `step`: (1, V) of pairs of tokens
         generator = torch.Generator().manual_seed(seed)
@@ -145,6 +147,15 @@ class Head(nn.Module):
                 self.kept.clear()
             self.kept[pair] = self.logits(self.left(ids)[:, -1])
         return self.kept[pair]
+
+
+def alone_nll(head: Head, rows: Tensor) -> Tensor:
+    """Nats of all but the first two tokens of rows (B, n) by the head alone, without a window:
+    (B, n - 2). Only the prior gets a gradient: the rest of the head is fitted beside a window.
+    """
+    with torch.no_grad():
+        added = head(rows[:, :-1])[:, 1:]
+    return tg.token_nll(head.prior + added, rows[:, 2:])
 
 
 def save_head(path: Path, head: Head, about: Mapping[str, Any]) -> None:
@@ -309,16 +320,19 @@ def check_model(args: argparse.Namespace, cfg: tg.Config) -> None:
 
 @torch.no_grad()
 def scores(model: tg.GPT, head: Head, rows: Tensor, size: int) -> dict[str, float]:
-    """Mean nats per token of the clean stream, and of windows that one pass decides."""
+    """Mean nats per token of the clean stream, of windows that one pass decides without and with
+    the head, and of the head alone.
+    """
     order = torch.zeros(size, dtype=torch.long, device=rows.device)
-    mask, sums = window_groups(model.cfg, size, rows.device), [0.0, 0.0, 0.0]
+    mask, sums = window_groups(model.cfg, size, rows.device), [0.0, 0.0, 0.0, 0.0]
     for part in torch.split(rows, ROWS_AT_ONCE):
         with autocast(rows.device):
             causal = tg.token_nll_causal(model, part)
-            both = parallel_nll(model, head, part, order, mask)
-        for i, nats in enumerate((causal, *both)):
-            sums[i] += nats.double().sum().item() / rows[:, 1:].numel()
-    return dict(zip(("causal_nats", "without_head_nats", "with_head_nats"), sums, strict=True))
+            both, alone = parallel_nll(model, head, part, order, mask), alone_nll(head, part)
+        for i, nats in enumerate((causal, *both, alone)):
+            sums[i] += nats.double().mean().item() * len(part) / len(rows)
+    names = ("causal_nats", "without_head_nats", "with_head_nats", "alone_nats")
+    return dict(zip(names, sums, strict=True))
 
 
 def fit(
@@ -329,19 +343,22 @@ def fit(
     T, order = model.cfg.train_seq_len, torch.zeros(args.window, dtype=torch.long, device=device)
     mask = window_groups(model.cfg, args.window, device)
     count = max(args.batch_tokens // T, 1)
-    optimizer = torch.optim.Adam(head.parameters(), args.lr, betas=(0.9, 0.95))
+    joined = [p for p in head.parameters() if p is not head.prior]
+    groups = [{"params": joined, "first": args.lr}, {"params": [head.prior], "first": PRIOR_LR}]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     start = int(tg.random_uniform(torch.tensor(args.seed), 1).item() * loader.total)
     for step in tqdm(range(args.steps), "fit", file=sys.stderr):
         rows = loader.rows(start + step * count * T, count, T, device)
         with autocast(device):
             loss = parallel_nll(model, head, rows, order, mask)[1].mean()
+            total = loss + alone_nll(head, rows).mean()
         losses.append(loss.item())
         if not losses[-1] < float("inf"):
             fail(f"the loss is not finite at step {step}; lower --lr={args.lr}")
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * (1 - step / args.steps)
+            group["lr"] = group["first"] * (1 - step / args.steps)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        total.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return losses
 

@@ -22,6 +22,7 @@ All functions run under the caller's autocast and on the device of `ids`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
@@ -642,25 +643,6 @@ def draft_after(run: Run, logits: Tensor, known: Tensor, positions: Tensor) -> T
     return run.sample_along_chain(head, logits, windows, positions, every)[0][:, 2:]
 
 
-PRIOR_WINDOW = 8  # tokens of the one window that drafts without windows begin with
-
-
-def window_prior(run: Run, last: Tensor, first: Tensor) -> Tensor:
-    """Predict tokens after the prompt without knowing their neighbours: logits (B, 1, V).
-
-    These are the mean logits of one window, but for its first token. The sequential head adds what
-    each left neighbour tells, and so drafts without another window.
-
-    Args:
-        run: the decoding, with 1 + PRIOR_WINDOW scratch places.
-        last: (B, 1) last token of the prompt.
-        first: (B, 1) its position.
-    """
-    tokens = F.pad(last, (0, PRIOR_WINDOW))[:, None]
-    masked = torch.ones_like(tokens[..., 1:], dtype=torch.bool)
-    return denoise(run, MaskedWindows(tokens, masked, first))[:, 0, 1:].mean(1, keepdim=True)
-
-
 def draft_windows(tokens: Tensor, positions: Tensor, length: int) -> MaskedWindows:
     """Mask windows of 1 + length tokens after each of the first 1 + length tokens (B, 1 + n)."""
     before = tokens[:, : length + 1, None]
@@ -668,15 +650,19 @@ def draft_windows(tokens: Tensor, positions: Tensor, length: int) -> MaskedWindo
     return MaskedWindows(F.pad(before, (0, length + 1)), masked, positions[:, : length + 1])
 
 
-def add_lookups(rows: Rows, drafts: Tensor, rate: AcceptanceRate) -> tuple[Tensor, Tensor]:
-    """Replace the drafts (B, n) of rows whose last tokens occur earlier in the text.
+def add_lookups(
+    rows: Rows, draft: Callable[[], Tensor], rate: AcceptanceRate
+) -> tuple[Tensor, Tensor]:
+    """Take drafts from the text of rows whose last tokens occur earlier there; `draft` gives those
+    of the others, (B, n), and is called if there are any.
 
-    Returns the drafts, and which rows these are, (B, 1) bool.
+    Returns the drafts, and which rows have theirs from the text, (B, 1) bool.
     """
     ngram = rows.task.decoding.lookup_ngram
     if ngram == 0:
-        return drafts, torch.zeros_like(rows.active())
+        return draft(), torch.zeros_like(rows.active())
     text, found = look_up(rows.tokens, rows.done, rate.most, ngram)
+    drafts = draft() if bool((~found & rows.active()).any()) else rows.tokens[:, :0]
     if not bool((found & rows.active()).any()):
         return drafts, found
     merged = torch.where(found, text, F.pad(drafts, (0, rate.most - drafts.shape[1])))
@@ -722,19 +708,21 @@ def decode_speculative(task: Task) -> Decoded:
     decoding = task.decoding
     longest = min(decoding.window, task.stop - task.start, decoding.longest_draft)
     most = max(longest, decoding.longest_draft if decoding.lookup_ngram else 0)
-    scratch = max((longest + 1) * (longest + 2), 1 + PRIOR_WINDOW)
+    scratch = (longest + 1) * (longest + 2)
     run = start_run(task, task.stop - task.start + most + 1 + scratch)
     rows = Rows.start(task, most + 1)
     on_gpu = int(task.ids.is_cuda)  # a window hardly adds to the time of a pass there
     by_window = AcceptanceRate(accepted=0.3, decay=0.75, extra=0.5, least=on_gpu, most=longest)
     by_lookup = AcceptanceRate(accepted=1.5, decay=0.0, extra=1.0, least=1, most=most)
-    drafts, prior = rows.tokens[:, :0], head_prior(run, rows, longest)
+    head = None if decoding.draft == "window" or not longest else decoding.head
+    drafts = rows.tokens[:, :0]
     while rows.unfinished():
         active, num_drafts = rows.active(), drafts.shape[1]
-        drafts, found = add_lookups(rows, drafts, by_lookup)
+        own = functools.partial(own_drafts, run, rows, head, drafts, longest)
+        drafts, found = add_lookups(rows, own, by_lookup)
         others = active & ~found  # rows that depend on windows
         use_windows = bool(others.any())
-        length = by_window.draft_length() if use_windows and prior is None else 0
+        length = by_window.draft_length() if use_windows and head is None else 0
         tokens = torch.cat((rows.tokens.gather(1, rows.done - 1), drafts), dim=1)
         verified = verify(run, tokens, rows.done - 1, length)
         if use_windows and num_drafts:
@@ -742,37 +730,45 @@ def decode_speculative(task: Task) -> Decoded:
         by_lookup.update(verified.accepted[active])
         one_pass = torch.ones_like(rows.done)
         rows.accept(rows.done, verified.tokens, verified.accepted + 1, one_pass)
-        drafts = verified.drafts if prior is None else draft_by_head(run, rows, prior, longest)
+        drafts = verified.drafts
     return rows.decoded()
 
 
-def head_prior(run: Run, rows: Rows, length: int) -> Tensor | None:
-    """What drafts of the sequential head alone begin with, logits (B, 1, V); it takes one pass.
-    None: drafts come from windows.
+def draft_by_head(
+    head: Head, known: Tensor, keys: Tensor, place: Tensor, sampling: Sampling, length: int
+) -> Tensor:
+    """Draft tokens by the sequential head alone, without a window.
+
+    Args:
+        head: with the logits that drafts begin with.
+        known: (B, 2) last tokens; V is one that does not exist.
+        keys: (B, 1) random key of each row.
+        place: (B, 1) position of the first token to draft.
+        sampling: as tokens are chosen, with the same noise, so that drafts are likely to be kept.
+        length: tokens to draft.
+
+    Returns:
+        Tokens (B, length).
     """
-    decoding, unfinished = run.decoding, rows.unfinished()
-    if decoding.head is None or decoding.draft == "window" or not length or not unfinished:
-        return None
-    last = rows.done - 1
-    rows.forwards = rows.forwards + rows.active()
-    return window_prior(run, rows.tokens.gather(1, last), last)
-
-
-def draft_by_head(run: Run, rows: Rows, prior: Tensor, length: int) -> Tensor:
-    """Draft what follows the rows' last tokens by the sequential head alone: (B, length)."""
-    head, sampling, place = run.decoding.head, run.decoding.sampling, rows.done
-    assert head is not None
-    known = rows.tokens.gather(1, torch.cat((place - 2, place - 1), dim=1))
     tokens, noise = list(known.unbind(1)), None
-    if sampling.temperature > 0:  # that of `sample`, so that drafts are likely to be accepted
+    if sampling.temperature > 0:
         positions = place + torch.arange(length, device=place.device)
-        noise = gumbel_noise(tg.split_key(run.keys, positions), prior.shape[-1])  # (B, length, V)
+        noise = gumbel_noise(tg.split_key(keys, positions), len(head.prior))  # (B, length, V)
     for i in range(length):
-        scores = prior[:, 0] + head.step(tokens[-2], tokens[-1])
+        scores = head.prior + head.step(tokens[-2], tokens[-1])
         if noise is not None:
             scores = truncate(scores / sampling.temperature, sampling) + noise[:, i]
         tokens.append(scores.argmax(-1))
-    return torch.stack(tokens[2:], dim=1)
+    return torch.stack(tokens, dim=1)[:, 2:]
+
+
+def own_drafts(run: Run, rows: Rows, head: Head | None, drafts: Tensor, length: int) -> Tensor:
+    """Return drafts of a window, or those of a head if it drafts: `length` tokens a row."""
+    if head is None:
+        return drafts
+    tokens = F.pad(rows.tokens, (1, 0), value=run.model.cfg.vocab_size)  # nothing before the first
+    known = tokens.gather(1, torch.cat((rows.done - 1, rows.done), dim=1))
+    return draft_by_head(head, known, run.keys, rows.done, run.decoding.sampling, length)
 
 
 Fill = Callable[[Run, Window, Tensor], tuple[Window, Tensor]]

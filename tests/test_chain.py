@@ -182,8 +182,12 @@ def test_only_the_head_gets_a_gradient() -> None:
     mask = chain.window_groups(model.cfg, 3, CPU)
     chain.parallel_nll(model, head, rows, torch.zeros(3).long(), mask)[1].mean().backward()
     assert all(p.grad is None for p in model.parameters())
-    assert all(p.grad is not None and bool(p.grad.any()) for p in head.parameters())
-    assert len(list(head.parameters())) == 3  # the model's are not among them
+    trained = {name for name, p in head.named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained == {"fc.weight", "proj.weight", "bias"}
+    head.zero_grad()
+    chain.alone_nll(head, rows).mean().backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert [name for name, p in head.named_parameters() if p.grad is not None] == ["prior"]
 
 
 # ---- fit and file ----
@@ -216,6 +220,10 @@ def test_a_fitted_head_makes_tokens_of_one_pass_more_likely(
     model = tg.load_artifact(artifact, CPU)[0]
     head = chain.load_head(artifact.with_name("head.ptz"), model, artifact)
     assert found["head_bytes"] == artifact.with_name("head.ptz").stat().st_size
+    rows = tg.TokenLoader(model.cfg, "train").rows(0, 40, model.cfg.train_seq_len)
+    fitted = chain.alone_nll(head, rows).mean().item()
+    head.prior.requires_grad_(False).zero_()
+    assert fitted < 0.98 * chain.alone_nll(head, rows).mean().item()  # drafts begin with it
     val = tg.TokenLoader(model.cfg, "val")
     rows = val.rows(0, (val.total - 1) // model.cfg.train_seq_len, model.cfg.train_seq_len)
     score = nll(model, head, rows, [0] * 8).mean().item()

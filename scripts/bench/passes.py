@@ -9,7 +9,7 @@ schedule fixed in advance, gives the text: by the chain rule over passes and, in
 tokens, which are independent (factorised) or decided left to right with a sequential head of
 scripts/chain.py (chained). It is no bound: the probabilities of all windows sum to one. A pass of
 the clean stream per window, which enters it into the cache, is not counted. `alone` is the head
-without a window: to the mean logits of masked tokens of training text it adds what it knows.
+without a window: what it adds, and logits that were fitted with it.
 
 Text comes from DATA_PATH and TOKENIZER_PATH, or from where the artifact was trained; rows are
 evenly spaced over the validation split. The last line is one JSON object.
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import train_gpt as tg
 from scripts.bench.likelihood import Loaded, causal, load, window_sizes
-from scripts.chain import Head, load_head, parallel_nll, window_groups
+from scripts.chain import Head, alone_nll, load_head, parallel_nll, window_groups
 from scripts.common import (
     Parser,
     autocast,
@@ -48,7 +48,6 @@ from scripts.common import (
 )
 
 ORDERS = ("parts", "spread")
-PRIOR_ROWS = 8  # of which windows the mean logits of `alone` are taken
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -97,32 +96,16 @@ def score(
 
 
 @torch.no_grad()
-def mean_logits(at: Loaded, size: int, mask: tuple[Tensor, ...]) -> Tensor:
-    """Mean logits (V,) of tokens of wholly masked windows of training text, but for the first of
-    each window.
-    """
-    rows = tg.TokenLoader(at.cfg, "train").rows(0, PRIOR_ROWS, at.cfg.train_seq_len, at.device)
-    tokens, positions = tg.split_into_windows(rows, size)
-    x0 = tokens[..., 1:]
-    masked, t = torch.ones_like(x0, dtype=torch.bool), torch.ones(x0.shape[:2], device=at.device)
-    noisy = tg.apply_noise(x0, masked, t, torch.zeros_like(x0[..., 0]), at.cfg)
-    window = tg.WindowInput(tokens[..., :1], noisy, positions, mask)
-    with autocast(at.device):
-        cache = at.model.forward_causal(rows[:, :-1])[1]
-        return at.model.forward_denoise(window, cache)[:, :, 1:].mean((0, 1, 2))
-
-
-@torch.no_grad()
-def score_alone(at: Loaded, head: Head, size: int, mask: tuple[Tensor, ...]) -> float:
+def score_alone(at: Loaded, head: Head, size: int) -> float:
     """Bits per byte of windows of which the clean stream predicts the first token, and the head
     alone the others.
     """
-    prior, nats = mean_logits(at, size, mask), 0.0
+    nats = 0.0
     for _, rows in at.batches():
         with autocast(at.device):
             first = tg.token_nll_causal(at.model, rows)[:, ::size]
             x = rows.unfold(1, size + 1, size).flatten(0, 1)  # (B W, 1 + S)
-            others = tg.token_nll(prior + head(x[:, :-1])[:, 1:], x[:, 2:])
+            others = alone_nll(head, x)
         nats += first.double().sum().item() + others.double().sum().item()
     return tg.bits_per_byte(nats, at.bytes)
 
@@ -141,7 +124,7 @@ def measure(at: Loaded, head: Head | None, args: argparse.Namespace) -> dict[str
         row["factorised_bpb"], chained = score(at, head, order, mask)
         row["chained_bpb"] = None if head is None else chained
         alone = head is not None and passes == 1
-        row["alone_bpb"] = score_alone(at, head, size, mask) if head and alone else None
+        row["alone_bpb"] = score_alone(at, head, size) if head and alone else None
         rows.append(row)
     about = {name: getattr(args, name) for name in ("artifact", "head", "adapter")}
     result: dict[str, Any] = {k: None if v is None else str(v) for k, v in about.items()}

@@ -17,12 +17,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 import train_gpt as tg
+from scripts.chain import Head
 from scripts.decoding import (
     LOSSLESS,
     MODES,
     Decoding,
     Quality,
     distinct,
+    draft_by_head,
     entropy,
     judge,
     look_up,
@@ -33,6 +35,7 @@ from scripts.serving.text import CommittedText, Vocabulary
 
 SERVED = ("ar", "speculative", "refine", "block", "threshold", "edit")  # modes of a row
 DRAFT = 7  # tokens that a speculative pass verifies, after the last accepted one
+HEAD_DRAFT = 4  # of them, where the sequential head drafts: more are seldom accepted
 
 Loop = Generator[Pass, Any, None]
 
@@ -105,6 +108,7 @@ class Row:
     times: dict[str, float] = field(default_factory=dict)  # moments, time.monotonic()
     pace: Pace | None = None
     slot: int = -1
+    head: Head | None = None  # drafts for mode speculative
     wanted: Pass | None = None
 
     def __post_init__(self) -> None:
@@ -198,16 +202,30 @@ def prompt_lookup(row: Row) -> list[int]:
     return draft[0].tolist() if bool(found) else []
 
 
-def decode_causally(row: Row) -> Loop:
-    """Decode left to right; mode speculative verifies tokens of the text in the same pass.
+def head_draft(row: Row) -> list[int]:
+    """Draft by the sequential head alone, if there is one."""
+    text = row.prompt + row.span
+    count = min(HEAD_DRAFT, row.num - len(row.span) - 1)
+    if row.head is None or row.decoding.mode != "speculative" or count < 1 or len(text) < 2:
+        return []
+    device = row.head.prior.device
+    known, key, place = (
+        torch.tensor([each], device=device) for each in (text[-2:], [row.key], [len(text)])
+    )
+    drafts = draft_by_head(row.head, known, key, place, row.decoding.sampling, count)
+    return list(map(int, drafts[0].tolist()))
 
-    The output is that of mode ar. Drafts come from the text only (arXiv:2304.04487), not from
-    windows, whose number would differ from row to row.
+
+def decode_causally(row: Row) -> Loop:
+    """Decode left to right; mode speculative verifies draft tokens in the same pass.
+
+    The output is that of mode ar. Drafts come from the text (arXiv:2304.04487) or else from the
+    sequential head, not from windows, whose number would differ from row to row.
     """
     width = 1 + (DRAFT if row.decoding.lookup_ngram else 0)
     sampling = row.decoding.sampling
     while not row.finish:
-        draft = prompt_lookup(row)
+        draft = prompt_lookup(row) or head_draft(row)
         tokens = [row.last, *draft]
         wanted = Step(row.slot, tokens, row.place, width, row.key, sampling, row.top or 0)
         found: Choices = yield wanted

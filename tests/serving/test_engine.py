@@ -113,6 +113,36 @@ def test_rows_get_what_decode_gives_each_with_a_head(
         assert found != [reference(service, r, setting) for r in rows]
 
 
+@pytest.mark.parametrize("sampling", [decoding.GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_drafts_of_a_head_change_passes_and_no_token(
+    artifact: Path, head: Path, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = make(artifact, "--slots", "4", "--head", str(head))
+    plain = MODES["speculative"]._replace(sampling=sampling, lookup_ngram=50)  # which finds nothing
+    rows = decode(service, different_rows(service, plain, has_suffix=False))
+    expected = [reference(service, row, MODES["ar"]._replace(sampling=sampling)) for row in rows]
+    assert [row.span for row in rows] == expected
+
+    def draft(head: Any, known: Any, keys: Any, place: Any, chosen: Sampling, count: int) -> Any:
+        """What a head that knew the text would draft."""
+        assert (chosen, known.shape, keys.shape) == (sampling, (1, 2), (1, 1))
+        prompt, span = next(
+            (list(row.prompt), span)
+            for row, span in zip(rows, expected, strict=True)
+            if (row.key, len(row.prompt)) == (int(keys), len(row.prompt))
+            and [*row.prompt, *span][int(place) - 2 : int(place)] == known[0].tolist()
+        )
+        return torch.tensor([[*prompt, *span][int(place) : int(place) + count]])
+
+    monkeypatch.setattr("scripts.serving.rows.draft_by_head", draft)
+    known = decode(service, different_rows(service, plain, has_suffix=False))
+    assert [row.span for row in known] == expected
+    for row in known:
+        assert row.passes <= -(-len(row.span) // 5) + 1  # five tokens a pass
+    without = decode(service, different_rows(service, MODES["ar"], has_suffix=False))
+    assert all(row.passes >= len(row.span) for row in without)
+
+
 def test_a_head_of_another_artifact_is_refused(head: Path, causal_artifact: Path) -> None:
     with pytest.raises(tg.UserError, match="belongs to another artifact"):
         make(causal_artifact, "--head", str(head))
