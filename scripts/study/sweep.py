@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -39,6 +38,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 from tqdm import tqdm
 
 import train_gpt as tg
@@ -525,13 +525,12 @@ class Store:
 def alone(out: Path) -> Iterator[None]:
     """Hold the folder, interruptible; UserError: another sweep holds it."""
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            fail(f"--out={out} is in use by another sweep; wait for it or name another")
-        with interruptible():
-            yield
+    try:
+        lock = filelock.FileLock(out / ".lock").acquire(timeout=0)
+    except filelock.Timeout:
+        fail(f"--out={out} is in use by another sweep; wait for it or name another")
+    with lock, interruptible():
+        yield
 
 
 Line = dict[str, Any]  # of sweep.jsonl
