@@ -142,10 +142,6 @@ class Passes:
         self.tokens = one.new_zeros(num_slots, self.length + 1)
         self.used = [1] * num_slots  # places of each slot that hold something to keep
 
-    def slot_bytes(self) -> int:
-        """Bytes of the keys and values of one slot."""
-        return sum(x[0].numel() * x.element_size() for x in (*self.keys, *self.values))
-
     def copy_prefix(self, source: int, target: int, count: int) -> None:
         """Copy the first `count` places of a slot to another one."""
         for x in (*self.keys, *self.values):
