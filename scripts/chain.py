@@ -8,7 +8,8 @@ A denoising pass predicts every masked token of a window on its own, so tokens t
 together do not fit each other. The head decides them from left to right: it adds to the logits of a
 token what the two tokens before it tell, at the cost of a small MLP a token and no further pass.
 The joint probability of what a pass decides is then a product of conditionals: exact, normalised,
-and sampled by ancestral sampling. The model is frozen, so none of its other scores change.
+and sampled by ancestral sampling. Without a window it drafts tokens for mode speculative. The model
+is frozen, so none of its other scores change.
 
 Text comes from DATA_PATH and TOKENIZER_PATH, or from where the artifact was trained. Progress goes
 to standard error; the last line of standard output is one JSON object.
@@ -59,9 +60,9 @@ FORMAT = "text-diffusion-head-2"
 SUFFIX = ".head"
 FIT = "fit one: python scripts/chain.py {}"
 MOST_WIDTH = 64  # of the MLP, in multiples of the model's width
-KEPT_BYTES = 1 << 26  # of logits that the head keeps
+PAIR_CACHE_BYTES = 1 << 26
 ROWS_AT_ONCE = 8
-PRIOR_LR = 0.03  # first learning rate of the logits that drafts begin with, one number a token
+PRIOR_LR = 0.03  # first learning rate of the base logits for drafts, one number per token
 CHECKED_TOKENS = 1 << 16  # validation tokens of the scores before and after
 
 # Shapes: B rows, T + 1 tokens of a row, W windows of S tokens per row, V vocabulary, D width.
@@ -79,7 +80,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.whole("--batch-tokens", 2048, "tokens per step", high=10**6)
     parser.whole("--window", 8, "tokens of the windows it is fitted on", low=2)
     parser.whole("--width", 8, "width of its MLP / D", high=MOST_WIDTH)
-    parser.real("--lr", 0.001, "first learning rate (Adam), which falls to 0", 1e-9, 1)
+    lr = "first learning rate (Adam), which falls to 0; of the base logits 0.03"
+    parser.real("--lr", 0.001, lr, 1e-9, 1)
     parser.whole("--seed", 1337, "fixes initial weights and which text is read", low=0)
     parser.device()
     return parser.parse_args(argv)
@@ -91,7 +93,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Head(nn.Module):
-    """An MLP on the token to the left and the pair it ends; the output matrix is the model's."""
+    """An MLP on the token to the left and the pair it ends; the output matrix is the model's. It
+    corrects the logits of a window, and with base logits of its own (`prior`) drafts without one.
+    """
 
     def __init__(self, model: tg.GPT, width: int, seed: int = 0) -> None:
         super().__init__()
@@ -99,9 +103,9 @@ class Head(nn.Module):
         self.fc = nn.Linear(dim, width * dim, bias=False)
         self.proj = nn.Linear(width * dim, dim, bias=False)
         self.bias = nn.Parameter(torch.zeros(model.cfg.vocab_size))
-        self.prior = nn.Parameter(torch.zeros(model.cfg.vocab_size))  # logits without a window
+        self.prior = nn.Parameter(torch.zeros(model.cfg.vocab_size))
         self.model = (model,)  # in a tuple, so that its weights are none of this module
-        self.kept: dict[tuple[float, float], Tensor] = {}  # by `step`: (1, V) of pairs of tokens
+        self.pair_cache: dict[tuple[int, int], Tensor] = {}  # of step(), (1, V) by pair
         generator = torch.Generator().manual_seed(seed)
         nn.init.uniform_(self.fc.weight, -(dim**-0.5), dim**-0.5, generator=generator)
         nn.init.zeros_(self.proj.weight)  # the head adds nothing at first
@@ -135,18 +139,18 @@ class Head(nn.Module):
     @torch.no_grad()
     def step(self, before: Tensor, token: Tensor) -> Tensor:
         """Same as `forward` for one token (B,) after another (B,): (B, V). In mode eval the
-        result for one row on a CPU is kept: pairs come again, and reading the weights of the head
-        from memory takes most of the time.
+        result for one row on a CPU is cached by the pair of tokens: pairs come again, and a step
+        takes longer than the lookup (docs/decoding.md).
         """
         ids = torch.stack((before, token), dim=1)
         if self.training or len(ids) != 1 or ids.is_cuda:  # a device would have to be waited for
             return self.logits(self.left(ids)[:, -1])
-        pair = before.item(), token.item()
-        if pair not in self.kept:
-            if len(self.kept) >= KEPT_BYTES // self.bias.nbytes:
-                self.kept.clear()
-            self.kept[pair] = self.logits(self.left(ids)[:, -1])
-        return self.kept[pair]
+        pair = int(before), int(token)
+        if pair not in self.pair_cache:
+            if len(self.pair_cache) >= PAIR_CACHE_BYTES // self.bias.nbytes:
+                self.pair_cache.clear()
+            self.pair_cache[pair] = self.logits(self.left(ids)[:, -1])
+        return self.pair_cache[pair]
 
 
 def alone_nll(head: Head, rows: Tensor) -> Tensor:
@@ -181,6 +185,8 @@ def load_head(path: Path, model: tg.GPT, artifact: Path) -> Head:
         about, tensors = tg.unpack_tensors(
             tg.decompress(b"" if path.is_fifo() else path.read_bytes())
         )
+        if str(about["format"]).startswith(FORMAT[:-1]) and about["format"] != FORMAT:
+            fail(f"head {path} is of another version of this program; {FIT.format(artifact)}")
         if about["format"] != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
         check_base(f"head {path}", about, artifact, FIT.format(artifact))
@@ -298,7 +304,7 @@ def choose_along_chain(
 
 
 # ==============================================================================
-# 3  FIT -- the head alone, on windows that one pass decides whole
+# 3  FIT -- the model is frozen; windows that one pass decides whole, and the head without a window
 # ==============================================================================
 
 
@@ -343,8 +349,8 @@ def fit(
     T, order = model.cfg.train_seq_len, torch.zeros(args.window, dtype=torch.long, device=device)
     mask = window_groups(model.cfg, args.window, device)
     count = max(args.batch_tokens // T, 1)
-    joined = [p for p in head.parameters() if p is not head.prior]
-    groups = [{"params": joined, "first": args.lr}, {"params": [head.prior], "first": PRIOR_LR}]
+    others = [p for p in head.parameters() if p is not head.prior]
+    groups = [{"params": others, "first": args.lr}, {"params": [head.prior], "first": PRIOR_LR}]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     start = int(tg.random_uniform(torch.tensor(args.seed), 1).item() * loader.total)
     for step in tqdm(range(args.steps), "fit", file=sys.stderr):

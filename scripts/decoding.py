@@ -115,6 +115,8 @@ def check_decoding(decoding: Decoding) -> None:
         raise tg.UserError(f"draft={decoding.draft!r} must be one of: {', '.join(DRAFTS)}")
     if decoding.draft == "head" and decoding.head is None:
         raise tg.UserError("draft='head' needs a sequential head; fit one: scripts/chain.py")
+    if decoding.draft == "head" and decoding.window == 0:
+        raise tg.UserError("draft='head' drafts as many tokens as a window has; window=0 is none")
     if decoding.steps < 1:
         raise tg.UserError(f"steps={decoding.steps} must be at least 1")
 
@@ -162,7 +164,7 @@ def sample_tokens(logits: Tensor, sampling: Sampling, keys: Tensor) -> tuple[Ten
 
 
 def truncate(scores: Tensor, sampling: Sampling) -> Tensor:
-    """Exclude what is outside top-k or top-p of scores (..., V), which may lack a constant."""
+    """Exclude what is outside top-k or top-p, given log-probabilities up to a constant (..., V)."""
     if not sampling.top_k and sampling.top_p >= 1:
         return scores
     ranked, order = scores.sort(dim=-1, descending=True)
@@ -651,10 +653,10 @@ def draft_windows(tokens: Tensor, positions: Tensor, length: int) -> MaskedWindo
 
 
 def add_lookups(
-    rows: Rows, draft: Callable[[], Tensor], rate: AcceptanceRate
+    rows: Rows, draft: Callable[[], Tensor], rate: AcceptanceRate, least: int
 ) -> tuple[Tensor, Tensor]:
-    """Take drafts from the text of rows whose last tokens occur earlier there; `draft` gives those
-    of the others, (B, n), and is called if there are any.
+    """Take drafts of `least` or more tokens from the text of rows whose last tokens occur earlier
+    there; `draft` gives those of the others, (B, n), and is called if there are any.
 
     Returns the drafts, and which rows have theirs from the text, (B, 1) bool.
     """
@@ -666,7 +668,7 @@ def add_lookups(
     if not bool((found & rows.active()).any()):
         return drafts, found
     merged = torch.where(found, text, F.pad(drafts, (0, rate.most - drafts.shape[1])))
-    return merged[:, : max(rate.draft_length(), drafts.shape[1])], found
+    return merged[:, : max(rate.draft_length(), least, drafts.shape[1])], found
 
 
 # ==============================================================================
@@ -719,8 +721,8 @@ def decode_speculative(task: Task) -> Decoded:
     while rows.unfinished():
         active, num_drafts = rows.active(), drafts.shape[1]
         own = functools.partial(own_drafts, run, rows, head, drafts, longest)
-        drafts, found = add_lookups(rows, own, by_lookup)
-        others = active & ~found  # rows that depend on windows
+        drafts, found = add_lookups(rows, own, by_lookup, 0 if head is None else longest)
+        others = active & ~found  # rows whose drafts do not come from the text
         use_windows = bool(others.any())
         length = by_window.draft_length() if use_windows and head is None else 0
         tokens = torch.cat((rows.tokens.gather(1, rows.done - 1), drafts), dim=1)

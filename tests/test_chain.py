@@ -160,21 +160,23 @@ def test_a_step_equals_the_pass_over_all_tokens(bigrams: int) -> None:
             torch.testing.assert_close(head.step(ids[:, i - 1], ids[:, i]), whole[:, i])
 
 
-def test_steps_that_are_kept_are_those_of_their_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_steps_are_those_of_their_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     (_, head), ids = small(bigram_vocab_size=7), random_rows(1, 40, V + 1)
-    monkeypatch.setattr(chain, "KEPT_BYTES", 5 * head.bias.nbytes)  # so that they are dropped, too
+    monkeypatch.setattr(
+        chain, "PAIR_CACHE_BYTES", 5 * head.bias.nbytes
+    )  # so that they are dropped, too
     ids[:, 1::2] %= V  # the token to the left is known, the one before it may not be
     head.eval()
     for _ in range(2):
         for i in range(1, 40, 2):
             found, whole = head.step(ids[:, i - 1], ids[:, i]), head(ids[:, i - 1 : i + 1])
             torch.testing.assert_close(found, whole[:, -1].detach())
-            assert 0 < len(head.kept) <= 5
-    kept = head.step(ids[:, 0], ids[:, 1])
-    assert head.step(ids[:, 0], ids[:, 1]) is kept
+            assert 0 < len(head.pair_cache) <= 5
+    cached = head.step(ids[:, 0], ids[:, 1])
+    assert head.step(ids[:, 0], ids[:, 1]) is cached
     head.train()
     torch.nn.init.ones_(head.bias)
-    assert not head.step(ids[:, 0], ids[:, 1]).equal(kept)  # weights that change are read
+    assert not head.step(ids[:, 0], ids[:, 1]).equal(cached)  # weights that change are read
 
 
 def test_only_the_head_gets_a_gradient() -> None:

@@ -6,7 +6,8 @@
 Prompts are excerpts of the validation data (DATA_PATH; else that of the artifact). Seconds include
 the pass over the prompt in every row, AR's too, and only decoded tokens count; median of --repeats
 rounds after a warm-up. In a round all modes take turns, batch by batch, so that a machine that
-slows down slows all of them. The last line of the output is one JSON object.
+slows down slows all of them; a sequential head begins each round with an empty cache of pairs. The
+last line of the output is one JSON object.
 
 passes              over one window; `block` and `remask` fill several windows
 tokens per forward  decoded tokens / passes, mean over examples; the pass over the prompt is not
@@ -173,18 +174,18 @@ def variants(
                 yield f"{mode} + head, no lookup", plain._replace(head=head, lookup_ngram=0)
 
 
-def fresh(head: Head | None) -> Head | None:
-    """Copy a head without what it keeps, which must not speed up another row."""
+def without_cache(head: Head | None) -> Head | None:
+    """Copy a head but for its cache, which must not speed up another row."""
     same = copy.copy(head)
     if same is not None:
-        same.kept = {}
+        same.pair_cache = {}
     return same
 
 
-def forget(heads: Sequence[Head]) -> None:
-    """Drop what heads keep, as at the start of a program."""
+def clear_caches(heads: Sequence[Head]) -> None:
+    """Empty the caches of heads."""
     for head in heads:
-        head.kept.clear()
+        head.pair_cache.clear()
 
 
 def plan_jobs(
@@ -202,7 +203,9 @@ def plan_jobs(
             most = min(settings.window, args.target)
             steps = sorted({min(n, most) for n in args.passes}) if has_steps else [0]
             for n in steps:
-                own = settings._replace(steps=n or settings.steps, head=fresh(settings.head))
+                own = settings._replace(
+                    steps=n or settings.steps, head=without_cache(settings.head)
+                )
                 jobs.append(Job(mode, n, batch, own))
     return jobs
 
@@ -239,7 +242,11 @@ def decode_all(at: Bench, decode: Decode, batch: int) -> decoding.Decoded:
 
 
 def timed(
-    at: Bench, decoders: Sequence[Decode], batch: int, cold: Callable[[], object] = lambda: None
+    at: Bench,
+    decoders: Sequence[Decode],
+    batch: int,
+    bar: Any,
+    before_round: Callable[[], object] = lambda: None,
 ) -> list[tuple[decoding.Decoded, dict[str, Any]]]:
     """Decode all excerpts once by each decoder, then again in turns under the clock.
 
@@ -247,21 +254,25 @@ def timed(
         at: excerpts, and how many rounds.
         decoders: which take turns at each batch; another one begins each time.
         batch: excerpts at once.
-        cold: called before each round, to drop what the last one left.
+        bar: of progress, by one for each decoder and round, the warm-up included.
+        before_round: called before each round, to drop what the last one left.
 
     Returns:
         Output (N, L) and speed of each decoder.
     """
-    found = [decode_all(at, decode, batch) for decode in decoders]
-    seconds = [[0.0] * at.repeats for _ in decoders]
+    found, seconds = list[decoding.Decoded](), [[0.0] * at.repeats for _ in decoders]
+    for decode in decoders:
+        found.append(decode_all(at, decode, batch))
+        bar.update()
     for i in range(at.repeats):
-        cold()
+        before_round()
         for turn, start in enumerate(range(0, len(at.rows), batch)):
             for j in range(len(decoders)):
                 which = (i + turn + j) % len(decoders)
                 began = at.clock()
                 decoders[which](at.rows[start : start + batch], start)
                 seconds[which][i] += at.clock() - began
+        bar.update(len(decoders))
     count = at.text(at.rows).numel()
     speeds = [{"tokens_per_second": count / statistics.median(s), "seconds": s} for s in seconds]
     return [*zip(found, speeds, strict=True)]
@@ -321,10 +332,9 @@ def measure(at: Bench, jobs: Sequence[Job], bar: Any) -> list[dict[str, Any]]:
         group = [job for job in jobs if job.batch == batch]
         heads = [head for job in group if (head := job.decoding.head) is not None]
         decoders = [decoder(at, job.decoding) for job in group]
-        each = timed(at, decoders, batch, functools.partial(forget, heads))
+        each = timed(at, decoders, batch, bar, functools.partial(clear_caches, heads))
         for job, (out, speed) in zip(group, each, strict=True):
             found.append(measured(at, job, out, speed, *each[0]))
-            bar.update()
     return found
 
 
@@ -334,13 +344,13 @@ def measured(
     out: decoding.Decoded,
     speed: Mapping[str, Any],
     reference: decoding.Decoded,
-    its_speed: Mapping[str, Any],
+    reference_speed: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Describe the output of a job beside that of mode ar."""
     row: dict[str, Any] = {"mode": job.mode, "passes": job.passes or None, "batch": job.batch}
     row["tokens_per_forward"] = (at.target / out.forwards.double()).mean().item()
     row |= speed
-    row["times_cached_ar"] = speed["tokens_per_second"] / its_speed["tokens_per_second"]
+    row["times_cached_ar"] = speed["tokens_per_second"] / reference_speed["tokens_per_second"]
     row["identical"] = (out.ids == reference.ids).all(dim=1).double().mean().item()
     row |= {"accuracy": accuracy(at, out.ids), "infill_accuracy": None}
     if fills_windows(job.decoding):
@@ -370,11 +380,10 @@ def predecessor(at: Bench, bar: Any) -> list[dict[str, Any]]:
     """
     found = list[dict[str, Any]]()
     decoders = predecessor_decoders(at)
-    each = timed(at, [*decoders.values()], len(at.rows))
+    each = timed(at, [*decoders.values()], len(at.rows), bar)
     for name, (out, speed) in zip(decoders, each, strict=True):
         row = {"decoding": name, **speed, "accuracy": accuracy(at, out.ids)}
         found.append(row | {"published": PUBLISHED.get(name)})
-        bar.update()
     for row in found:
         for key, reference in zip(("times_uncached_ar", "times_cached_ar"), found, strict=False):
             row[key] = row["tokens_per_second"] / reference["tokens_per_second"]
@@ -526,7 +535,8 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     modes = args.modes if at.model.mask_emb is not None else ["ar"]
     head = load_head(args.head, at.model, args.artifact) if args.head else None
     jobs, cuda = plan_jobs(modes, args, head), at.rows.is_cuda
-    bar = tqdm(total=len(jobs) + 5 * args.predecessor, desc="decode", disable=None)
+    total = (len(jobs) + 5 * args.predecessor) * (1 + args.repeats)
+    bar = tqdm(total=total, desc="decode", disable=None)
     with bar, autocast(at.rows.device):
         text = quality(at, at.rows[:, : args.prefix + args.target])
         rows = measure(at, jobs, bar)

@@ -250,7 +250,6 @@ class Engine:
             i = self._choose_slot(row)
             slot = self.slots[i]
             row.slot, slot.row, slot.read = i, row, 0
-            row.head = self.passes.head
             row.times["admitted"] = time.monotonic()
             # Others may still copy what the slot held before.
             most = max(row.length, len(slot.tokens))

@@ -21,12 +21,13 @@ from torch import Tensor
 
 import train_gpt as tg
 from scripts.chain import Head, choose_along_chain
-from scripts.decoding import Sampling, sample_tokens
+from scripts.decoding import Sampling, draft_by_head, sample_tokens
 
 # Shapes: R rows of a pass, N tokens of each, S tokens of a window without the clean one before it,
 # V vocabulary, D width, P places.
 
 ALIGNED = 32  # places are cut to a multiple of it
+NO_TOKEN = -1
 SMALLEST = 8  # tokens: least width of a pass whose width is fixed
 
 
@@ -43,6 +44,7 @@ class Choices(NamedTuple):
     tokens: list[int]
     log_p: list[float]  # nats, without temperature
     top: list[Top]  # empty unless the row wants them
+    draft: Sequence[int] = ()  # tokens of the sequential head, which the pass has read, too
 
 
 class Unmasked(NamedTuple):
@@ -64,6 +66,8 @@ class Step(NamedTuple):
     key: int  # random key of the row
     sampling: Sampling
     top: int = 0  # how many alternatives to report at each position
+    before: int = NO_TOKEN  # the token before the first
+    draft: int = 0  # tokens for the sequential head to draft, if there is one
 
 
 class Read(NamedTuple):
@@ -120,7 +124,8 @@ class Passes:
         num_slots: rows at once.
         deterministic: every pass has all slots, all places and a fixed width, so that a row gets
             the same bits whatever its neighbours are. Otherwise results are equal but for rounding.
-        head: of scripts/chain.py: tokens that a pass unmasks are chosen left to right.
+        head: of scripts/chain.py: tokens that a pass unmasks are chosen left to right, and mode
+            speculative has drafts where the text has none.
     """
 
     def __init__(
@@ -215,16 +220,39 @@ class Passes:
         return logits[torch.tensor(list(at), device=self.device)]
 
     def _step(self, width: int, group: list[Pass]) -> list[Result]:
-        steps = [each for each in group if isinstance(each, Step)]
+        steps = self._draft([each for each in group if isinstance(each, Step)])
         logits = self._causal(width, steps)
         column = torch.arange(width, device=self.device)
         first = torch.tensor([[each.first + 1] for each in steps], device=self.device)
         tokens, log_p = self._sample(steps, logits, first + column)
+        results = list[Result]()
         lists = zip(steps, tokens.tolist(), log_p.tolist(), logits, strict=True)
-        return [
-            Choices(t[: len(s.tokens)], p[: len(s.tokens)], self._top(row[: len(s.tokens)], s.top))
-            for s, t, p, row in lists
-        ]
+        for step, t, p, row in lists:
+            n = len(step.tokens)
+            draft = step.tokens[1:] if step.draft else ()
+            results.append(Choices(t[:n], p[:n], self._top(row[:n], step.top), draft))
+        return results
+
+    def _draft(self, steps: Sequence[Step]) -> list[Step]:
+        """Let the sequential head draft for rows that want it, those of equal settings at once."""
+        if self.head is None:
+            return [step._replace(draft=0) for step in steps]
+        found, settings = list(steps), dict[tuple[object, ...], list[int]]()
+        for i, step in enumerate(steps):
+            if step.draft:
+                same = step.sampling._replace(seed=0, end=-1), step.draft
+                settings.setdefault(same, []).append(i)
+        for members in settings.values():
+            rows = [steps[i] for i in members]
+            known = torch.tensor([[s.before, s.tokens[0]] for s in rows], device=self.device)
+            known = torch.where(known == NO_TOKEN, self.model.cfg.vocab_size, known)
+            about = torch.tensor([[s.key, s.first + 1] for s in rows], device=self.device)
+            sampling, count = rows[0].sampling, rows[0].draft
+            keys, places = about[:, :1], about[:, 1:]
+            drafts = draft_by_head(self.head, known, keys, places, sampling, count)
+            for i, draft in zip(members, drafts.tolist(), strict=True):
+                found[i] = steps[i]._replace(tokens=[*steps[i].tokens, *draft])
+        return found
 
     def _read(self, width: int, group: list[Pass]) -> list[Result]:
         reads = [each for each in group if isinstance(each, Read)]

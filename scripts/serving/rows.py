@@ -17,20 +17,18 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 import train_gpt as tg
-from scripts.chain import Head
 from scripts.decoding import (
     LOSSLESS,
     MODES,
     Decoding,
     Quality,
     distinct,
-    draft_by_head,
     entropy,
     judge,
     look_up,
     repeat,
 )
-from scripts.serving.passes import Choices, Denoise, Pass, Read, Step, Top, Unmasked
+from scripts.serving.passes import NO_TOKEN, Choices, Denoise, Pass, Read, Step, Top, Unmasked
 from scripts.serving.text import CommittedText, Vocabulary
 
 SERVED = ("ar", "speculative", "refine", "block", "threshold", "edit")  # modes of a row
@@ -108,7 +106,6 @@ class Row:
     times: dict[str, float] = field(default_factory=dict)  # moments, time.monotonic()
     pace: Pace | None = None
     slot: int = -1
-    head: Head | None = None  # drafts for mode speculative
     wanted: Pass | None = None
 
     def __post_init__(self) -> None:
@@ -202,33 +199,29 @@ def prompt_lookup(row: Row) -> list[int]:
     return draft[0].tolist() if bool(found) else []
 
 
-def head_draft(row: Row) -> list[int]:
-    """Draft by the sequential head alone, if there is one."""
-    text = row.prompt + row.span
-    count = min(HEAD_DRAFT, row.num - len(row.span) - 1)
-    if row.head is None or row.decoding.mode != "speculative" or count < 1 or len(text) < 2:
-        return []
-    device = row.head.prior.device
-    known, key, place = (
-        torch.tensor([each], device=device) for each in (text[-2:], [row.key], [len(text)])
-    )
-    drafts = draft_by_head(row.head, known, key, place, row.decoding.sampling, count)
-    return list(map(int, drafts[0].tolist()))
-
-
 def decode_causally(row: Row) -> Loop:
     """Decode left to right; mode speculative verifies draft tokens in the same pass.
 
     The output is that of mode ar. Drafts come from the text (arXiv:2304.04487) or else from the
     sequential head, not from windows, whose number would differ from row to row.
     """
-    width = 1 + (DRAFT if row.decoding.lookup_ngram else 0)
-    sampling = row.decoding.sampling
+    speculative = row.decoding.mode == "speculative"
+    width, sampling = 1 + DRAFT * speculative, row.decoding.sampling
     while not row.finish:
-        draft = prompt_lookup(row) or head_draft(row)
-        tokens = [row.last, *draft]
-        wanted = Step(row.slot, tokens, row.place, width, row.key, sampling, row.top or 0)
+        draft = prompt_lookup(row)
+        wanted = Step(
+            row.slot,
+            [row.last, *draft],
+            row.place,
+            width,
+            row.key,
+            sampling,
+            row.top or 0,
+            before=(row.prompt + row.span)[-2] if row.place else NO_TOKEN,
+            draft=min(HEAD_DRAFT, row.num - len(row.span) - 1) if speculative and not draft else 0,
+        )
         found: Choices = yield wanted
+        draft = draft or list(found.draft)
         row.passes += 1
         pairs = enumerate(zip(draft, found.tokens, strict=False))
         count = next((i for i, (token, chosen) in pairs if token != chosen), len(draft)) + 1

@@ -41,6 +41,7 @@ from scripts.study.runlog import (
     Group,
     Key,
     RunLog,
+    group_runs,
     key_of,
     numbers,
     read_logs,
@@ -246,62 +247,69 @@ def likelihood(about: str, rows: Rows, style: Mapping[str, Any]) -> Figure | Non
 
 Lines = dict[str, list[tuple[float, float]]]  # (tokens trained on, value) by label
 GROWTH = (
-    "val_bpb over naive `ar`, equal time",
-    "bits per byte over the own causal score",
+    "val_bpb, ratio to naive `ar` in equal time",
+    "bits per byte, ratio to its own causal score",
     "8-token infill, one pass: tokens equal to the text",
     "lossless, no lookup: tokens per pass",
 )
-SPAN, AT_ONCE, BOUND = 8, 8, 16  # of infill; of one pass with a head; window of the bound
+SPAN, BOUND = 8, 16  # of infill; window of the bound
 NO_LOOKUP = "speculative + head, no lookup"
 TIME = "max_wallclock_seconds"
 
 
 def growth_points(
-    run: RunLog, naive: float | None, results: Sequence[Mapping[str, Any]]
-) -> Iterator[tuple[str, str, float | None]]:
-    """Yield panel, label and value of what a run scored; `naive`: val_bpb of `ar` in equal time."""
-    name, exact = run.setting("recipe"), run.number("final", "val_bpb")
+    g: Group, naive: float | None, results: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, str, list[float]]]:
+    """Yield panel, label and values over seeds of what runs of one recipe and length scored.
+    `naive`: val_bpb of naive `ar` in equal time.
+    """
+    name, exact = report.strong_name(g), g.values("final", "val_bpb")
     ratio, own, accuracy, drafts = GROWTH
-    bound = run.nelbo.get(BOUND, {}).get("nelbo_bpb")
-    yield ratio, name, naive and exact / naive
-    yield own, f"{name}, bound at {BOUND}", bound and bound / exact
-    yield accuracy, name, run.decode.get(("infill", SPAN, 1, REFINE), {}).get("token_acc")
-    kinds = {"chained_bpb": f"one pass of {AT_ONCE}", "alone_bpb": "head alone"}
-    for found in (one for one in results if one["log"].startswith(f"{run.name}_")):
+    if naive is not None:
+        yield ratio, name, [bpb / naive for bpb in exact]
+    if len(bound := report.bounds(g, BOUND)) == len(exact):
+        yield own, f"{name}, bound at {BOUND}", [b / e for b, e in zip(bound, exact, strict=True)]
+    yield accuracy, name, report.infill(g, 1, "token_acc", SPAN)
+    one_pass = report.ONE_PASS_WINDOW, 1
+    kinds = {"chained_bpb": f"one pass of {one_pass[0]}", "alone_bpb": "head alone"}
+    for found in report.of_group(g, results):
         for row in found.get("scores", ()):
-            if (row["window"], row["passes"]) == (AT_ONCE, 1):
+            if (row["window"], row["passes"]) == one_pass:
                 for kind, label in kinds.items():
-                    value = row[kind] and row[kind] / found["causal_bpb"]
-                    yield own, f"{name}, {label}", value
-        heat = found.get("temperature")
-        for row in found["rows"] if heat is not None else ():  # of bench/decode.py
+                    values = [row[kind] / found["causal_bpb"]] if row[kind] else []
+                    yield own, f"{name}, {label}", values
+        temperature = found.get("temperature")
+        for row in found["rows"] if temperature is not None else ():  # of bench/decode.py
             if row["mode"] == NO_LOOKUP:
-                how = f"temperature {heat}" if heat else "greedy"
-                yield drafts, f"{name}, {how}", row["tokens_per_forward"]
+                how = f"temperature {temperature}" if temperature else "greedy"
+                yield drafts, f"{name}, {how}", [row["tokens_per_forward"]]
 
 
-def growth_lines(folder: Path, runs: Sequence[RunLog]) -> dict[str, Lines]:
-    """Gather what grows with the length of a run, by panel of GROWTH; runs have finished."""
+def growth_lines(folder: Path, groups: Sequence[Group]) -> dict[str, Lines]:
+    """Gather what grows with the length of runs, by panel of GROWTH: means over seeds."""
     results = [one for b in report.BENCHES for one in report.read_benchmarks(folder, b)[0]]
-    scored = [run for run in runs if run.setting("recipe") == "ar"]
-    naive = {run.setting(TIME): run.number("final", "val_bpb") for run in scored}
+    times = {id(g): g.runs[0].setting(TIME) for g in groups}
+    naive = {times[id(g)]: report.point_of(g) for g in groups if report.strong_name(g) == "ar"}
+    found: dict[tuple[str, str, float], list[float]] = {}
+    for g in sorted(groups, key=lambda g: float(times[id(g)])):
+        steps = statistics.mean(g.values("done", "steps"))
+        tokens = steps * g.runs[0].setting("train_batch_tokens")
+        for panel, label, values in growth_points(g, naive.get(times[id(g)]), results):
+            found.setdefault((panel, label, tokens), []).extend(values)
     lines: dict[str, Lines] = {panel: {} for panel in GROWTH}
-    for run in sorted(runs, key=lambda run: run.number("done", "train_seconds")):
-        tokens = run.number("done", "steps") * run.setting("train_batch_tokens")
-        for panel, label, value in growth_points(run, naive.get(run.setting(TIME)), results):
-            if value is not None:
-                lines[panel].setdefault(label, []).append((tokens, value))
+    for (panel, label, tokens), values in found.items():
+        if values:
+            lines[panel].setdefault(label, []).append((tokens, statistics.mean(values)))
     return lines
 
 
-def growth(folder: Path, about: str, runs: Sequence[RunLog]) -> Figure | None:
-    """Draw growth_lines; None if all runs had the same time."""
-    if len({run.setting(TIME) for run in runs}) < 2:
-        return None
+def growth(about: str, lines: Mapping[str, Lines], only: Sequence[str] | None) -> Figure:
+    """Draw growth_lines, of some recipes or all."""
     figure, panels = new_figure(about, 2, 2, sharex=True)
-    for (title, lines), panel in zip(growth_lines(folder, runs).items(), panels.flat, strict=True):
-        for label, points in lines.items():
-            panel.plot(*zip(*points, strict=True), "o-", ms=4, label=label)
+    for (title, of_panel), panel in zip(lines.items(), panels.flat, strict=True):
+        for label, points in of_panel.items():
+            if kept({label.partition(",")[0]: label}, only):
+                panel.plot(*zip(*points, strict=True), "o-", ms=4, label=label)
         panel.set(title=title, xscale="log")
         panel.title.set_size(9)
         legend(figure, [panel])
@@ -332,19 +340,20 @@ def kept(found: Mapping[str, Any], only: Sequence[str] | None) -> dict[str, Any]
 
 
 def draw_growth(folder: Path, args: argparse.Namespace, runs: Sequence[RunLog]) -> list[Path]:
-    """Draw growth with the length of runs, a picture for each data set and machine."""
-    contexts: dict[Key, list[RunLog]] = {}
-    for run in (run for run in runs if not run.why_left_out):
-        key = key_of(run)
-        if TIME in run.get("config", "values") and kept({key.recipe: run}, args.rows):
-            contexts.setdefault(key._replace(recipe="", changes=()), []).append(run)
-    files = list[Path]()
-    for key, found in contexts.items():
-        figure = growth(folder, f"{report.context_name(key)}, by tokens trained on", found)
-        if figure is not None:
-            name = re.sub(r"[^\w.-]+", "_", f"{folder.resolve().name}_{key.data}")
-            files.append(args.plots / f"{name}_growth.png")
-            save(figure, files[-1])
+    """Draw growth with the length of runs: a picture for each data set, machine and number of ranks
+    that has runs of several lengths.
+    """
+    contexts, files = dict[Key, list[Group]](), list[Path]()
+    for g in group_runs(runs)[0]:
+        if g.runs[0].get("config", "values").get(TIME):
+            contexts.setdefault(g.key._replace(recipe="", changes=()), []).append(g)
+    for key, groups in contexts.items():
+        if len({g.runs[0].setting(TIME) for g in groups}) > 1:
+            start = re.sub(r"[^\w.-]+", "_", f"{folder.resolve().name}_{key.data}")
+            number = f"_{len(files) + 1}" if files else ""
+            files.append(args.plots / f"{start}{number}_growth.png")
+            lines = growth_lines(folder, groups)
+            save(growth(report.context_name(key), lines, args.rows), files[-1])
     return files
 
 

@@ -79,7 +79,7 @@ class Step(NamedTuple):
 
     command: list[str]
     settings: dict[str, str]
-    once: bool = False  # it is skipped where the file that follows --out is there
+    once: bool = False  # it is skipped where --out is there, and newer than what it is made of
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -163,16 +163,18 @@ def steps_of(args: argparse.Namespace, env: Mapping[str, str]) -> list[Step]:
     levels = tg.SCHEMES[record_config(env, **settings).export_scheme].levels[:4]  # the first ones
     export = ["--levels", ",".join(map(str, levels)), "--out", str(out / "export.json")]
     device, rows = settings.get("DEVICE", "auto"), env.get("NELBO_SEQUENCES", "4096")
+    files = {"--logs": "logs", "--readme": "README.md", "--submission": "submission.json"}
+    paths = [part for option, name in files.items() for part in (option, str(out / name))]
     seeds = args.seeds.split(",")
     export = [f"CHECKPOINT:{RECIPE}:{seeds[0]}", *export, "--device", device]
     add("bench/export.py", *export, NELBO_SEQUENCES=rows)
+    add("study/report.py", *paths, "--write")  # before what may fail: it stands without heads
     for recipe in [*filter(None, baselines.split(",")), RECIPE] if protocol.heads else ():
         if can_have_head(recipe, env, settings):
             commands = [c for seed in seeds for c in head_commands(args, f"{recipe}:{seed}")]
             steps += [Step(command, settings, once=True) for command in commands]
-    files = {"--logs": "logs", "--readme": "README.md", "--submission": "submission.json"}
-    paths = [part for option, name in files.items() for part in (option, str(out / name))]
-    add("study/report.py", *paths, "--write")
+    if steps[-1].once:
+        add("study/report.py", *paths, "--write")
     return steps
 
 
@@ -193,14 +195,14 @@ def head_commands(args: argparse.Namespace, run: str) -> list[list[str]]:
     commands = [["chain.py", artifact, "--steps", str(steps), *device, "--out", head]]
     passes = ["bench/passes.py", "--artifact", artifact, "--rows", str(rows)]
     commands.append([*passes, *given, f"RESULT:{run}:{report.PARALLEL_BPB.name}"])
-    for heat in report.HEATS:
-        decode = ["bench/decode.py", artifact, *modes, "--temperature", str(heat)]
-        commands.append([*decode, *given, f"RESULT:{run}:{report.DECODE.name}_{heat}"])
+    for temperature in report.TEMPERATURES:
+        decode = ["bench/decode.py", artifact, *modes, "--temperature", str(temperature)]
+        commands.append([*decode, *given, f"RESULT:{run}:{report.DECODE.name}_{temperature}"])
     return [[sys.executable, str(SCRIPTS / script), *rest] for script, *rest in commands]
 
 
 def file_of(part: str, args: argparse.Namespace, env: Mapping[str, str]) -> str:
-    """Put the file of a finished run in the place of its name in a command (see FILES).
+    """Replace KIND:recipe:seed[:name] in a command by the path of that file of a finished run.
 
     Raises:
         UserError: there is no such run.
@@ -238,6 +240,13 @@ def check(args: argparse.Namespace, env: Mapping[str, str]) -> None:
         fail(f"PROTOCOL={args.protocol} {rule}; run it there, or try the path with --rehearse")
 
 
+def up_to_date(command: Sequence[str]) -> bool:
+    """Say if the file after --out is newer than all other files of a command."""
+    out = Path(command[command.index("--out") + 1])
+    parts = [path for path in map(Path, command[2:]) if path != out and path.is_file()]
+    return out.exists() and all(out.stat().st_mtime >= p.stat().st_mtime for p in parts)
+
+
 def run_step(step: Step, args: argparse.Namespace, env: Mapping[str, str]) -> None:
     """Run one step, or with --plan only print it; UserError: it failed."""
     changes = [f"{name}={value}" for name, value in step.settings.items()]
@@ -246,7 +255,7 @@ def run_step(step: Step, args: argparse.Namespace, env: Mapping[str, str]) -> No
         return
     all_env = {**env, **step.settings}
     command = [file_of(part, args, all_env) for part in step.command]
-    if step.once and Path(command[command.index("--out") + 1]).exists():
+    if step.once and up_to_date(command):
         return
     print(shlex.join(changes + command), file=sys.stderr, flush=True)
     # A process group of its own: it hears of Ctrl-C from here, once.
@@ -280,7 +289,7 @@ def run_steps(steps: Sequence[Step], args: argparse.Namespace, env: Mapping[str,
     """Run all steps in order; UserError: one failed."""
     for number, step in enumerate(steps):
         readme = args.out / "README.md"
-        if step is steps[-1] and not args.plan and not readme.exists():
+        if Path(step.command[1]).name == "report.py" and not args.plan and not readme.exists():
             between = "\n\n".join(report.RESULTS)  # the report goes between these two lines
             readme.write_text(f"# Record: {args.protocol}\n\n{between}\n", encoding="utf-8")
         try:

@@ -417,9 +417,9 @@ def recipes_block(runs: Iterable[RunLog]) -> str:
 STRONG = {"direct": "record", "ar": "ar_record"}  # older logs name the recipe without the strength
 RECORD_ROWS = ("ar", "record", "ar_record")
 RECORD_WINDOW, RECORD_PASSES = 16, (1, 4)
-JOINT_WINDOW, HEATS = 8, (0.0, 0.8)  # of the head: tokens of one pass, temperatures
-JOINT = f"one pass over {JOINT_WINDOW} tokens, exact, with a head"
-LOSSLESS = f"lossless speedup, greedy / temperature {HEATS[1]}"
+ONE_PASS_WINDOW, TEMPERATURES = 8, (0.0, 0.8)  # with a sequential head
+ONE_PASS = f"one pass over {ONE_PASS_WINDOW} tokens, exact, with a head"
+LOSSLESS = f"lossless speedup, greedy / temperature {TEMPERATURES[1]}"
 
 
 def strong_name(g: Group) -> str:
@@ -458,7 +458,7 @@ def length_of(row: Mapping[str, Any]) -> list[Any]:
     return [row.get(name) for name in ("span", "hole")]  # an older log has the second
 
 
-class Measured(NamedTuple):
+class Beside(NamedTuple):
     """What the record table shows beside run logs."""
 
     chance: float | None  # accuracy of the most frequent token in infill
@@ -466,12 +466,12 @@ class Measured(NamedTuple):
     passes: Sequence[Mapping[str, Any]]  # results of bench/passes.py
 
 
-def record_table(rows: Rows, beside: Measured) -> str:
+def record_table(rows: Rows, beside: Beside) -> str:
     """One line per recipe: size, exact bits per byte, ratio to naive `ar`, bound, decoding."""
     chance = "" if beside.chance is None else f" (chance {beside.chance:.3f})"
     head = ["recipe", "n", "parameters", "val_bpb", "ratio to naive `ar`"]
     head += [f"bound, window {RECORD_WINDOW}"]
-    head += [JOINT] * bool(beside.passes)
+    head += [ONE_PASS] * bool(beside.passes)
     head += [
         f"infill {INFILL_SPAN}, {n} pass{'es' if n > 1 else ''}{chance}" for n in RECORD_PASSES
     ]
@@ -487,25 +487,30 @@ def record_table(rows: Rows, beside: Measured) -> str:
                 mean_cell(g.values("final", "val_bpb")),
                 f"{point_of(g) / naive:.3f}",
                 mean_cell(bounds(g, RECORD_WINDOW)),
-                *[joint_cell(name, beside.passes)] * bool(beside.passes),
+                *[one_pass_cell(g, beside.passes)] * bool(beside.passes),
                 *(mean_cell(infill(g, n, "token_acc"), 3) for n in RECORD_PASSES),
-                *[lossless_cell(name, beside.decodes)] * bool(beside.decodes),
+                *[lossless_cell(g, beside.decodes)] * bool(beside.decodes),
                 whole(of_runs(g, "size", "total_bytes"), max),
             ]
         )
     return markdown([*head, "bytes"], body, 1)
 
 
-def joint_cell(recipe: str, passes: Sequence[Mapping[str, Any]]) -> str:
+def of_group(g: Group, results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the results whose file is named after a run of a group, as record.py names them."""
+    names = tuple(f"{run.name}_" for run in g.runs)
+    return [found for found in results if found["log"].startswith(names)]
+
+
+def one_pass_cell(g: Group, passes: Sequence[Mapping[str, Any]]) -> str:
     """Exact bits per byte of windows decided in one pass, and the ratio to the causal score of the
     same rows.
     """
     pairs = [
         (row["chained_bpb"], found["causal_bpb"])
-        for found in passes
+        for found in of_group(g, passes)
         for row in found["scores"]
-        if (found["recipe"], row["window"], row["passes"]) == (recipe, JOINT_WINDOW, 1)
-        and row["chained_bpb"] is not None
+        if (row["window"], row["passes"]) == (ONE_PASS_WINDOW, 1) and row["chained_bpb"] is not None
     ]
     if not pairs:
         return NONE
@@ -513,14 +518,14 @@ def joint_cell(recipe: str, passes: Sequence[Mapping[str, Any]]) -> str:
     return f"{mean_cell([chained for chained, _ in pairs])} ({ratio:.3f} x causal)"
 
 
-def lossless_cell(recipe: str, decodes: Sequence[Mapping[str, Any]]) -> str:
+def lossless_cell(g: Group, decodes: Sequence[Mapping[str, Any]]) -> str:
     """Speedup of speculative decoding with a head at batch 1, by temperature."""
     speeds: dict[float, list[float]] = {}
-    for found in decodes:
+    for found in of_group(g, decodes):
         for row in found["rows"]:
-            if (found["recipe"], row["mode"], row["batch"]) == (recipe, "speculative + head", 1):
+            if (row["mode"], row["batch"]) == ("speculative + head", 1):
                 speeds.setdefault(found["temperature"], []).append(row["times_cached_ar"])
-    means = [f"{statistics.mean(speeds[heat]):.2f}" for heat in HEATS if heat in speeds]
+    means = [f"{statistics.mean(speeds[at]):.2f}" for at in TEMPERATURES if at in speeds]
     return " / ".join(means) or NONE
 
 
@@ -528,7 +533,7 @@ def point_of(g: Group) -> float:
     return statistics.mean(g.values("final", "val_bpb"))
 
 
-def record_block(runs: Iterable[RunLog], beside: Measured) -> str:
+def record_block(runs: Iterable[RunLog], beside: Beside) -> str:
     """The text between the marks of the record: a table for each data set and machine."""
     contexts: dict[Key, Rows] = {}
     for g in group_runs(runs)[0]:
@@ -851,7 +856,7 @@ def more_tables(args: argparse.Namespace) -> tuple[list[RunLog], dict[Block, str
         blocks[RECIPES] = recipes_block(ladder)
     if record or has_place(args, RECORD):
         found = (read_benchmarks(args.record, bench)[0] for bench in BENCHES)
-        beside = Measured(most_frequent_token(args.logs, INFILL_SPAN), *found)
+        beside = Beside(most_frequent_token(args.logs, INFILL_SPAN), *found)
         blocks[RECORD] = record_block(record, beside)
     return [*ladder, *record], blocks
 

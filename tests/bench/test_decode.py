@@ -66,7 +66,7 @@ def jobs_of(
 
 
 def measured(at: bench.Bench, *args: Any) -> list[dict[str, Any]]:
-    return bench.measure(at, jobs_of(*args), Namespace(update=lambda: None))
+    return bench.measure(at, jobs_of(*args), Namespace(update=lambda _=1: None))
 
 
 def test_every_mode_has_the_passes_its_windows_can_take() -> None:
@@ -85,7 +85,7 @@ def test_modes_are_also_measured_with_a_head_and_without_lookup() -> None:
     head = Head(model_of(), 2)
     jobs = bench.plan_jobs(["ar", "block", "speculative"], options, head)
     heads = [job.decoding.head for job in jobs if job.decoding.head is not None]
-    assert len({id(own.kept) for own in heads}) == 3  # a row must not profit from another
+    assert len({id(own.pair_cache) for own in heads}) == 3  # a row must not profit from another
     assert all(own.fc is head.fc for own in heads)
     found = {job.mode: (job.decoding.head is not None, job.decoding.lookup_ngram) for job in jobs}
     lookup = decoding.MODES["speculative"].lookup_ngram
@@ -99,7 +99,7 @@ def test_modes_are_also_measured_with_a_head_and_without_lookup() -> None:
         "speculative + head, no lookup": (True, 0),
     }
     at = bench_of()
-    rows = bench.measure(at, jobs, Namespace(update=lambda: None))
+    rows = bench.measure(at, jobs, Namespace(update=lambda _=1: None))
     assert [row["identical"] for row in rows if "speculative" in row["mode"]] == [1.0] * 4
 
 
@@ -140,7 +140,7 @@ def test_speed_is_the_median_of_rounds_in_which_all_take_turns(
 ) -> None:
     at, calls = bench_of(repeats=3), list[tuple[str, int]]()
     costs = {"a": iter([0] * 3 + [1, 1, 1, 2, 2, 2, 1, 2, 3]), "b": iter([0] * 3 + [5] * 9)}
-    clock = [0.0]
+    clock, done = [0.0], list[int]()
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
     def decode(name: str, rows: torch.Tensor, seed: int) -> decoding.Decoded:
@@ -149,12 +149,14 @@ def test_speed_is_the_median_of_rounds_in_which_all_take_turns(
         return decoding.Decoded(rows, rows[:, :1] * 0 + len(rows))
 
     decoders = [functools.partial(decode, name) for name in "ab"]
-    both = bench.timed(at, decoders, 2, lambda: calls.append(("cold", 0)))
+    bar = Namespace(update=lambda n=1: done.append(n))
+    both = bench.timed(at, decoders, 2, bar, lambda: calls.append(("round", 0)))
+    assert sum(done) == 2 * 4  # what the bar counts to
     for found, _ in both:
         assert found.ids.equal(at.rows)
         assert found.forwards.unique().tolist() == [2]
     assert [seed for name, seed in calls if name == "a"] == [0, 2, 4] * 4
-    assert "".join(name[0] for name, _ in calls) == "aaabbb" + "cabbaab" + "cbaabba" + "cabbaab"
+    assert "".join(name[0] for name, _ in calls) == "aaabbb" + "rabbaab" + "rbaabba" + "rabbaab"
     assert both[0][1] == {"tokens_per_second": 6 * TARGET / 6, "seconds": [3, 6, 6]}
     assert both[1][1] == {"tokens_per_second": 6 * TARGET / 15, "seconds": [15, 15, 15]}
 

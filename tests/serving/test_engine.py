@@ -123,18 +123,21 @@ def test_drafts_of_a_head_change_passes_and_no_token(
     expected = [reference(service, row, MODES["ar"]._replace(sampling=sampling)) for row in rows]
     assert [row.span for row in rows] == expected
 
-    def draft(head: Any, known: Any, keys: Any, place: Any, chosen: Sampling, count: int) -> Any:
+    def draft(head: Any, known: Any, keys: Any, places: Any, chosen: Sampling, count: int) -> Any:
         """What a head that knew the text would draft."""
-        assert (chosen, known.shape, keys.shape) == (sampling, (1, 2), (1, 1))
-        prompt, span = next(
-            (list(row.prompt), span)
-            for row, span in zip(rows, expected, strict=True)
-            if (row.key, len(row.prompt)) == (int(keys), len(row.prompt))
-            and [*row.prompt, *span][int(place) - 2 : int(place)] == known[0].tolist()
-        )
-        return torch.tensor([[*prompt, *span][int(place) : int(place) + count]])
+        assert (chosen, known.shape[1], keys.shape) == (sampling, 2, places.shape)
+        texts = [[VOCAB, *row.prompt, *span] for row, span in zip(rows, expected, strict=True)]
+        own = [
+            next(
+                text[place + 1 :]
+                for text, row in zip(texts, rows, strict=True)
+                if row.key == key and text[place - 1 : place + 1] == pair
+            )
+            for key, place, pair in zip(keys[:, 0], places[:, 0], known.tolist(), strict=True)
+        ]
+        return torch.tensor([(text + [0] * count)[:count] for text in own])
 
-    monkeypatch.setattr("scripts.serving.rows.draft_by_head", draft)
+    monkeypatch.setattr("scripts.serving.passes.draft_by_head", draft)
     known = decode(service, different_rows(service, plain, has_suffix=False))
     assert [row.span for row in known] == expected
     for row in known:

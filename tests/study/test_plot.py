@@ -153,7 +153,8 @@ def test_growth_is_drawn_where_runs_differ_in_their_time(
         (logs / f"record_{seconds:.0f}_decode_0.8.json").write_text(json.dumps(found) + "\n")
     runs = runlog.read_logs(logs)
     x = [60 * 64, 240 * 64]
-    ratio, own, accuracy, drafts = plot.growth_lines(logs, runs).values()
+    groups = runlog.group_runs(runs)[0]
+    ratio, own, accuracy, drafts = plot.growth_lines(logs, groups).values()
     assert ratio == {"ar": [(n, 1.0) for n in x], "record": [(x[0], 0.875), (x[1], 0.5)]}
     assert own.keys() == {"record, bound at 16", "record, one pass of 8"}
     assert [y for _, y in own["record, bound at 16"]] == [2.0, 3.0]

@@ -204,14 +204,18 @@ def test_on_a_cpu_every_seed_gets_a_head_and_scores_once(
     args, called = record.parse_args(["cpu", "--out", str(tmp_path)]), list[Any]()
     monkeypatch.setattr(record, "file_of", lambda part, *_: part)
     monkeypatch.setattr(subprocess, "Popen", lambda command, **_: called.append(command))
-    there = tmp_path / "there.json"
-    there.touch()
-    record.run_step(record.Step(["a", "--out", str(there)], {}, once=True), args, {})
+    made, out = tmp_path / "model.ptz", tmp_path / "there.json"
+    made.touch()
+    out.touch()
+    os.utime(made, (1, 1))
+    step = record.Step(["python", "a", str(made), "--out", str(out)], {}, once=True)
+    record.run_step(step, args, {})
     assert not called  # what is done is kept
-    for once, path in ((True, tmp_path / "new"), (False, there)):
+    os.utime(out, (0, 0))  # older than what it is made of
+    for again in (step, step._replace(once=False), step._replace(command=["python", "--out", "x"])):
         with pytest.raises(AttributeError):  # there is no process to wait for
-            record.run_step(record.Step(["a", "--out", str(path)], {}, once), args, {})
-    assert len(called) == 2
+            record.run_step(again, args, {})
+    assert len(called) == 3
 
 
 def test_a_plan_runs_nothing(
@@ -261,7 +265,6 @@ def test_a_signal_ends_the_step_and_says_what_is_done(tmp_path: Path, number: in
     code = f"""
 import signal, sys
 from types import SimpleNamespace
-from typing import Any
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -860,15 +860,15 @@ def test_the_record_has_columns_of_decoding_with_a_head_once_they_are_measured(
     names = ["one pass over 8 tokens, exact, with a head", "lossless speedup, greedy"]
     assert not any(name in record.run() for name in names)
     folder = record.root / "logs" / "record_cpu" / "logs"
-    for seed, chained in ((1, 2.2), (2, 2.0)):
-        found = scored(recipe="record", seed=seed, causal_bpb=2.0)
+    for seed, chained in ((1, 2.2), (2, 2.0), (3, 9.0)):  # there is no run of the third
+        found = scored(seed=seed, causal_bpb=2.0)
         found["scores"][0]["chained_bpb"] = chained
-        path = folder / f"seed{seed}_parallel_bpb.json"
+        path = folder / f"record{seed}_parallel_bpb.json"
         path.write_text(json.dumps(found) + "\n", encoding="utf-8")
-        for heat, times in ((0.8, 1.25 + seed), (0.0, 3.0 + seed)):
-            found = decoded(recipe="record", temperature=heat)
+        for temperature, times in ((0.8, 1.25 + seed), (0.0, 3.0 + seed)):
+            found = decoded(temperature=temperature)
             found["rows"][0] |= {"mode": "speculative + head", "times_cached_ar": times}
-            path = folder / f"seed{seed}_decode_{heat}.json"
+            path = folder / f"record{seed}_decode_{temperature}.json"
             path.write_text(json.dumps(found) + "\n", encoding="utf-8")
     out = record.run()
     assert all(name in out for name in names)
@@ -878,8 +878,8 @@ def test_the_record_has_columns_of_decoding_with_a_head_once_they_are_measured(
     (line,) = (line for line in out.splitlines() if line.startswith("| `ar_record` |"))
     assert line.count("| - ") >= 2
     results = record.measured()
-    assert len(results["parallel_bpb_benchmark_here"]["fineweb10B_sp1024"]) == 2
-    assert len(results["decode_benchmark_here"]["fineweb10B_sp1024"]) == 4
+    assert len(results["parallel_bpb_benchmark_here"]["fineweb10B_sp1024"]) == 3
+    assert len(results["decode_benchmark_here"]["fineweb10B_sp1024"]) == 6
     path.write_text('{"rows": []}\n', encoding="utf-8")
     assert f"error: log {path}, line 1: not a result of bench/decode.py" in record.run(
         "--check", code=1
