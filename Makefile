@@ -1,7 +1,7 @@
 # make demo    train a small model on the Python standard library, score it, show it filling in code,
 #              beside random weights and the shipped model (models/python.ptz), if it is there
 # make model   train models/python.ptz, two hours; stop it at any time, or by STAGE=1800 (seconds),
-#              and call it again to go on: models/README.md
+#              and rerun the command to resume: models/README.md
 # make serve   serve MODEL=file.ptz on 127.0.0.1:8000 (default: models/python.ptz, else the newest
 #              final_model.*.ptz of this folder); more options: SERVE="--port 8080 --slots 8"
 # make check   lint, types and fast tests: within a minute on two idle cores

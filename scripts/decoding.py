@@ -765,7 +765,7 @@ def draft_by_head(
 
 
 def own_drafts(run: Run, rows: Rows, head: Head | None, drafts: Tensor, length: int) -> Tensor:
-    """Return drafts of a window, or those of a head if it drafts: `length` tokens a row."""
+    """Return drafts of a window, or those of a head if it drafts: `length` tokens per row."""
     if head is None:
         return drafts
     tokens = F.pad(rows.tokens, (1, 0), value=run.model.cfg.vocab_size)  # nothing before the first
@@ -1043,7 +1043,8 @@ def candidates(
         few = [steps for steps in STEPS if steps <= span]
         rows += [MODES[mode]._replace(steps=n) for mode in ("refine", "refine_cached") for n in few]
         rows += [MODES["threshold"]._replace(threshold=p) for p in THRESHOLDS]
-        rows += [MODES[mode] for mode in ("block", "remask", "draft_refine")]
+        varied = (*LOSSLESS, "refine", "refine_cached", "threshold")  # listed above
+        rows += [decoding for mode, decoding in MODES.items() if mode not in varied]
     return [decoding._replace(sampling=sampling, head=head) for decoding in rows]
 
 

@@ -688,7 +688,7 @@ def test_an_empty_prompt_is_an_error() -> None:
 def test_windows_need_a_denoiser(mode: str) -> None:
     model, ids = model_of("ar"), random_rows(1, 8, V)
     with pytest.raises(tg.UserError, match=r"no trained denoiser \(DIFFUSION_LOSS_WEIGHT=0\)"):
-        dec.decode(model, ids, 4, 8, Decoding(mode))
+        dec.decode(model, ids, 4, 8, MODES.get(mode, Decoding(mode)))
     for decoding in (Decoding("ar"), mode_of("speculative", window=0)):
         assert dec.decode(model, ids, 4, 8, decoding).ids.shape == (1, 8)
 
@@ -882,8 +882,8 @@ def test_a_target_that_no_mode_meets_names_the_closest() -> None:
 @pytest.mark.parametrize(
     ("denoiser", "suffix", "modes"),
     [
-        (True, False, set(MODES)),
-        (True, True, set(WINDOWED)),
+        (True, False, {decoding.mode for decoding in MODES.values()}),
+        (True, True, {MODES[mode].mode for mode in WINDOWED}),
         (False, False, set(dec.LOSSLESS)),
         (False, True, set()),
     ],

@@ -163,19 +163,24 @@ def steps_of(args: argparse.Namespace, env: Mapping[str, str]) -> list[Step]:
     levels = tg.SCHEMES[record_config(env, **settings).export_scheme].levels[:4]  # the first ones
     export = ["--levels", ",".join(map(str, levels)), "--out", str(out / "export.json")]
     device, rows = settings.get("DEVICE", "auto"), env.get("NELBO_SEQUENCES", "4096")
-    files = {"--logs": "logs", "--readme": "README.md", "--submission": "submission.json"}
-    paths = [part for option, name in files.items() for part in (option, str(out / name))]
     seeds = args.seeds.split(",")
     export = [f"CHECKPOINT:{RECIPE}:{seeds[0]}", *export, "--device", device]
     add("bench/export.py", *export, NELBO_SEQUENCES=rows)
-    add("study/report.py", *paths, "--write")  # before what may fail: it stands without heads
+    add("study/report.py", *report_options(out))  # before what may fail: it stands without heads
     for recipe in [*filter(None, baselines.split(",")), RECIPE] if protocol.heads else ():
         if can_have_head(recipe, env, settings):
             commands = [c for seed in seeds for c in head_commands(args, f"{recipe}:{seed}")]
             steps += [Step(command, settings, once=True) for command in commands]
     if steps[-1].once:
-        add("study/report.py", *paths, "--write")
+        add("study/report.py", *report_options(out))
     return steps
+
+
+def report_options(out: Path) -> list[str]:
+    """Return options with which report.py writes its files into a folder."""
+    files = {"--logs": "logs", "--readme": "README.md", "--submission": "submission.json"}
+    paths = [part for option, name in files.items() for part in (option, str(out / name))]
+    return [*paths, "--write"]
 
 
 def can_have_head(recipe: str, *envs: Mapping[str, str]) -> bool:
