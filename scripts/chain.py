@@ -372,7 +372,7 @@ def fit(
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Fit a head, write it, and score it as read from the file."""
     device = pick_device(args.device)
-    args.artifact = args.artifact or newest_artifact()
+    args.artifact = args.artifact or newest_artifact(remedy="name one")
     artifact = load_artifact(args.artifact, device)
     model, cfg = artifact.model, text_config(artifact.model.cfg)
     args.out = args.out or args.artifact.with_suffix(SUFFIX)

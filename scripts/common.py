@@ -226,12 +226,12 @@ def default_artifact() -> Path:
     return newest_artifact(f"{packaged_name()} is not there, and ")
 
 
-def newest_artifact(before: str = "") -> Path:
+def newest_artifact(before: str = "", remedy: str = "name one by --artifact FILE") -> Path:
     """Find the newest artifact of the current folder; UserError, after `before`: none."""
     found = [path for path in Path().glob("final_model.*.ptz") if path.is_file()]
     if not found:
         neither = f"{before}the current folder holds neither {' nor '.join(ARTIFACTS)}"
-        fail(f"{neither}; name one, or train one: python train_gpt.py")
+        fail(f"{neither}; {remedy}, or train one: python train_gpt.py")
     return max(found, key=lambda path: path.stat().st_mtime)
 
 

@@ -211,6 +211,15 @@ def fit(artifact: Path, capsys: pytest.CaptureFixture[str], *options: str) -> Ca
     return outcome(chain.main, [str(artifact), *FIT, *out, *options], capsys)
 
 
+def test_a_folder_without_an_artifact_is_told_how_to_name_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    called = outcome(chain.main, [], capsys)
+    assert called.status == 2
+    assert "; name one, or train one: python train_gpt.py" in called.err  # it has no --artifact
+
+
 def test_a_fitted_head_makes_tokens_of_one_pass_more_likely(
     artifact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

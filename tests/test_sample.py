@@ -615,7 +615,7 @@ def test_the_newest_artifact_of_the_folder_is_the_default(
     assert err == (
         "error: models/python.ptz is not there, and the current folder holds neither "
         "final_model.int6.ptz nor final_model.int8.ptz; "
-        "name one, or train one: python train_gpt.py\n"
+        "name one by --artifact FILE, or train one: python train_gpt.py\n"
     )
     (tmp_path / "final_model.int9.ptz").mkdir()  # no file
     for name, age in (("final_model.int8.ptz", 20), ("final_model.int6.ptz", 30)):
