@@ -215,9 +215,9 @@ def test_a_folder_without_an_artifact_is_told_how_to_name_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    called = outcome(chain.main, [], capsys)
-    assert called.status == 2
-    assert "; name one, or train one: python train_gpt.py" in called.err  # it has no --artifact
+    status, _, err = outcome(chain.main, [], capsys)
+    assert status == 2
+    assert "; name one, or train one: python train_gpt.py" in err  # it has no --artifact
 
 
 def test_a_fitted_head_makes_tokens_of_one_pass_more_likely(
@@ -285,6 +285,18 @@ def test_a_damaged_head_is_refused(
             packed = tg.pack_tensors({"format": chain.FORMAT, **about}, tensors)
             path.write_bytes(zlib.compress(packed))
     with pytest.raises(tg.UserError, match=r"head .*head\.ptz is missing, damaged or not ours"):
+        chain.load_head(path, model, artifact)
+
+
+def test_a_head_of_an_older_format_is_to_be_fitted_again(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = tg.load_artifact(artifact, CPU)[0], artifact.with_name("head.ptz")
+    with monkeypatch.context() as patch:
+        patch.setattr(chain, "FORMAT", "text-diffusion-head-1")
+        about = {"artifact_sha256": common.sha256_of(artifact), "width": 2}
+        chain.save_head(path, Head(model, 2), about)
+    with pytest.raises(tg.UserError, match="of another version of this program; fit one: python"):
         chain.load_head(path, model, artifact)
 
 
