@@ -56,7 +56,7 @@ model: $(VENV)/.requirements
 	RECIPE=record PRESET=cpu RUN_ID=python RESUME=auto MAX_WALLCLOCK_SECONDS=$(MODEL_SECONDS) ITERATIONS=1000000 \
 	    DATA_PATH=$(DATA) TOKENIZER_PATH=$(DATA)/tokenizer.model OUT_DIR=$(MODEL_OUT) \
 	    $(if $(STAGE),timeout --foreground --signal=INT $(STAGE)) $(BIN)/python train_gpt.py
-	$(BIN)/python scripts/chain.py $(MODEL_OUT)/final_model.int6.ptz --steps 2000
+	$(BIN)/python scripts/chain.py $(MODEL_OUT)/final_model.int6.ptz --steps 1000
 	test $$(cat $(MODEL_OUT)/final_model.int6.ptz $(MODEL_OUT)/final_model.int6.head | wc -c) -le $(MODEL_BYTES)
 	cp $(DATA)/tokenizer.model models/python.model
 	cp $(MODEL_OUT)/final_model.int6.ptz models/python.ptz
