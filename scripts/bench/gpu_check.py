@@ -471,7 +471,7 @@ def time_decoding(at: Session) -> None:
 class Silent:
     """In place of a progress bar."""
 
-    def update(self) -> None:
+    def update(self, count: int = 1) -> None:
         """Show nothing."""
 
 
