@@ -668,7 +668,7 @@ def add_lookups(
     if not bool((found & rows.active()).any()):
         return drafts, found
     merged = torch.where(found, text, F.pad(drafts, (0, rate.most - drafts.shape[1])))
-    return merged[:, : max(rate.draft_length(), least, drafts.shape[1])], found
+    return merged[:, : max(rate.draft_length(), least)], found
 
 
 # ==============================================================================
@@ -721,7 +721,8 @@ def decode_speculative(task: Task) -> Decoded:
     while rows.unfinished():
         active, num_drafts = rows.active(), drafts.shape[1]
         own = functools.partial(own_drafts, run, rows, head, drafts, longest)
-        drafts, found = add_lookups(rows, own, by_lookup, 0 if head is None else longest)
+        least = num_drafts if head is None else longest
+        drafts, found = add_lookups(rows, own, by_lookup, least)
         others = active & ~found  # rows whose drafts do not come from the text
         use_windows = bool(others.any())
         length = by_window.draft_length() if use_windows and head is None else 0
@@ -742,7 +743,7 @@ def draft_by_head(
     """Draft tokens by the sequential head alone, without a window.
 
     Args:
-        head: with the logits that drafts begin with.
+        head: with its base logits.
         known: (B, 2) last tokens; V is one that does not exist.
         keys: (B, 1) random key of each row.
         place: (B, 1) position of the first token to draft.

@@ -285,16 +285,20 @@ def growth_points(
                 yield drafts, f"{name}, {how}", [row["tokens_per_forward"]]
 
 
+def time_of(g: Group) -> float:
+    """Return the time limit of a group's runs in seconds."""
+    return float(g.runs[0].setting(TIME))
+
+
 def growth_lines(folder: Path, groups: Sequence[Group]) -> dict[str, Lines]:
     """Gather what grows with the length of runs, by panel of GROWTH: means over seeds."""
     results = [one for b in report.BENCHES for one in report.read_benchmarks(folder, b)[0]]
-    times = {id(g): g.runs[0].setting(TIME) for g in groups}
-    naive = {times[id(g)]: report.point_of(g) for g in groups if report.strong_name(g) == "ar"}
+    naive = {time_of(g): report.point_of(g) for g in groups if report.strong_name(g) == "ar"}
     found: dict[tuple[str, str, float], list[float]] = {}
-    for g in sorted(groups, key=lambda g: float(times[id(g)])):
+    for g in sorted(groups, key=time_of):
         steps = statistics.mean(g.values("done", "steps"))
         tokens = steps * g.runs[0].setting("train_batch_tokens")
-        for panel, label, values in growth_points(g, naive.get(times[id(g)]), results):
+        for panel, label, values in growth_points(g, naive.get(time_of(g)), results):
             found.setdefault((panel, label, tokens), []).extend(values)
     lines: dict[str, Lines] = {panel: {} for panel in GROWTH}
     for (panel, label, tokens), values in found.items():
@@ -348,7 +352,7 @@ def draw_growth(folder: Path, args: argparse.Namespace, runs: Sequence[RunLog]) 
         if g.runs[0].get("config", "values").get(TIME):
             contexts.setdefault(g.key._replace(recipe="", changes=()), []).append(g)
     for key, groups in contexts.items():
-        if len({g.runs[0].setting(TIME) for g in groups}) > 1:
+        if len({time_of(g) for g in groups}) > 1:
             start = re.sub(r"[^\w.-]+", "_", f"{folder.resolve().name}_{key.data}")
             number = f"_{len(files) + 1}" if files else ""
             files.append(args.plots / f"{start}{number}_growth.png")
