@@ -583,6 +583,11 @@ class AcceptanceRate:
         mean = accepted.double().mean().item()
         self.accepted = self.decay * self.accepted + (1 - self.decay) * mean
 
+    @classmethod
+    def of_head(cls, most: int) -> AcceptanceRate:
+        """Begin with what a sequential head gets on average: a draft token costs it a small MLP."""
+        return cls(accepted=1.5, decay=0.75, extra=1.0, least=1, most=most)
+
 
 class Verified(NamedTuple):
     tokens: Tensor  # (B, 1 + n) the causal stream's choice after each token that it read
@@ -714,22 +719,24 @@ def decode_speculative(task: Task) -> Decoded:
     run = start_run(task, task.stop - task.start + most + 1 + scratch)
     rows = Rows.start(task, most + 1)
     on_gpu = int(task.ids.is_cuda)  # a window hardly adds to the time of a pass there
-    by_window = AcceptanceRate(accepted=0.3, decay=0.75, extra=0.5, least=on_gpu, most=longest)
     by_lookup = AcceptanceRate(accepted=1.5, decay=0.0, extra=1.0, least=1, most=most)
+    by_itself = AcceptanceRate(accepted=0.3, decay=0.75, extra=0.5, least=on_gpu, most=longest)
     head = None if decoding.draft == "window" or not longest else decoding.head
+    if head is not None:
+        by_itself = AcceptanceRate.of_head(longest)
     drafts = rows.tokens[:, :0]
     while rows.unfinished():
-        active, num_drafts = rows.active(), drafts.shape[1]
-        own = functools.partial(own_drafts, run, rows, head, drafts, longest)
-        least = num_drafts if head is None else longest
-        drafts, found = add_lookups(rows, own, by_lookup, least)
+        active, wanted = rows.active(), by_itself.draft_length()
+        num_drafts = drafts.shape[1] if head is None else wanted
+        own = functools.partial(own_drafts, run, rows, head, drafts, wanted)
+        drafts, found = add_lookups(rows, own, by_lookup, num_drafts)
         others = active & ~found  # rows whose drafts do not come from the text
-        use_windows = bool(others.any())
-        length = by_window.draft_length() if use_windows and head is None else 0
+        any_other = bool(others.any())
+        length = wanted if any_other and head is None else 0
         tokens = torch.cat((rows.tokens.gather(1, rows.done - 1), drafts), dim=1)
         verified = verify(run, tokens, rows.done - 1, length)
-        if use_windows and num_drafts:
-            by_window.update(verified.accepted[others])
+        if any_other and num_drafts:
+            by_itself.update(verified.accepted[others])
         by_lookup.update(verified.accepted[active])
         one_pass = torch.ones_like(rows.done)
         rows.accept(rows.done, verified.tokens, verified.accepted + 1, one_pass)

@@ -132,6 +132,23 @@ def test_drafts_of_a_head_that_knows_the_next_token_are_accepted(
     assert int(found.forwards.max()) <= 12 // 4  # four tokens a pass
 
 
+def test_drafts_of_a_head_get_shorter_while_they_are_not_accepted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, ids, lengths = model_of(), random_rows(1, 17, V), list[int]()
+    expected = autoregressive(model, ids, 5, 17, dec.GREEDY).ids
+
+    def draft(_: object, known: Tensor, keys: Tensor, place: Tensor, *rest: Any) -> Tensor:
+        lengths.append(rest[1])
+        text = torch.cat((expected, expected), dim=1)  # long enough for drafts beyond the span
+        return (text[:, int(place) : int(place) + rest[1]] + 1) % V  # every token is wrong
+
+    monkeypatch.setattr(dec, "draft_by_head", draft)
+    decoding = mode_of("speculative", window=4, lookup_ngram=0, head=random_head(model))
+    assert dec.decode(model, ids, 5, 17, decoding).ids.equal(expected)
+    assert lengths == [4, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1]
+
+
 @pytest.mark.parametrize("sampling", [dec.GREEDY, HOT])
 def test_speculative_stops_rows_where_autoregressive_does(sampling: dec.Sampling) -> None:
     model, ids = model_of(), random_rows(6, 21, V)

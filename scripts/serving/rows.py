@@ -20,6 +20,7 @@ import train_gpt as tg
 from scripts.decoding import (
     LOSSLESS,
     MODES,
+    AcceptanceRate,
     Decoding,
     Quality,
     distinct,
@@ -33,7 +34,7 @@ from scripts.serving.text import CommittedText, Vocabulary
 
 SERVED = ("ar", "speculative", "refine", "block", "threshold", "edit")  # modes of a row
 DRAFT = 7  # tokens that a speculative pass verifies, after the last accepted one
-HEAD_DRAFT = 4  # of them, where the sequential head drafts: more are seldom accepted
+HEAD_DRAFT = 4  # most of them, where the sequential head drafts: more are seldom accepted
 
 Loop = Generator[Pass, Any, None]
 
@@ -207,8 +208,9 @@ def decode_causally(row: Row) -> Loop:
     """
     speculative = row.decoding.mode == "speculative"
     width, sampling = 1 + DRAFT * speculative, row.decoding.sampling
+    rate = AcceptanceRate.of_head(HEAD_DRAFT)
     while not row.finish:
-        draft = prompt_lookup(row)
+        draft, room = prompt_lookup(row), row.num - len(row.span) - 1
         wanted = Step(
             row.slot,
             [row.last, *draft],
@@ -218,13 +220,15 @@ def decode_causally(row: Row) -> Loop:
             sampling,
             row.top or 0,
             before=(row.prompt + row.span)[-2] if row.place else NO_TOKEN,
-            draft=min(HEAD_DRAFT, row.num - len(row.span) - 1) if speculative and not draft else 0,
+            draft=min(rate.draft_length(), room) if speculative and not draft else 0,
         )
         found: Choices = yield wanted
         draft = draft or list(found.draft)
         row.passes += 1
         pairs = enumerate(zip(draft, found.tokens, strict=False))
         count = next((i for i, (token, chosen) in pairs if token != chosen), len(draft)) + 1
+        if found.draft:
+            rate.update(torch.tensor(count - 1))
         row.accept(found.tokens[:count], found.log_p[:count], found.top[:count])
         row.show([])
         if not row.finish and time.monotonic() >= row.deadline:
