@@ -235,17 +235,16 @@ def newest_artifact(before: str = "", remedy: str = "name one by --artifact FILE
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
-def tokenizer_path(given: Path | None, artifact: Path, named: str) -> Path:
-    """Find the tokenizer: the one that is given, beside the artifact, or of its settings."""
-    beside = artifact.with_suffix(".model")
-    return given or (beside if beside.is_file() else Path(named))
-
-
 def load_artifact(path: Path, device: torch.device) -> Artifact:
-    """Read an artifact; UserError: it is missing or damaged."""
+    """Read an artifact; a tokenizer beside it (NAME.model) takes the place of the one that its
+    settings name. UserError: it is missing or damaged.
+    """
     import train_gpt as tg
 
-    return Artifact(path, *tg.load_artifact(path, device))
+    model, identity = tg.load_artifact(path, device)
+    if (beside := path.with_suffix(".model")).is_file():
+        model.cfg = dataclasses.replace(model.cfg, tokenizer_path=str(beside))
+    return Artifact(path, model, identity)
 
 
 def sha256_of(path: Path) -> str:

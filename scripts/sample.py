@@ -53,7 +53,6 @@ from scripts.common import (
     packaged_name,
     pick_device,
     run_command,
-    tokenizer_path,
     warn,
 )
 from scripts.process import visible
@@ -215,7 +214,7 @@ def load(
         from scripts.chain import find_head
 
         loaded = find_head(head, model, path)
-    file = tokenizer_path(tokenizer, path, model.cfg.tokenizer_path)
+    file = tokenizer or Path(model.cfg.tokenizer_path)
     remedy = "name that one: --tokenizer MODEL"
     if not file.is_file():
         fail(f"tokenizer {file} is not there; name the one {path} was trained with: {remedy}")

@@ -35,7 +35,6 @@ from scripts.common import (
     open_tokenizer,
     pick_device,
     run_command,
-    tokenizer_path,
 )
 
 if TYPE_CHECKING:
@@ -161,7 +160,7 @@ def make_service(args: argparse.Namespace, device: torch.device) -> Service:
     path = args.artifact or default_artifact()
     artifact = load_artifact(path, device)
     cfg = artifact.model.cfg
-    file = tokenizer_path(args.tokenizer, path, cfg.tokenizer_path)
+    file = args.tokenizer or Path(cfg.tokenizer_path)
     counter = open_tokenizer(artifact, file, "tokenizer ", "name that one: --tokenizer MODEL")
     vocabulary, name = Vocabulary(counter.tokenizer), args.model_name or path.stem
     model = Model(name, vocabulary, cfg.train_seq_len, artifact.model.mask_emb is not None)

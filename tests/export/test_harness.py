@@ -128,6 +128,21 @@ def score(model: tg.GPT, folder: Path, ids: list[int], window: int) -> Scored:
     return Scored(exact["loss"] * exact["tokens"], exact["bytes"], bound)
 
 
+def test_the_tokenizer_beside_an_artifact_is_taken(
+    artifacts: Callable[..., Path], data: dict[str, Any], tmp_path: Path
+) -> None:
+    from scripts.export.lm_eval_model import TextDiffusionLM
+
+    artifact = tmp_path / "model.ptz"
+    artifact.write_bytes(artifacts().read_bytes())
+    beside = artifact.with_suffix(".model")
+    beside.write_bytes(b"another")
+    with pytest.raises(tg.UserError, match=r"model\.model .*is not the tokenizer .*model\.ptz"):
+        TextDiffusionLM(artifact, device="cpu")
+    beside.write_bytes(Path(data["tokenizer_path"]).read_bytes())
+    assert TextDiffusionLM(artifact, device="cpu").model.cfg.tokenizer_path == str(beside)
+
+
 def call(capsys: pytest.CaptureFixture[str], *argv: object) -> Called:
     return outcome(harness.main, ["--device", "cpu", *(str(part) for part in argv)], capsys)
 
