@@ -90,6 +90,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def say(part: str) -> None:
+    """Name on standard error what is measured now; all parts take a quarter of an hour."""
+    print(part, file=sys.stderr, flush=True)
+
+
 # ==============================================================================
 # 1  LOAD -- clients over HTTP
 # ==============================================================================
@@ -194,6 +199,7 @@ def measure_load(args: argparse.Namespace, tokenizer: str, texts: Sequence[str])
         with served(args, tokenizer, slots) as server:
             send(server.url, 4, 1.0, requests_of(texts))  # warms up
             for clients in args.clients:
+                say(f"load, {slots} slots, {clients} clients")
                 answers, seconds = send(server.url, clients, args.seconds, requests_of(texts))
                 good = [each for each in answers if each.status == 200]
                 tokens = sum(each.body["usage"]["completion_tokens"] for each in good)
@@ -433,11 +439,14 @@ def measure_served(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
     with served(args, bench.tokenizer, args.slots) as server:
         send(server.url, 4, 1.0, requests_of(texts))
         if "context" in wanted:
+            say("context")
             result["context"] = measure_context(server, bench.tokens[1:length], length)
         if "deadlines" in wanted:
+            say("deadlines")
             result["deadlines"] = measure_deadlines(server, texts, args.seconds / 3)
         if "memory" in wanted:
             clients = max(args.clients)
+            say(f"memory, {clients} clients for {args.memory_seconds:g} s")
             result["memory"] = measure_memory(server, texts, args.memory_seconds, clients)
     return result
 
@@ -466,8 +475,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "settings": {"slots": args.slots, "tokens": TOKENS, "seconds": args.seconds},
     }
     if "lengths" in args.parts:
+        say("lengths")
         result["lengths"] = measure_lengths(args, bench)
     if "fallback" in args.parts:
+        say("fallback")
         result["fallback"] = measure_fallback(args, bench)
     result |= measure_served(args, bench)
     show(result)

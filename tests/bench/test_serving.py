@@ -57,7 +57,10 @@ def test_all_parts_run(
     artifact, out, fitted = (export(data, tmp_path / "tiny.ptz"), tmp_path / "a", tmp_path / "b")
     argv = [str(artifact), "--clients", "1,3", "--seconds", "0.3", "--memory-seconds", "1"]
     argv += ["--spans", "3", "--out", str(out), "--correction", str(fitted)]
-    found = facts(outcome(serving.main, argv, capsys))
+    called = outcome(serving.main, argv, capsys)
+    found, said = facts(called), called[2].splitlines()
+    assert said[:3] == ["lengths", "fallback", "load, 16 slots, 1 clients"]
+    assert said[-3:] == ["context", "deadlines", "memory, 3 clients for 1 s"]
     assert found == json.loads(out.read_text(encoding="utf-8"))
     assert [(row["slots"], row["clients"]) for row in found["load"]] == [
         (16, 1),
