@@ -586,7 +586,7 @@ class AcceptanceRate:
     @classmethod
     def of_head(cls, most: int) -> AcceptanceRate:
         """Begin with what a sequential head gets on average: a draft token costs it a small MLP."""
-        return cls(accepted=1.5, decay=0.75, extra=1.0, least=1, most=most)
+        return cls(accepted=1.5, decay=0.75, extra=1.5, least=1, most=most)
 
 
 class Verified(NamedTuple):

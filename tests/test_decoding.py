@@ -146,7 +146,7 @@ def test_drafts_of_a_head_get_shorter_while_they_are_not_accepted(
     monkeypatch.setattr(dec, "draft_by_head", draft)
     decoding = mode_of("speculative", window=4, lookup_ngram=0, head=random_head(model))
     assert dec.decode(model, ids, 5, 17, decoding).ids.equal(expected)
-    assert lengths == [4, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1]
+    assert lengths == [4, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("sampling", [dec.GREEDY, HOT])

@@ -3,7 +3,7 @@
     python scripts/study/record.py 8xh100              FineWeb, `record`, 3 seeds x 600 s, 8 GPUs
     DATA_PATH=data/mine TOKENIZER_PATH=data/mine/tokenizer.model \\
         python scripts/study/record.py 1xgpu --seconds 150
-    python scripts/study/record.py cpu                 3 recipes x 3 seeds x 300 s, and heads: 2 h
+    python scripts/study/record.py cpu                 3 recipes x 3 seeds x 300 s, and heads: 3 h
     python scripts/study/record.py 8xh100 --plan       only say what would be run
     python scripts/study/record.py 8xh100 --rehearse   4 steps on two CPU processes: a dry run
     python scripts/study/record.py 8xh100 --variant sp8192     another tokenizer; sets VOCAB_SIZE
@@ -72,6 +72,7 @@ PROTOCOLS = {
     "cpu": Protocol(1, "cpu", 300.0, "ar,ar_record", "stdlib", heads=True),
 }
 HEAD_STEPS, HEAD_ROWS, HEAD_EXAMPLES = 600, 64, 24  # of the fit, of its scores, of decoding
+EXPORT_ROWS = 4096  # of the bounds of each rounding, where NELBO_SEQUENCES=0 (all) is set
 
 
 class Step(NamedTuple):
@@ -160,11 +161,11 @@ def steps_of(args: argparse.Namespace, env: Mapping[str, str]) -> list[Step]:
     if baselines:
         add("study/sweep.py", *baselines.split(","), *runs)
     add("study/sweep.py", RECIPE, *runs)
-    levels = tg.SCHEMES[record_config(env, **settings).export_scheme].levels[:4]  # the first ones
-    export = ["--levels", ",".join(map(str, levels)), "--out", str(out / "export.json")]
-    device, rows = settings.get("DEVICE", "auto"), env.get("NELBO_SEQUENCES", "4096")
-    seeds = args.seeds.split(",")
-    export = [f"CHECKPOINT:{RECIPE}:{seeds[0]}", *export, "--device", device]
+    cfg, seeds = record_config(env, **settings), args.seeds.split(",")
+    levels = ",".join(map(str, tg.SCHEMES[cfg.export_scheme].levels[:4]))  # the first ones
+    device, rows = settings.get("DEVICE", "auto"), str(cfg.nelbo_sequences or EXPORT_ROWS)
+    export = [f"CHECKPOINT:{RECIPE}:{seeds[0]}", "--levels", levels]
+    export += ["--out", str(out / "export.json"), "--device", device]
     add("bench/export.py", *export, NELBO_SEQUENCES=rows)
     add("study/report.py", *report_options(out))  # before what may fail: it stands without heads
     for recipe in [*filter(None, baselines.split(",")), RECIPE] if protocol.heads else ():

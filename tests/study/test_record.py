@@ -144,6 +144,18 @@ def test_the_levels_of_the_export_are_those_of_the_scheme_of_the_environment() -
     assert "--levels 127,111,95,79 " in export[0]
 
 
+@pytest.mark.parametrize(
+    ("protocol", "env", "rows"),
+    [("cpu", {}, "256"), ("8xh100", {}, "4096"), ("cpu", {"NELBO_SEQUENCES": "7"}, "7")],
+)
+def test_the_bounds_of_the_export_have_the_rows_that_the_preset_has_time_for(
+    protocol: str, env: dict[str, str], rows: str
+) -> None:
+    steps = planned([protocol], env | {"DATA_PATH": "mine"})
+    (export,) = (settings for command, settings in steps if "bench/export.py" in command)
+    assert export["NELBO_SEQUENCES"] == rows
+
+
 def test_the_checkpoint_is_that_of_a_finished_run_of_this_protocol(tmp_path: Path) -> None:
     args = record.parse_args(["cpu", "--out", str(tmp_path), "--seconds", "7", "--seeds", "42,1"])
     env = {"PRESET": "cpu"}
