@@ -720,13 +720,13 @@ def decode_speculative(task: Task) -> Decoded:
     rows = Rows.start(task, most + 1)
     on_gpu = int(task.ids.is_cuda)  # a window hardly adds to the time of a pass there
     by_lookup = AcceptanceRate(accepted=1.5, decay=0.0, extra=1.0, least=1, most=most)
-    by_itself = AcceptanceRate(accepted=0.3, decay=0.75, extra=0.5, least=on_gpu, most=longest)
+    by_model = AcceptanceRate(accepted=0.3, decay=0.75, extra=0.5, least=on_gpu, most=longest)
     head = None if decoding.draft == "window" or not longest else decoding.head
     if head is not None:
-        by_itself = AcceptanceRate.of_head(longest)
+        by_model = AcceptanceRate.of_head(longest)
     drafts = rows.tokens[:, :0]
     while rows.unfinished():
-        active, wanted = rows.active(), by_itself.draft_length()
+        active, wanted = rows.active(), by_model.draft_length()
         num_drafts = drafts.shape[1] if head is None else wanted
         own = functools.partial(own_drafts, run, rows, head, drafts, wanted)
         drafts, found = add_lookups(rows, own, by_lookup, num_drafts)
@@ -736,7 +736,7 @@ def decode_speculative(task: Task) -> Decoded:
         tokens = torch.cat((rows.tokens.gather(1, rows.done - 1), drafts), dim=1)
         verified = verify(run, tokens, rows.done - 1, length)
         if any_other and num_drafts:
-            by_itself.update(verified.accepted[others])
+            by_model.update(verified.accepted[others])
         by_lookup.update(verified.accepted[active])
         one_pass = torch.ones_like(rows.done)
         rows.accept(rows.done, verified.tokens, verified.accepted + 1, one_pass)
