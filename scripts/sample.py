@@ -217,7 +217,8 @@ def load(
     file = tokenizer or Path(model.cfg.tokenizer_path)
     remedy = "name that one: --tokenizer MODEL"
     if not file.is_file():
-        fail(f"tokenizer {file} is not there; name the one {path} was trained with: {remedy}")
+        rule = f"name the one {path} was trained with: --tokenizer MODEL"
+        fail(f"tokenizer {file} is not there; {rule}")
     counter = open_tokenizer(artifact, file, "tokenizer ", remedy)
     return Loaded(model, model.cfg, counter.tokenizer, device, loaded)
 
