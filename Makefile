@@ -71,10 +71,10 @@ lint: $(VENV)/.requirements-dev
 	$(BIN)/mypy
 
 check: lint
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not gpu"
 
 test: lint $(VENV)/.requirements-eval
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 	$(BIN)/python scripts/study/report.py --check
 	$(BIN)/python scripts/study/report.py --check --logs $(RECORD)/logs --readme $(RECORD)/README.md \
 	    --submission $(RECORD)/submission.json

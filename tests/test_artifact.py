@@ -749,7 +749,8 @@ def test_levels_are_coarsened_only_as_far_as_it_takes(
         sizes[levels] = code_bytes + len(data)
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
     assert len(set(sizes.values())) == len(sizes)
-    for levels, total in sizes.items():
+    for levels in (*row.levels[:2], row.levels[-1]):
+        total = sizes[levels]
         monkeypatch.setattr(tg, "SIZE_LIMIT", total)
         (size,) = save(tmp_path / "a.ptz", model).of("size")
         assert (size["scheme"], size["levels"], size["total_bytes"]) == (scheme, levels, total)

@@ -80,6 +80,7 @@ from scripts.decoding import Decoding
 
 SCORED_AT_ONCE, SCAN_TOKENS = 32, 1 << 22  # rows; validation tokens searched for functions
 # What parsing a text may raise.
+WITH_HEAD = " + head"  # in the name of a mode
 BAD_SOURCE = (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError)
 # Tokens/s of the "Mercury in Retrograde" submission on one H100.
 PUBLISHED = {"ar, no cache": 1519, "1 pass": 33315, "2 passes": 52424, "1 pass, infill": 147729}
@@ -169,9 +170,9 @@ def variants(
         if fewer:
             yield f"{mode}, no lookup", plain._replace(lookup_ngram=0)
         if head is not None and mode != "ar":
-            yield f"{mode} + head", plain._replace(head=head)
+            yield f"{mode}{WITH_HEAD}", plain._replace(head=head)
             if fewer:
-                yield f"{mode} + head, no lookup", plain._replace(head=head, lookup_ngram=0)
+                yield f"{mode}{WITH_HEAD}, no lookup", plain._replace(head=head, lookup_ngram=0)
 
 
 def without_cache(head: Head | None) -> Head | None:
@@ -483,11 +484,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw_batch(panel: Any, result: Mapping[str, Any], batch: int, key: str) -> None:
-    """Draw the nats of one batch size against new tokens/s, a line per mode."""
-    for mode in dict.fromkeys(row["mode"] for row in result["rows"]):
+    """Draw the nats of one batch size against new tokens/s, a line per mode: a colour is a mode,
+    hollow points are those with a head.
+    """
+    modes = dict.fromkeys(row["mode"] for row in result["rows"])
+    plain = list(dict.fromkeys(mode.replace(WITH_HEAD, "") for mode in modes))
+    for mode in modes:
         rows = [row for row in result["rows"] if (row["batch"], row["mode"]) == (batch, mode)]
         points = [(row["tokens_per_second"], row[key]["mean"]) for row in rows]
-        panel.plot(*zip(*points, strict=True), "o-", label=mode)
+        colour = f"C{plain.index(mode.replace(WITH_HEAD, ''))}"
+        style: dict[str, Any] = dict(color=colour, marker="o", label=mode)
+        style |= dict(mfc="white", ls="--") if WITH_HEAD in mode else {}
+        panel.plot(*zip(*points, strict=True), **style)
         for row, point in zip(rows, points, strict=True):
             place: dict[str, Any] = dict(textcoords="offset points", xytext=(4, 4), size=8)
             panel.annotate(str(row["passes"] or ""), point, **place)
@@ -501,13 +509,13 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
     key = "own_nats" if result["judge"] is None else "judge_nats"
     batches = list(dict.fromkeys(row["batch"] for row in result["rows"]))
-    figure = Figure(figsize=(1 + 5 * len(batches), 5), layout="constrained")
+    figure = Figure(figsize=(2 + 4.5 * len(batches), 4.5), layout="constrained")
     panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)
     for panel, batch in zip(panels[0], batches, strict=True):
         draw_batch(panel, result, batch, key)
     whose = "the model's own" if key == "own_nats" else "of the judge"
     panels[0, 0].set_ylabel(f"nats per token, {whose}")
-    panels[0, 0].legend()
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     title = "Numbers at points: passes per window. Repetition has few nats, too: see the entropy."
     figure.suptitle(title, size=10)
     figure.savefig(path, dpi=150, format="png")

@@ -487,9 +487,12 @@ class Loaded(NamedTuple):
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
-    """Name artifacts by folder, by file or by both: the shortest names that differ."""
-    for names in ([p.absolute().parent.name for p in paths], [p.name.split(".")[0] for p in paths]):
-        if len(set(names)) == len(names) and all(names):
+    """Name artifacts by file, by folder or by both: the shortest names that differ and say more
+    than `final_model`, which every run's artifact is called.
+    """
+    files = [path.name.split(".")[0] for path in paths]
+    for names in (files, [path.absolute().parent.name for path in paths]):
+        if len(set(names)) == len(names) and all(names) and "final_model" not in names:
             return names
     return [str(path) for path in paths]
 

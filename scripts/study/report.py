@@ -8,8 +8,8 @@ Every table stands between two marks in the page that PAGES names, or all of the
 submission.json has the challenge's fields and no other, null until ranked runs (eight devices,
 FineWeb) are there; logs/results.json has what was measured on any machine.
 Runs that differ only in their seed are one row. A run counts once it has written its `done` event.
-Runs of sweep.py's rows are in logs/ladder, those of record.py in logs/record_cpu/logs; each folder
-has a table of its own.
+Runs of sweep.py's rows are in logs/ladder, which has a table of its own. Those of record.py are in
+logs/record_cpu/logs: they stand in the table of results, and in that of the record.
 See compare.py for tests of differences, plot.py for curves.
 """
 
@@ -844,13 +844,12 @@ def has_place(args: argparse.Namespace, block: Block) -> bool:
     return any(line in text for line in block)
 
 
-def more_tables(args: argparse.Namespace) -> tuple[list[RunLog], dict[Block, str]]:
-    """Read the logs of the ladder and of the record; without one, no page needs a place for its
-    table.
+def more_tables(
+    args: argparse.Namespace, ladder: Sequence[RunLog], record: Sequence[RunLog]
+) -> dict[Block, str]:
+    """Write the tables of the ladder and of the record; without logs of one, no page needs a place
+    for its table.
     """
-    ladder, record = (
-        read_logs(folder) if folder.exists() else [] for folder in (args.ladder, args.record)
-    )
     blocks = dict[Block, str]()
     if ladder or has_place(args, RECIPES):
         blocks[RECIPES] = recipes_block(ladder)
@@ -858,7 +857,7 @@ def more_tables(args: argparse.Namespace) -> tuple[list[RunLog], dict[Block, str
         found = (read_benchmarks(args.record, bench)[0] for bench in BENCHES)
         beside = Beside(most_frequent_token(args.logs, INFILL_SPAN), *found)
         blocks[RECORD] = record_block(record, beside)
-    return [*ladder, *record], blocks
+    return blocks
 
 
 def tell(kind: str, lines: Iterable[str]) -> None:
@@ -868,9 +867,11 @@ def tell(kind: str, lines: Iterable[str]) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Print the tables, and write or check the files; UserError: a file cannot be written."""
-    runs = read_logs(args.logs)
+    ladder, record = (
+        read_logs(folder) if folder.exists() else [] for folder in (args.ladder, args.record)
+    )
+    runs = [*read_logs(args.logs), *record]
     groups, notes = group_runs(runs)
-    others, more = more_tables(args)
     benchmarks, damaged = dict[Bench, Benchmarks](), list[str]()
     for bench in BENCHES:
         each = [read_benchmarks(folder, bench) for folder in (args.logs, args.record)]
@@ -879,8 +880,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for line in damaged:
         warn(f"{line}; it is left out: repair it, or move it away")
     damaged += warn_of_ladder()
-    damaged += [log.complaint for log in (*runs, *others) if log.complaint]
-    blocks = {RESULTS: results_block(groups, notes), **more}
+    damaged += [log.complaint for log in (*runs, *ladder) if log.complaint]
+    blocks = {RESULTS: results_block(groups, notes), **more_tables(args, ladder, record)}
     files = {args.submission: submission(groups), args.results: results(groups, benchmarks)}
     print("\n\n".join(blocks.values()))
     if args.write:
@@ -897,7 +898,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.check:
         tell("error", damaged)
     counts = {"logs": len(runs), "averaged": sum(len(g.runs) for g in groups)}
-    counts |= {"groups": len(groups), "other_logs": len(others)}
+    counts |= {"groups": len(groups), "ladder_logs": len(ladder)}
     lists = {"left_out": notes, "missing_seeds": missing, "differences": found, "damaged": damaged}
     return {**counts, **lists, "checked": args.check}
 

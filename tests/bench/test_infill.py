@@ -596,6 +596,8 @@ def test_labels_tell_artifacts_apart() -> None:
 
     assert named("runs/a/final.ptz", "runs/b/final.ptz") == ["a", "b"]
     assert named("runs/a.int8.ptz", "runs/b.int8.ptz") == ["a", "b"]
+    assert named("runs/a.int8.ptz") == ["a"]
+    assert named("runs/final_model.int8.ptz") == ["runs"]
     assert named("a/x/m.ptz", "b/x/m.ptz") == ["a/x/m.ptz", "b/x/m.ptz"]
 
 

@@ -20,8 +20,8 @@ from scripts.study import compare, plot, report, runlog, sweep
 from scripts.study.runlog import RunLog
 from tests.conftest import ROOT
 
-REAL = ROOT / "logs" / "english_direct_seed1337.jsonl"
-OTHER = ROOT / "logs" / "english_direct_seed42.jsonl"
+RUNS = ROOT / "logs" / "record_cpu" / "logs"
+REAL, OTHER = (next(RUNS.glob(f"direct_{seed}_*.jsonl")) for seed in (1337, 42))
 SPECIAL: tuple[Any, ...] = (
     None,
     True,
