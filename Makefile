@@ -11,6 +11,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/pytest -n auto --dist worksteal
 DATA := data/stdlib
 OUT := out/demo
 ARTIFACT = $$(ls -t $(OUT)/final_model.*.ptz | head -n 1)
@@ -71,10 +72,10 @@ lint: $(VENV)/.requirements-dev
 	$(BIN)/mypy
 
 check: lint
-	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test: lint $(VENV)/.requirements-eval
-	$(BIN)/pytest -n auto --dist worksteal
+	$(PYTEST)
 	$(BIN)/python scripts/study/report.py --check
 	$(BIN)/python scripts/study/report.py --check --logs $(RECORD)/logs --readme $(RECORD)/README.md \
 	    --submission $(RECORD)/submission.json

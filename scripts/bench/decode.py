@@ -79,8 +79,8 @@ from scripts.common import (
 from scripts.decoding import Decoding
 
 SCORED_AT_ONCE, SCAN_TOKENS = 32, 1 << 22  # rows; validation tokens searched for functions
-# What parsing a text may raise.
 WITH_HEAD = " + head"  # in the name of a mode
+# What parsing a text may raise.
 BAD_SOURCE = (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError)
 # Tokens/s of the "Mercury in Retrograde" submission on one H100.
 PUBLISHED = {"ar, no cache": 1519, "1 pass": 33315, "2 passes": 52424, "1 pass, infill": 147729}
