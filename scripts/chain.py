@@ -308,18 +308,26 @@ def choose_along_chain(
 # ==============================================================================
 
 
+def why_no_head(cfg: tg.Config) -> str:
+    """Return why a model cannot have a head; nothing if it can."""
+    if not cfg.diffusion:
+        return "no denoiser (DIFFUSION_LOSS_WEIGHT=0), so no pass to decode by"
+    if (mode := cfg.diffusion_corruption_mode) != "mask":
+        rule = "there any visible token may be a wrong one, so none is known; train with mask"
+        return f"DIFFUSION_CORRUPTION_MODE={mode}; {rule}"
+    return ""
+
+
 def check_model(args: argparse.Namespace, cfg: tg.Config) -> None:
     """Raise UserError if the model cannot have a head, or windows do not fit."""
-    if not cfg.diffusion:
-        fail(f"{args.artifact} has no denoiser (DIFFUSION_LOSS_WEIGHT=0), so no pass to decode by")
-    if cfg.diffusion_corruption_mode != "mask":
-        rule = "there any visible token may be a wrong one, so none is known; train with mask"
-        fail(
-            f"{args.artifact} has DIFFUSION_CORRUPTION_MODE={cfg.diffusion_corruption_mode}; {rule}"
-        )
+    if reason := why_no_head(cfg):
+        fail(f"{args.artifact} has {reason}")
     T, name = cfg.train_seq_len, f"--window={args.window}"
     if T % args.window:
         fail(f"{name} must divide the {T} tokens of a row (TRAIN_SEQ_LEN); choose another")
+    if args.batch_tokens < T:
+        rule = f"is less than a row of {T} (TRAIN_SEQ_LEN); raise it"
+        fail(f"--batch-tokens={args.batch_tokens} {rule}")
     if args.out.exists() and args.out.samefile(args.artifact):
         fail(f"--out={args.out} is the artifact; name another file")
 
@@ -348,7 +356,7 @@ def fit(
     model, losses = head.model[0], list[float]()
     T, order = model.cfg.train_seq_len, torch.zeros(args.window, dtype=torch.long, device=device)
     mask = window_groups(model.cfg, args.window, device)
-    count = max(args.batch_tokens // T, 1)
+    count = args.batch_tokens // T
     others = [p for p in head.parameters() if p is not head.prior]
     groups = [{"params": others, "first": args.lr}, {"params": [head.prior], "first": PRIOR_LR}]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))

@@ -303,11 +303,12 @@ def open_tokenizer(
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Compute as the evaluation in training does: bf16 on CUDA, fp32 on a CPU."""
+    """Compute as the evaluation in training does: bf16 where a GPU has it, else fp32."""
     import torch
 
-    cuda = device.type == "cuda"
-    return torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
+    import train_gpt as tg
+
+    return torch.autocast(device.type, torch.bfloat16, enabled=tg.has_bf16(device))
 
 
 # ==============================================================================

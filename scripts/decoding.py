@@ -1060,6 +1060,8 @@ def measure(model: tg.GPT, ids: Tensor, start: int, stop: int, decoding: Decodin
     """Time a decoding of tokens [start, stop) of rows (B, L) and measure the output."""
     seconds, out = list[float](), ids
     for _ in range(1 + TIMED_CALLS):
+        if decoding.head is not None:  # the same pairs again would be looked up
+            decoding.head.pair_cache.clear()
         began = time.perf_counter()
         out = decode(model, ids, start, stop, decoding).ids
         int(out.sum())  # waits for the device

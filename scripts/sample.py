@@ -65,6 +65,11 @@ LINE_END = "\u21b5\n"  # how a decoded line end is shown
 CONTEXT = 240  # characters of prompt and suffix that --watch shows
 SAMPLING = ("temperature", "top_k", "top_p", "seed")
 DENOISING = ("steps", "window", "threshold", "remask_threshold")
+UNREAD = {  # of these options, by mode
+    **dict.fromkeys(("ar", "auto"), DENOISING),
+    "speculative": ("steps", "threshold", "remask_threshold"),
+    **dict.fromkeys(("refine", "refine_cached", "block", "threshold"), ("remask_threshold",)),
+}
 
 
 def add_text_options(parser: Parser) -> None:
@@ -138,8 +143,9 @@ def faults(args: argparse.Namespace) -> Iterator[tuple[object, str]]:
     """Yield conditions that options must not meet together, each with its message."""
     has_target, mode = args.latency is not None or args.nats is not None, args.mode
     chosen = mode or ("auto" if has_target else "refine" if args.suffix else "ar")
-    given = [f"--{name.replace('_', '-')}" for name in DENOISING if getattr(args, name) is not None]
-    unused = ", ".join([] if args.edit or args.demo else given)
+    given = [name for name in DENOISING if getattr(args, name) is not None]
+    names = [f"--{name.replace('_', '-')}" for name in given if name in UNREAD.get(chosen, ())]
+    unused = ", ".join([] if args.edit or args.demo else names)
     rule = f"--mode {mode} cannot read the text of --suffix; use --mode refine or leave --mode out"
     yield args.suffix and mode in ("ar", "speculative"), rule
     yield args.compare and not args.demo, "--compare belongs to --demo; leave it out, or add that"
@@ -148,6 +154,8 @@ def faults(args: argparse.Namespace) -> Iterator[tuple[object, str]]:
     yield unused and chosen == "ar", no_window
     by_auto = f"{unused}: mode auto chooses that; name another mode or leave it out"
     yield unused and chosen == "auto", by_auto
+    no_effect = f"{unused}: mode {chosen} does not read that; leave it out or name another mode"
+    yield unused and chosen not in ("ar", "auto"), no_effect
     no_target = f"--mode {mode} has no target; leave it out, or --latency and --nats"
     yield has_target and mode not in (None, "auto"), no_target
     changed = "--head was fitted to the artifact without --adapter; leave one of them out"
@@ -639,26 +647,28 @@ def demo(at: Loaded, args: argparse.Namespace) -> Shown:
     return {"mode": "demo", "infill": None, **result}, done
 
 
-def shipped(device: torch.device) -> Loaded | str:
-    """Load the packaged model; if that cannot be done, say why."""
+def shipped(device: torch.device, find: bool) -> Loaded | str:
+    """Load the packaged model, if `find` with its head; if that cannot be done, say why."""
     import train_gpt as tg
 
     if not common.PACKAGED.is_file():
         return f"{packaged_name()} is not there; make model trains it, in about two hours"
     try:
-        return load(common.PACKAGED, None, device)
+        return load(common.PACKAGED, None, device, find=find)
     except tg.UserError as error:
         return f"left out: {error}"
 
 
-def translate(job: Job, at: Loaded, other: Loaded) -> Job:
-    """Write a job in the tokens of another model, cut to its length."""
+def translate(job: Job, at: Loaded, other: Loaded) -> Job | None:
+    """Write a job in the tokens of another model, cut to its length; None: there is no room."""
     if other.tokenizer is at.tokenizer:
         return job
     prompt, suffix = (at.tokenizer.decode(part) for part in (job.prompt, job.suffix))
     after = encode(other.tokenizer, suffix, True) if suffix else []
     after = after[: other.cfg.train_seq_len // 4]
     room = other.cfg.train_seq_len - 1 - job.num - len(after)
+    if room < 1:
+        return None
     return job._replace(prompt=encode(other.tokenizer, prompt)[-room:], suffix=after)
 
 
@@ -669,8 +679,8 @@ def compare(
     import train_gpt as tg
 
     # The weights that a run with these settings begins with.
-    random = at._replace(model=tg.GPT(at.cfg).to(at.device).eval())
-    models = {"random": random, "trained": at, "shipped": shipped(at.device)}
+    random = at._replace(model=tg.GPT(at.cfg).to(at.device).eval(), head=None)
+    models = {"random": random, "trained": at, "shipped": shipped(at.device, not args.no_head)}
     titles = {"random": "before training (random weights)", "trained": "after training"}
     titles |= {"shipped": f"shipped model ({packaged_name()})"}
     result: dict[str, dict[str, str | None]] = {}
@@ -680,14 +690,17 @@ def compare(
         texts = result[name] = {}
         print(f"=== {name}, compared: {job.num} tokens in place of the original")
         for key, model in models.items():
-            if isinstance(model, str) or not (model.cfg.diffusion or not job.suffix):
-                texts[key], told = None, model if isinstance(model, str) else "has no denoiser"
+            same = None if isinstance(model, str) else translate(job, at, model)
+            if isinstance(model, str):
+                texts[key], told = None, model
+            elif job.suffix and not model.cfg.diffusion:
+                texts[key], told = None, "has no denoiser"
+            elif same is None:
+                texts[key], told = None, f"left out: has a context of {model.cfg.train_seq_len}"
             elif model is at:
                 texts[key] = told = found[name]["completion"]
             else:
-                texts[key] = told = complete(model, translate(job, at, model), quiet).facts[
-                    "completion"
-                ]
+                texts[key] = told = complete(model, same, quiet).facts["completion"]
             show(titles[key], told)
         show("original", found[name]["original"])
     return result

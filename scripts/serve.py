@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 from scripts.common import (
     Parser,
+    autocast,
     default_artifact,
     fail,
     load_artifact,
@@ -72,7 +73,8 @@ def add_limits(parser: Parser) -> None:
     """Add limits of the server and of requests."""
     parser.whole("--slots", 16, "rows that are decoded at once", high=1024)
     parser.whole("--queue", 64, "rows that wait; more are answered with 429", low=0, high=100_000)
-    parser.whole("--max-rows", 32, "rows of one request: prompts x n x span lengths")
+    rows = "rows of one request: prompts x n x span lengths; at most --slots + --queue"
+    parser.whole("--max-rows", 32, rows)
     parser.whole("--max-body", 1 << 20, "bytes of a request")
     parser.real("--max-seconds", 120.0, "of a request, its wait included", 0.1, 86400)
     parser.real("--drain-seconds", 30.0, "to finish requests after SIGTERM", 0, 86400)
@@ -165,18 +167,20 @@ def make_service(args: argparse.Namespace, device: torch.device) -> Service:
     vocabulary, name = Vocabulary(counter.tokenizer), args.model_name or path.stem
     model = Model(name, vocabulary, cfg.train_seq_len, artifact.model.mask_emb is not None)
     limits, metrics = Limits(args.slots, args.queue, args.max_seconds), Metrics()
-    if args.deterministic and not check_deterministic(artifact.model, args.slots):
+    head = find_head(args.head, artifact.model, path)
+    with autocast(device):  # as the engine computes
+        same = not args.deterministic or check_deterministic(artifact.model, args.slots, head)
+    if not same:
         rule = "finds that results on this machine depend on the slot; leave it out"
         fail(f"--deterministic --slots={args.slots} {rule}, or try another number of --slots")
-    head = find_head(args.head, artifact.model, path)
     try:
         engine = Engine(artifact.model, limits, metrics, args.deterministic, head)
     except (RuntimeError, MemoryError) as error:
         why = str(error).splitlines()[0]
         fail(f"--slots={args.slots}: their buffers cannot be allocated ({why}); use fewer slots")
-    options = Options(
-        args.max_rows, args.suffix_tokens, hole.read_correction(length_file(args, path))
-    )
+    most = min(args.max_rows, args.slots + args.queue)  # more would never be admitted
+    correction = hole.read_correction(length_file(args, path))
+    options = Options(most, args.suffix_tokens, correction)
     return Service(model, engine, metrics, options, Access(hosts, keys, args.max_body))
 
 

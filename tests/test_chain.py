@@ -249,6 +249,14 @@ def test_a_fit_is_fixed_by_its_seed(artifact: Path, capsys: pytest.CaptureFixtur
     assert files[0] == files[1] != files[2]
 
 
+def test_a_batch_of_less_than_a_row_is_refused(
+    artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = fit(artifact, capsys, "--batch-tokens", "8")
+    assert status == 2
+    assert "--batch-tokens=8 is less than a row of " in err
+
+
 def test_a_head_of_another_artifact_is_refused(
     artifact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -801,6 +801,21 @@ def test_a_row_of_one_token_is_refused_at_any_likelihood(monkeypatch: pytest.Mon
     assert measured.repetitive == 0.5
 
 
+def test_a_timed_call_looks_up_no_pair_of_the_call_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = model_of(), random_rows(1, 20, V)
+    head, sizes = random_head(model).eval(), list[int]()
+    decode = dec.decode
+
+    def counted(*args: Any) -> dec.Decoded:
+        sizes.append(len(head.pair_cache))
+        return decode(*args)
+
+    monkeypatch.setattr(dec, "decode", counted)
+    dec.measure(model, ids, 4, 20, mode_of("speculative", dec.GREEDY, lookup_ngram=0, head=head))
+    assert sizes == [0] * (1 + dec.TIMED_CALLS)
+    assert head.pair_cache
+
+
 def test_limits_at_their_edges() -> None:
     nats, bits = LIMITS.nats * math.log(V), LIMITS.entropy * 4
     edges = dict(nats=[nats - 1e-4, nats + 1e-4, math.nan], entropy=[bits, bits - 1e-4])

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import train_gpt as tg
 from scripts import common, process
-from tests.conftest import ROOT
+from tests.conftest import CPU, ROOT
 
 PREPARE = str(ROOT / "scripts" / "prepare_data.py")
 AS_SCRIPT = f"import os, signal, __main__\n__main__.__file__ = {PREPARE!r}\n"
@@ -164,7 +166,6 @@ def test_errors_stay_errors_where_standard_error_is_closed() -> None:
     "env",
     [
         {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-        {"PYTHONIOENCODING": "ascii"},
         {"PYTHONIOENCODING": "latin-1"},
     ],
 )
@@ -195,6 +196,15 @@ def test_errors_and_warnings_are_escaped(capsys: pytest.CaptureFixture[str]) -> 
     process.report_errors("one\x1b\ntwo")
     common.warn("three\x07")
     assert capsys.readouterr().err == "error: one\\x1b\nerror: two\nwarning: three\\x07\n"
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_scripts_compute_in_the_type_of_a_run(
+    has_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tg, "has_bf16", lambda device: has_bf16)
+    with common.autocast(CPU):
+        assert torch.is_autocast_enabled("cpu") == has_bf16
 
 
 def test_a_result_that_cannot_be_written_is_printed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import hashlib
@@ -439,10 +440,39 @@ def test_a_job_in_other_tokens_is_the_same_text(at: sample.Loaded, tokenizers: T
     there = at._replace(tokenizer=other)
     prompt, suffix = (at.tokenizer.encode(text) for text in ("def f(x):\n    ", " return x\n"))
     moved = sample.translate(sample.Job("Infill", prompt, 4, suffix), at, there)
+    assert moved is not None
     assert (moved.prompt, moved.num) == (sample.encode(other, "def f(x):\n    "), 4)
     assert other.decode(moved.suffix).strip() == "return x"
     long = sample.translate(sample.Job("Infill", prompt * 30, 4, suffix * 30), at, there)
+    assert long is not None
     assert 1 + len(long.prompt) + 4 + len(long.suffix) == at.cfg.train_seq_len
+    job = sample.Job("Infill", prompt, at.cfg.train_seq_len, suffix)
+    assert sample.translate(job, at, there) is None
+
+
+def test_models_are_compared_each_with_its_own_head(
+    at: sample.Loaded,
+    artifact: Path,
+    data: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heads = list[Any]()
+
+    def complete(model: sample.Loaded, *_: object) -> sample.Completion:
+        heads.append(model.head)
+        return sample.Completion({"completion": ""}, {})
+
+    packaged = package(artifact, data, tmp_path, monkeypatch)
+    about = {"artifact_sha256": common.sha256_of(packaged), "width": 2}
+    chain.save_head(packaged.with_suffix(".head"), chain.Head(at.model, 2), about)
+    monkeypatch.setattr(sample, "complete", complete)
+    at = at._replace(head=chain.Head(at.model, 2))
+    found = {"infill": {"completion": "", "original": ""}}
+    for no_head in (False, True):
+        args = argparse.Namespace(no_head=no_head)
+        sample.compare(at, [sample.Job("Infill", [BOS, 5], 4, [6])], found, args)
+    assert [head is not None for head in heads] == [False, True, False, False]
 
 
 # ---- what is refused ----
@@ -459,6 +489,8 @@ def test_a_job_in_other_tokens_is_the_same_text(at: sample.Loaded, tokenizers: T
         ("--top-p 0", "argument --top-p: 0 must be between"),
         ("--temperature nan", "argument --temperature: nan must be between 0 and"),
         ("--steps 3", "--steps: mode ar has no windows"),
+        ("--mode refine --remask-threshold 0.1", "--remask-threshold: mode refine does not read"),
+        ("--mode speculative --steps 3", "--steps: mode speculative does not read that; leave it"),
         ("--head x.ptz", "--head changes passes over windows, and mode ar has none"),
         ("--head nowhere.ptz --mode block", r"head nowhere\.ptz is missing, damaged or not ours"),
         ("--latency 1 --window 4", "--window: mode auto chooses that"),

@@ -497,13 +497,16 @@ def train_seed(at: Session, recipe: str, seed: int) -> None:
     errors = (at.folder / ERRORS).read_text(encoding="utf-8")
     if status:
         fail(f"{recipe} seed {seed}: {error_line(errors)} ({ending(status)})")
-    final = re.findall(r"final_\S+_exact val_loss:\S+ val_bpb:(\S+)", "".join(lines))
+    final = re.findall(r"final_\S+_exact val_loss:(\S+) val_bpb:(\S+)", "".join(lines))
     bounds = re.findall(r"nelbo_bpb window:16 bound:(\S+)", "".join(lines))
     steps = re.findall(r"^step:(\d+)/", "".join(lines), re.MULTILINE)
-    row: Row = {"recipe": recipe, "seed": seed, "steps": int(steps[-1]), "val_bpb": float(final[0])}
+    loss, bpb = map(float, final[0])
+    row: Row = {"recipe": recipe, "seed": seed, "steps": int(steps[-1]), "val_bpb": bpb}
     row |= {"bound_16": float(bounds[0]) if bounds else None}
     at.add("Runs", row | {"seconds": time.monotonic() - began})
-    at.check(f"{recipe} seed {seed} learns", row["val_bpb"] > 0, f"val_bpb {row['val_bpb']:.4f}")
+    uniform = math.log(cfg.vocab_size)
+    what = f"val_bpb {bpb:.4f}, loss {loss:.4f}; a uniform predictor has {uniform:.4f}"
+    at.check(f"{recipe} seed {seed} learns", loss < uniform, what)
 
 
 def train_seeds(at: Session) -> None:

@@ -53,6 +53,7 @@ from scripts.bench.text import open_validation
 from scripts.common import (
     Parser,
     autocast,
+    cell,
     check_outputs,
     counts,
     fail,
@@ -592,10 +593,6 @@ def measure(loaded: Loaded, rows: Tensor, plan: Plan, bar: Any) -> dict[str, Any
 # ==============================================================================
 # 6  REPORT -- tables for people, and the plot
 # ==============================================================================
-
-
-def cell(found: Mapping[str, float], digits: int = 3) -> str:
-    return f"{found['mean']:.{digits}f} ± {found['se']:.{digits}f}"
 
 
 def gain(found: Mapping[str, float | None], digits: int = 3) -> str:

@@ -40,6 +40,7 @@ import torch
 
 import train_gpt as tg
 from scripts.bench.text import open_validation
+from scripts.chain import Head, find_head
 from scripts.common import (
     ROOT,
     Artifact,
@@ -81,7 +82,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.whole("--slots", 16, "rows that are decoded at once")
     parser.real("--seconds", 8.0, "of load per number of clients", 0.1, 3600)
     parser.real("--memory-seconds", 30.0, "of load while memory is watched", 1, 3600)
-    parser.whole("--spans", 40, "validation spans per length")
+    parser.whole("--spans", 40, "validation spans per length", low=2)
     add("--correction", type=Path, metavar="FILE", help="also write the fitted correction")
     parser.outputs()
     args = parser.parse_args(argv)
@@ -221,7 +222,7 @@ def measure_context(server: Served, text: Sequence[int], length: int) -> Rows:
                 # Each begins with another token, so that no prefix is known.
                 prompt = [number % 200 + 20, *text[: tokens - 1]]
                 body: dict[str, Any] = {"prompt": prompt, "max_tokens": 16, "mode": mode}
-                return {**body, "steps": 4, "guard": False}
+                return {**body, "guard": False, **({"steps": 4} if mode == "refine" else {})}
 
             answers = send(server.url, 1, 1.5, make)[0]
             timings = [each.body["choices"][0]["timings"] for each in answers]
@@ -249,8 +250,10 @@ def measure_deadlines(server: Served, texts: Sequence[str], seconds: float) -> R
             facts = [a.body["choices"][0]["decoding"] for a in answers if a.status == 200]
             kept = [each["deadline_kept"] for each in facts]
             passes = [each["passes"] for each in facts]
-            row = {"clients": clients, "deadline_ms": deadline, "requests": len(kept)}
-            row |= {"kept": statistics.mean(kept), "passes": statistics.mean(passes)}
+            row: dict[str, Any] = {"clients": clients, "deadline_ms": deadline}
+            row |= {"requests": len(kept)}
+            row |= {"kept": statistics.mean(kept) if kept else None}
+            row |= {"passes": statistics.mean(passes) if passes else None}
             found.append(row)
     return found
 
@@ -276,6 +279,7 @@ class Bench(NamedTuple):
     """A model with its validation text."""
 
     artifact: Artifact
+    head: Head | None  # that which the server would find
     vocabulary: Vocabulary
     tokens: list[int]
     tokenizer: str
@@ -290,13 +294,14 @@ def open_bench(args: argparse.Namespace) -> Bench:
     loader = open_validation(artifact, cfg)
     counter = open_tokenizer(artifact, cfg.tokenizer_path)
     row = loader.rows(0, 1, min(loader.total, 400_000) - 1, tg.CPU)[0]
-    return Bench(artifact, Vocabulary(counter.tokenizer), row.tolist(), cfg.tokenizer_path)
+    head = find_head(None, artifact.model, args.artifact)
+    return Bench(artifact, head, Vocabulary(counter.tokenizer), row.tolist(), cfg.tokenizer_path)
 
 
 def decode_rows(bench: Bench, rows: Sequence[Row], slots: int) -> None:
     """Decode rows in this thread."""
     limits = Limits(slots, len(rows), 1e9)
-    engine = Engine(bench.artifact.model, limits, Metrics())
+    engine = Engine(bench.artifact.model, limits, Metrics(), head=bench.head)
     with torch.inference_mode():
         engine.submit(rows)
         while not engine.idle:

@@ -65,7 +65,6 @@ class Slot:
     row: Row | None = None
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # clean, known
     read: int = 0  # tokens of the row's prompt that are in the cache
-    freed: float = 0.0
 
     def common(self, prompt: np.ndarray) -> int:
         """Count the tokens at the beginning that are equal."""
@@ -143,13 +142,14 @@ class Engine:
         """Queue rows together.
 
         Raises:
-            QueueFull: there is no room for all of them.
+            QueueFull: free slots and the queue have no room for all of them.
             Draining: the server ends.
         """
         with self.wake:
             if self.draining:
                 raise Draining
-            if len(self.waiting) + len(rows) > self.limits.queue:
+            free = self.limits.slots - len(self.active())
+            if len(self.waiting) + len(rows) > self.limits.queue + free:
                 raise QueueFull(self.retry_after())
             for row in rows:
                 row.pace = self
@@ -351,9 +351,9 @@ class Engine:
         """Tell that a row is done and free its slot, whose prompt stays known."""
         if row.slot >= 0:
             slot = self.slots[row.slot]
-            slot.row, slot.freed = None, time.monotonic()
+            slot.row = None
             self.passes.used[row.slot] = max(len(slot.tokens), 1)
-            held = slot.freed - row.times["admitted"]
+            held = time.monotonic() - row.times["admitted"]
             self.row_seconds = DECAY * self.row_seconds + (1 - DECAY) * held
         row.times["done"] = time.monotonic()
         if not row.cancelled:

@@ -58,7 +58,7 @@ class Gate:
         routes: Collection[str],
         loaded: Callable[[], bool],
     ) -> None:
-        self.app, self.hosts, self.keys = app, frozenset(hosts), keys
+        self.app, self.hosts, self.keys = app, frozenset(map(str.lower, hosts)), keys
         self.metrics, self.routes, self.loaded = metrics, routes, loaded
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

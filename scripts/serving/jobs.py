@@ -101,6 +101,11 @@ def choose_mode(body: Body, wish: Wish, model: Model) -> str:
         rule = "needs a denoiser, and this model was trained without one (DIFFUSION_LOSS_WEIGHT=0)"
         remedy = "use mode ar without a suffix, or serve another artifact"
         raise ApiError(400, f"{mode} {rule}; {remedy}", "no_denoiser", what)
+    unread = {"steps": body.steps, "threshold": body.threshold, "redo": body.redo}
+    for name in [name for name, value in unread.items() if value is not None]:
+        if body.mode in LOSSLESS:
+            rule = f"is not read by mode={mode}; leave it out, or use mode={WINDOW_MODES[1]}"
+            raise ApiError(400, f"{name} {rule}", "invalid_value", name)
     if wish.suffix and mode not in (*WINDOW_MODES, "edit"):
         rule = f"cannot read text after the span; use one of {', '.join(WINDOW_MODES)}"
         raise ApiError(400, f"mode={mode} {rule}", "invalid_value", "mode")
@@ -116,7 +121,7 @@ def choose_decoding(wish: Wish, model: Model) -> Decoding:
     if steps is None and wish.deadline_ms is not None:
         steps = max(wish.num, len(wish.draft), 1)  # as many as fit
     given: dict[str, Any] = {"steps": steps, "window": body.window, "threshold": body.threshold}
-    given["remask_threshold"] = body.redo if mode != "edit" or body.redo else REVISED_BELOW
+    given["remask_threshold"] = REVISED_BELOW if mode == "edit" and body.redo is None else body.redo
     decoding = decoding._replace(**{k: v for k, v in given.items() if v is not None})
     seed = body.seed if body.seed not in (None, -1) else secrets.randbits(32)
     end = model.vocabulary.bos if not wish.suffix and mode != "edit" else -1

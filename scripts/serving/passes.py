@@ -409,12 +409,12 @@ class Passes:
 
 
 @torch.inference_mode()
-def check_deterministic(model: tg.GPT, num_slots: int) -> bool:
+def check_deterministic(model: tg.GPT, num_slots: int, head: Head | None = None) -> bool:
     """Does a row get the same bits in the first and in the last slot, whatever the others hold?
 
     It does where the kernels of a matrix product treat all of its rows alike.
     """
-    passes = Passes(model, num_slots, deterministic=True)
+    passes = Passes(model, num_slots, True, head)
     sampling, last = Sampling(), num_slots - 1
     found = list[list[tuple[list[int], list[float]]]]()
     for slot in (0, last):

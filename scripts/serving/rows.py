@@ -32,7 +32,6 @@ from scripts.decoding import (
 from scripts.serving.passes import NO_TOKEN, Choices, Denoise, Pass, Read, Step, Top, Unmasked
 from scripts.serving.text import CommittedText, Vocabulary
 
-SERVED = ("ar", "speculative", "refine", "block", "threshold", "edit")  # modes of a row
 DRAFT = 7  # tokens that a speculative pass verifies, after the last accepted one
 HEAD_DRAFT = 4  # most of them, where the sequential head drafts: more are seldom accepted
 

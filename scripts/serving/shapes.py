@@ -111,7 +111,6 @@ class Shape:
 
     Args:
         job: the request.
-        stream: chunks are wanted, not one body.
     """
 
     prefix, kind, chunk_kind, ends = "cmpl-", "text_completion", "text_completion", True

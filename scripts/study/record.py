@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 import torch
 
 import train_gpt as tg
-from scripts.chain import SUFFIX
+from scripts.chain import SUFFIX, why_no_head
 from scripts.common import Parser, fail, run_command
 from scripts.study import package, report
 from scripts.study.child import STOP_SECONDS, ending, interruptible, stop
@@ -94,7 +94,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--baselines", help=baselines)
     add("--out", type=Path, help="folder of the record (default out/record_PROTOCOL)")
     add("--plan", action="store_true", help="print the commands and run nothing")
-    add("--rehearse", action="store_true", help="four steps on two CPU processes")
+    add("--rehearse", action="store_true", help="four steps on a CPU; 8xh100: on two processes")
     add("--source", help="for prepare_data.py, with its arguments (default: the protocol's)")
     add("--variant", choices=("sp1024", "sp4096", "sp8192"), help="fineweb: which tokenizer")
     add("--repo", metavar="OWNER/NAME", help="fineweb: dataset repository")
@@ -185,10 +185,9 @@ def report_options(out: Path) -> list[str]:
 
 
 def can_have_head(recipe: str, *envs: Mapping[str, str]) -> bool:
-    """Say if a recipe trains a denoiser whose visible tokens are known to be right."""
+    """Say if a head can be fitted to what a recipe trains."""
     settings = {name: value for env in envs for name, value in env.items()}
-    cfg = tg.Config.from_env(settings | {"RECIPE": recipe})[0]
-    return cfg.diffusion and cfg.diffusion_corruption_mode == "mask"
+    return not why_no_head(tg.Config.from_env(settings | {"RECIPE": recipe})[0])
 
 
 def head_commands(args: argparse.Namespace, run: str) -> list[list[str]]:

@@ -259,6 +259,9 @@ def overrides(args: argparse.Namespace) -> dict[str, str]:
             faults.append(f"--set {text}: a sweep sets {name} itself; use rows, --seeds and --out")
         elif not value:
             faults.append(f"--set {text}: must be NAME=VALUE of a setting of train_gpt.py")
+        elif name in values:
+            which = f"--seconds, --steps or another --set sets {name}={values[name]}"
+            faults.append(f"--set {text}: {which}; leave one of them out")
         faults += unknown("--set", name, known)
         values[name] = "".join(value)
     check_faults(faults)
@@ -388,7 +391,7 @@ def read(run: Run) -> RunLog:
 def foreign(run: Run, log: RunLog, asked: Asked) -> str:
     """Say what shows that a log is not of this run; empty if nothing does."""
     values = log.events.get("config", {}).get("values", {})
-    ours = run.cfg.training_settings() | {"seed": run.seed}
+    ours = run.cfg.training_settings()
     for name in sorted(ours.keys() & values.keys()):
         if values[name] != ours[name]:
             return f"{name.upper()}={shown(values[name])}, not {shown(ours[name])}"
@@ -412,7 +415,7 @@ def state_of(run: Run, asked: Asked) -> str:
         warn(f"{log.complaint}; the run is not finished, so it is run again")
     values = log.events.get("config", {}).get("values")
     if values is None:
-        return "cut off" if log.damage and has_checkpoint(run) else "new"
+        return "cut off" if log.damage and checkpoints_of(run) else "new"
     for name in ("data_path", "tokenizer_path"):
         ours, theirs = getattr(run.cfg, name), values.get(name, getattr(run.cfg, name))
         if Path(ours).resolve() != Path(theirs).resolve():
@@ -427,12 +430,21 @@ def state_of(run: Run, asked: Asked) -> str:
     rescored = any(values[name] != getattr(run.cfg, name, values[name]) for name in scoring)
     if not log.why_left_out and not rescored:
         return "done"
-    return "cut off" if has_checkpoint(run) else "new"
+    return "cut off" if checkpoints_of(run) else "new"
 
 
-def has_checkpoint(run: Run) -> bool:
+def checkpoints_of(run: Run) -> list[Path]:
+    """List the checkpoints of a run that are there."""
     cfg = dataclasses.replace(run.cfg, run_id=run.folder.name, out_dir=str(run.folder))
-    return any(path.exists() for path in cfg.checkpoints)
+    return [path for path in cfg.checkpoints if path.exists()]
+
+
+def set_aside(run: Run) -> None:
+    """Rename the checkpoints of a run that begins anew: it must not be resumed from what another
+    program trained.
+    """
+    for path in checkpoints_of(run):
+        path.replace(path.with_name(f"{path.name}.before"))
 
 
 def execute(run: Run, resume: bool, nproc: int, asked: Asked, bar: Any) -> str:
@@ -441,6 +453,8 @@ def execute(run: Run, resume: bool, nproc: int, asked: Asked, bar: Any) -> str:
     command = [sys.executable, *launcher * (nproc > 1), str(PROGRAM)]
     env, printed = run.env | {"RESUME": "auto" if resume else "no"}, run.folder / "printed.txt"
     run.folder.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        set_aside(run)
     began = time.time()
     # Appended to: a trainer that a killed sweep left behind may still write there.
     with open(printed, "ab") as out:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+import train_gpt as tg
+from scripts import chain, common
 from scripts.bench import serving
 from scripts.serving import hole
-from tests.conftest import facts, outcome
+from tests.conftest import CPU, facts, outcome
 from tests.serving.conftest import export
 
 
@@ -41,6 +44,27 @@ def test_the_packaged_correction_can_be_read() -> None:
     assert hole.correct(correction, 30) == correction[32]
     assert hole.candidates(20) == [2, 4, 8, 16]
     assert hole.candidates(1) == [1]
+
+
+def test_text_is_measured_with_the_head_that_the_server_would_find(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATA_PATH", data["data_path"])
+    artifact = export(data, tmp_path / "tiny.ptz")
+    head = chain.Head(tg.load_artifact(artifact, CPU)[0], 2)
+    about = {"artifact_sha256": common.sha256_of(artifact), "width": 2}
+    chain.save_head(artifact.with_suffix(".head"), head, about)
+    at, made = serving.open_bench(argparse.Namespace(artifact=artifact)), list[Any]()
+
+    class Engine(serving.Engine):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **settings)
+            made.append(self.passes.head)
+
+    monkeypatch.setattr(serving, "Engine", Engine)
+    serving.decode_rows(at, [], 1)
+    assert made == [at.head]
+    assert at.head is not None
 
 
 @pytest.mark.slow

@@ -255,6 +255,7 @@ def draw_options(t: Try) -> list[str]:
         argv += ["--mode", mode]
     # Each of these needs a mode with windows, or mode auto.
     unfit = {"": WINDOWED, "ar": WINDOWED, "auto": WINDOWED[:4]}.get(mode, WINDOWED[4:])
+    unfit += tuple(f"--{name.replace('_', '-')}" for name in sample.UNREAD.get(mode, ()))
     fitting = [name for name in USUAL if name not in unfit or t.draw.random() < 0.05]
     for name in t.draw.sample(fitting, t.draw.randrange(4)):
         value = t.draw.choice(ODD if t.draw.random() < 0.15 else USUAL[name])

@@ -341,6 +341,8 @@ def test_an_edit_keeps_the_number_of_tokens(server: Running) -> None:
     some = server.post("/v1/edit/completions", input=text, redo=0.01, seed=1).json()
     choice = some["choices"][0]
     assert none["text"] == text
+    never = server.post("/v1/edit/completions", input=text, redo=0).json()["choices"][0]
+    assert (never["text"], never["decoding"]["remasked"]) == (text, 0)
     assert choice["text"] != text
     assert choice["decoding"]["remasked"] >= choice["decoding"]["changed"] > 0
     assert some["usage"]["completion_tokens"] == len(server.service.model.vocabulary.encode(text))
@@ -418,6 +420,8 @@ BAD: list[tuple[str, Any, int, str]] = [
     ("/v1/completions", {"prompt": "a", "top_p": 0}, 400, "top_p"),
     ("/v1/completions", {"prompt": "a", "n": 33}, 400, "32"),
     ("/v1/completions", {"prompt": "a", "steps": 0}, 400, "steps"),
+    ("/v1/completions", {"prompt": "a", "steps": 4, "mode": "ar"}, 400, "steps"),
+    ("/v1/completions", {"prompt": "a", "redo": 0.1, "mode": "speculative"}, 400, "redo"),
     ("/v1/completions", {"prompt": "a", "deadline_ms": -5}, 400, "deadline_ms"),
     ("/v1/completions", {"prompt": "a", "seed": 2**70}, 400, "seed"),
     ("/v1/completions", {"prompt": "a", "mode": "magic"}, 400, "mode"),
@@ -483,6 +487,12 @@ def test_other_hosts_origins_and_methods_are_refused(server: Running) -> None:
     assert (own.status_code, local.status_code) == (200, 200)
     assert "access-control-allow-origin" not in own.headers  # CORS is off
     assert (method.status_code, method.json()["error"]["type"]) == (405, "invalid_request_error")
+
+
+def test_a_host_is_allowed_in_any_case(artifact: Path) -> None:
+    with running(artifact, "--allowed-host", "My-Machine") as server, server.client() as client:
+        for name in ("my-machine", "MY-MACHINE"):
+            assert client.get("/health", headers={"Host": f"{name}:8000"}).status_code == 200
 
 
 def test_windows_end_inside_the_context(server: Running) -> None:

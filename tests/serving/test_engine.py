@@ -316,11 +316,13 @@ def test_repeated_tokens_are_judged_poor(service: Service) -> None:
 def test_a_full_queue_and_a_draining_server_refuse_all_rows(artifact: Path) -> None:
     engine = make(artifact, "--slots", "2", "--queue", "3").engine
     service = make(artifact, "--slots", "2", "--queue", "3")
-    rows = [make_row(service, [BOS], 4, MODES["ar"]) for _ in range(4)]
+    rows = [make_row(service, [BOS], 4, MODES["ar"]) for _ in range(6)]
     with pytest.raises(QueueFull) as caught:
         engine.submit(rows)
     assert (len(engine.waiting), caught.value.retry_after) == (0, 1)
-    engine.submit(rows[:3])
+    engine.submit(rows[:5])  # two free slots, and three that wait
+    with pytest.raises(QueueFull):
+        engine.submit(rows[5:])
     engine.draining = True
     with pytest.raises(Draining):
         engine.submit([])

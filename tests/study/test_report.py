@@ -801,7 +801,7 @@ def strong(recipe: str, **other: Any) -> list[dict[str, Any]]:
     settings = {"value_residual": True, "bigram_vocab_size": 16384, "muon_momentum": 0.9}
     settings |= {"train_batch_tokens": 2048, "micro_batches": 1}
     lines = events(recipe=recipe, changed=settings | {"iterations": 50}, **other)
-    return [{"event": "model", "model_params": 3_532_022}, *lines]
+    return [lines[0], {"event": "model", "model_params": 3_532_022}, *lines[1:]]
 
 
 @pytest.fixture
@@ -842,6 +842,26 @@ def test_a_run_named_by_the_recipe_that_has_the_strength_is_the_record(project: 
     assert "| `record` | 1 | - | 1.5000 | 0.750 |" in project.run()
     (project.root / "logs" / "record_cpu" / "logs" / "a.jsonl").unlink()
     assert "No finished run of the naive baseline." in project.run()
+
+
+def test_a_baseline_that_was_run_faster_has_a_row_of_its_own(record: Project) -> None:
+    fast = dict(iterations=50, compile="1", micro_batches=2)
+    for seed in (1, 2, 3):
+        record.record(f"fast{seed}", events(recipe="ar", seed=seed, bpb=2.05, changed=fast))
+    page = record.run()
+    assert "2 cores, `ITERATIONS=50`:\n" in page
+    assert "| naive `ar`, `COMPILE=1`, `MICRO_BATCHES=2` | 3 |" in page
+    assert "| 2.0500 ± 0.0000 | 0.976 |" in page
+    assert "| naive `ar`, `MICRO_BATCHES=1` | 2 | - | 2.1000 ± 0.1414 | 1.000 |" in page
+
+
+def test_records_of_other_budgets_have_tables_of_their_own(record: Project) -> None:
+    long = dict(micro_batches=1, iterations=99)
+    record.record("long", events(recipe="ar", seed=1, bpb=1.0, changed=long))
+    page = record.run()
+    assert "2 cores, `MICRO_BATCHES=1`, `ITERATIONS=99`:\n" in page
+    assert "| naive `ar` | 1 | - | 1.0000 | 1.000 |" in page
+    assert "| `record` | 2 | 3,532,022 | 1.8900 ± 0.1414 | 0.900 |" in page
 
 
 def test_chance_stands_beside_the_accuracy_of_infill(record: Project) -> None:

@@ -268,9 +268,13 @@ def test_a_run_that_died_under_another_version_starts_afresh(bench: Bench) -> No
     bench.order(ar_1337="die")
     bench.run("ar", code=1)
     bench.program.write_text(STAND_IN + "# changed\n", encoding="utf-8")
+    bench.order(ar_1337="killed")  # before its first checkpoint: the other's is none of its own
+    bench.run("ar", code=1)
     bench.order()
     bench.run("ar")
-    assert bench.calls() == ["ar_1337 no", "ar_1337 no"]
+    assert bench.calls() == ["ar_1337 no", "ar_1337 no", "ar_1337 no"]
+    (kept,) = (bench.folder("ar") / "checkpoints").iterdir()
+    assert kept.name.endswith(f"{SUFFIX}.before")
 
 
 @pytest.mark.parametrize(
@@ -478,6 +482,9 @@ def test_an_interrupted_sweep_ends_its_run_and_says_how_to_resume(
         (["defect_nocache"], "NAME='defect_nocache' is left out: it concerns"),
         (["ar", "--set", "NUM_LAYER=2"], "--set='NUM_LAYER' is unknown; closest: NUM_LAYERS"),
         (["ar", "--set", "MATRIX_LR"], "--set MATRIX_LR: must be NAME=VALUE"),
+        (["ar", "--seconds", "9", "--set", "MAX_WALLCLOCK_SECONDS=5"],
+         "--set MAX_WALLCLOCK_SECONDS=5: --seconds, --steps or another --set sets "
+         "MAX_WALLCLOCK_SECONDS=9.0; leave one of them out"),
         (["ar", "--set", "SEED=3"],
          "--set SEED=3: a sweep sets SEED itself; use rows, --seeds and --out"),
         (["ar", "--set", "MODEL_DIM=7"], "MODEL_DIM=7 must be a multiple of 2 x NUM_HEADS=4"),
