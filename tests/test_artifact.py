@@ -355,6 +355,7 @@ STARTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BOMBS)
 @pytest.mark.parametrize("start", STARTS)
 def test_a_bomb_is_refused_in_little_memory(kind: str, start: str, tmp_path: Path) -> None:
@@ -373,6 +374,7 @@ def test_a_bomb_is_refused_in_little_memory(kind: str, start: str, tmp_path: Pat
     assert peak < most
 
 
+@pytest.mark.slow
 def test_bombs_are_what_they_seem() -> None:
     unpackers: dict[str, Any] = {
         "zlib": zlib.decompressobj(),

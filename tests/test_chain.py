@@ -220,6 +220,7 @@ def test_a_folder_without_an_artifact_is_told_how_to_name_one(
     assert "; name one, or train one: python train_gpt.py" in err  # it has no --artifact
 
 
+@pytest.mark.slow
 def test_a_fitted_head_makes_tokens_of_one_pass_more_likely(
     artifact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

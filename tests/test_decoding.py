@@ -928,6 +928,7 @@ def test_candidates_can_read_the_text(denoiser: bool, suffix: bool, modes: set[s
     assert steps == ([1, 2, 4, 8] if denoiser else [])  # not more than tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["direct", "ar"])
 def test_choose_selects_from_its_own_table(recipe: str) -> None:
     model, ids = model_of(recipe), random_rows(2, 12, V)

@@ -438,6 +438,7 @@ def test_with_a_stride_every_token_is_scored_in_its_longest_context(
     assert shared == pytest.approx(found, rel=pass_rounding(run.cfg))
 
 
+@pytest.mark.slow
 def test_a_bound_converges_as_its_standard_error_says(data: dict[str, Any]) -> None:
     model, run, loader, counter = evaluation(**data, nelbo_sequences=4)
 

@@ -528,6 +528,7 @@ def test_sample_decodes_with_an_adapter(
     assert "none.ptz is missing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_likelihood_scores_with_an_adapter(
     artifact: Path, tmp_path: Path, data: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

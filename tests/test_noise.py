@@ -484,6 +484,7 @@ def test_uniform_score_entropy_is_minimal_at_the_true_ratios(t: float) -> None:
         assert expected_sedd(table, t) - least > 1e-9
 
 
+@pytest.mark.slow
 def test_uniform_score_entropy_integrates_to_the_entropy() -> None:
     """Over all t its mean under the exact scores is the entropy of the data, as the bound is tight
     there.

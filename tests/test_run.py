@@ -221,6 +221,7 @@ def test_shards_that_change_while_a_run_reads_them_are_named(tmp_path: Path) -> 
             loader.rows(0, 1, 16, CPU)
 
 
+@pytest.mark.slow
 def test_many_shards_need_few_file_handles(tmp_path: Path) -> None:
     for i in range(300):
         write_shard(tmp_path / f"x_train_{i:03d}.bin", [i % 60] * 10)

@@ -103,6 +103,7 @@ def test_compiled_passes_give_the_same_text(
     assert again["text"] == plain["text"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["block", "refine", "speculative", "auto"])
 def test_a_head_joins_the_tokens_of_a_pass(
     call: Callable[..., Called], at: sample.Loaded, mode: str, artifact: Path, tmp_path: Path

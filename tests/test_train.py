@@ -94,6 +94,7 @@ def test_the_loss_curve_is_the_golden_one(
         assert here == pytest.approx(there, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_it_learns(synthetic: dict[str, Any]) -> None:
     cfg = tiny(**synthetic, iterations=60, train_batch_tokens=256, train_log_every=1)
     _, steps = trained(cfg)
@@ -102,6 +103,7 @@ def test_it_learns(synthetic: dict[str, Any]) -> None:
     assert sum(losses[-5:]) / 5 < 3.0  # two bits of each token are random, and 1 in 7 is
 
 
+@pytest.mark.slow
 def test_two_runs_are_equal_to_the_bit(synthetic: dict[str, Any]) -> None:
     cfg = tiny(
         **synthetic, ema_decay=0.9, grad_clip_norm=1.0, self_condition="soft", diffusion_passes=2

@@ -80,6 +80,7 @@ def test_every_mode_has_the_passes_its_windows_can_take() -> None:
         assert job.decoding == mode._replace(sampling=sampling, steps=job.passes or mode.steps)
 
 
+@pytest.mark.slow
 def test_modes_are_also_measured_with_a_head_and_without_lookup() -> None:
     options = Namespace(passes=[2], batch=[1], target=TARGET, temperature=0.0, no_lookup=True)
     head = Head(model_of(), 2)
@@ -124,6 +125,7 @@ def test_decoding_without_a_cache_gives_the_same(
     assert len(found.ids[:, PREFIX:].unique(dim=0)) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [False, True])
 def test_the_true_span_is_not_read(suffix: bool) -> None:
     at = bench_of()

@@ -337,6 +337,7 @@ def environment(data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name.upper(), data[name])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("environment")
 def test_the_command_prints_the_scores_of_train_gpt(
     artifact: tuple[Path, tg.GPT], data: dict[str, Any], capsys: pytest.CaptureFixture[str]
@@ -367,6 +368,7 @@ def test_the_command_prints_the_scores_of_train_gpt(
         assert name in out.split("{")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("environment")
 def test_more_samples_reduce_the_error_and_keep_the_mean(
     artifact: tuple[Path, tg.GPT], capsys: pytest.CaptureFixture[str]

@@ -35,6 +35,7 @@ def call(path: Path, *argv: str, capsys: Any) -> Called:
     )
 
 
+@pytest.mark.slow
 def test_scores_and_bytes_are_those_of_the_artifact(
     checkpoint: Path,
     tmp_path: Path,

@@ -154,6 +154,7 @@ def test_a_part_that_raises_is_a_failed_check_and_the_next_one_follows(
     assert "| first | NO | RuntimeError: " in (tmp_path / "out" / "gpu_check.txt").read_text()
 
 
+@pytest.mark.slow
 def test_time_is_limited(
     small: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

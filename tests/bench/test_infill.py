@@ -207,6 +207,7 @@ def real_model(mode: str = "mask", **overrides: Any) -> tg.GPT:
     return randomise(tg.GPT(cfg), std=0.4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides", [{}, dict(diffusion_causal=True), dict(self_condition="soft")]
 )
@@ -241,6 +242,7 @@ def test_spans_are_filled_as_by_decoding(mode: str, overrides: dict[str, Any]) -
         }
 
 
+@pytest.mark.slow
 def test_examples_do_not_depend_on_their_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model = real_model("uniform")
     together = measured(model, examples=20, revise_examples=10)
@@ -532,6 +534,7 @@ def test_two_artifacts_from_end_to_end(env: dict[str, Any], tmp_path: Path) -> N
     assert done.stdout.count("never saw random tokens") == 1
 
 
+@pytest.mark.slow
 def test_the_seed_moves_planted_tokens_only(
     env: dict[str, Any], tmp_path: Path, capsys: Any
 ) -> None:

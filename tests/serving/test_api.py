@@ -106,6 +106,7 @@ def test_the_asynchronous_client_gets_each_answer(server: Running) -> None:
     assert len(set(texts)) > 6
 
 
+@pytest.mark.slow
 def test_a_full_queue_is_429_and_the_client_tries_again(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,6 +97,7 @@ def head(artifact: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [decoding.GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_rows_get_what_decode_gives_each_with_a_head(

@@ -137,6 +137,7 @@ def test_200_clients_of_whom_a_fifth_leave(artifact: Path) -> None:
     assert sizes[1] - sizes[0] < 30e6
 
 
+@pytest.mark.slow
 def test_clients_that_leave_free_their_slots(artifact: Path) -> None:
     with running(artifact, "--slots", "4") as server:
         engine = server.service.engine

@@ -169,6 +169,7 @@ def test_every_row_resolves_and_is_written_like_the_defaults() -> None:
     assert recipes.keys() == rows.keys() >= tg.RECIPES.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", tg.PRESETS)
 def test_every_row_holds_at_every_preset_and_has_no_size(preset: str) -> None:
     sizes = {name for values in tg.PRESETS.values() for name in values} | {"iterations", "seed"}

@@ -173,6 +173,7 @@ def test_growth_is_drawn_where_runs_differ_in_their_time(
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_every_context_of_a_folder_has_its_pictures(
     logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

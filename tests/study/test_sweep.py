@@ -277,6 +277,7 @@ def test_a_run_that_died_under_another_version_starts_afresh(bench: Bench) -> No
     assert kept.name.endswith(f"{SUFFIX}.before")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("order", "said"),
     [
@@ -314,6 +315,7 @@ def test_a_log_of_another_run_is_never_credited_to_a_run(bench: Bench) -> None:
     assert bench.calls() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "zeros", "header"])
 def test_a_run_whose_log_is_damaged_is_run_again(bench: Bench, damage: str) -> None:
     bench.run(*PAIR)
@@ -582,6 +584,7 @@ def test_names_of_runs_in_the_environment_do_not_reach_them(
     assert bench.lines()[0] == made[0]
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_all_and_does_nothing(bench: Bench) -> None:
     end, out = bench.run("all", "--seeds", "1,2", "--dry-run")
     assert (end["rows"], end["runs"]) == (len(sweep.rows()), 2 * len(sweep.rows()))
