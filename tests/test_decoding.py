@@ -74,6 +74,7 @@ def test_speculative_output_equals_autoregressive(
     assert int(found.forwards.max()) == len(model.passes) - 1  # verifying and drafting share a pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", MODELS)
 @pytest.mark.parametrize("sampling", [dec.GREEDY, HOT])
 def test_speculative_is_lossless_for_every_kind_of_model(
@@ -393,6 +394,7 @@ REFERENCE_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [dec.GREEDY, HOT, HOT._replace(end=7)])
 @pytest.mark.parametrize("corruption", CORRUPTION)
 @pytest.mark.parametrize("mode", REFERENCE_SETTINGS)
@@ -410,6 +412,7 @@ def test_windowed_modes_equal_the_slow_reference(
         assert found.forwards[row].item() == slow.passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [dec.GREEDY, HOT])
 @pytest.mark.parametrize("mode", REFERENCE_SETTINGS)
 @torch.no_grad()

@@ -164,6 +164,7 @@ def order_nll(nll: Tensor) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [{}, {"diffusion_causal": True}, {"diffusion_shift": False}])
 @pytest.mark.parametrize("mode", ["mask", "hybrid", "uniform"])
 def test_the_bound_estimates_the_mean_over_all_orders(mode: str, overrides: dict[str, Any]) -> None:

@@ -606,6 +606,7 @@ def test_a_file_that_changes_while_it_is_read_is_named(
     assert not list(out.glob("**/*"))
 
 
+@pytest.mark.slow
 def test_few_file_handles_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(120):
         write(tmp_path / f"{i}.txt", sentence(i))

@@ -181,6 +181,7 @@ def sizes_of(text: we.Text) -> Sizes:
     return Sizes(len(targets), num_bytes, spaces, byte_pieces, targets.count(BOS), text.size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["right", *NAMES])
 def test_what_a_uniform_predictor_scores(name: str, data: dict[str, Any]) -> None:
     model, _, loader, counter = evaluation(**data)

@@ -13,6 +13,7 @@ from scripts.bench.flops import flops_per_token
 from tests.conftest import CPU, make_run, random_rows, tiny
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 4, 16])
 @pytest.mark.parametrize(
     "overrides",
