@@ -4,7 +4,7 @@
 #              and rerun the command to resume: models/README.md
 # make serve   serve MODEL=file.ptz on 127.0.0.1:8000 (default: models/python.ptz, else the newest
 #              final_model.*.ptz of this folder); more options: SERVE="--port 8080 --slots 8"
-# make check   lint, types and fast tests: about two minutes on two cores
+# make check   lint, types and fast tests: about a minute on two cores
 # make test    lint, types, all tests, a run on two processes, and a minute of campaigns
 # PYTHON=python3.12 make ...   another interpreter (3.11 or newer)
 

@@ -279,6 +279,7 @@ def test_a_header_that_is_longer_than_the_file_is_refused() -> None:
 # ---- compressed files: damage, bytes after the end, and bombs ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", COMPRESSORS)
 @pytest.mark.parametrize("size", [0, 1, 500, 1016, 1024, 5000, 300_000])
 def test_every_compressor_gives_its_bytes_back(scheme: str, size: int) -> None:

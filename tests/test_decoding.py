@@ -457,6 +457,7 @@ def test_refine_equals_the_decoder_of_train_gpt(corruption: str, overrides: dict
 # ---- properties of all modes ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("corruption", CORRUPTION)
 @pytest.mark.parametrize("mode", MODES)
 def test_text_around_the_span_is_kept_and_the_span_is_not_read(mode: str, corruption: str) -> None:
@@ -865,6 +866,7 @@ def test_rows_that_fall_back_equal_autoregressive(decoding: Decoding) -> None:
         assert one.equal(other)
 
 
+@pytest.mark.slow
 def test_whether_a_row_falls_back_does_not_depend_on_the_others() -> None:
     model, ids, decoding = model_of(), random_rows(8, 18, V), GUARDED[1]
     decoded = dec.decode(model, ids, 5, 18, decoding).ids

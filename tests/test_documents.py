@@ -167,6 +167,7 @@ def test_damaged_files_are_named_with_the_place(tmp_path: Path, kind: str) -> No
     assert read(path, data + b"\0" * 100) == TEXTS * 50  # padding, as tools write it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PACKERS)
 def test_no_flipped_bit_and_no_cut_passes_silently(tmp_path: Path, kind: str) -> None:
     draw, path = random.Random(7), tmp_path / f"a.jsonl.{kind}"

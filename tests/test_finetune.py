@@ -190,6 +190,7 @@ def test_an_update_is_b_times_a(artifact: Path) -> None:
         torch.testing.assert_close(module.weight, weights[name] + b @ a)
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_its_checkpoint(call: Callable[..., Called], tmp_path: Path) -> None:
     whole = facts(call("--rank", "2", "--out", "whole.ptz", iterations=6))
     (checkpoint,) = (tmp_path / "out" / "checkpoints").iterdir()

@@ -379,6 +379,7 @@ def test_evaluation_reads_both_ways_whatever_was_annealed(text: dict[str, Any]) 
     assert outputs[1].equal(outputs[3])
 
 
+@pytest.mark.slow
 def test_an_annealed_run_resumes_to_the_bit(text: dict[str, Any]) -> None:
     cfg = tiny(**text, run_id="r", diffusion_anneal_frac=0.9)
 

@@ -532,6 +532,7 @@ def test_the_cap_stops_a_run_and_time_counts_on(
     assert more[0]["train_ms"] == pytest.approx(12_000.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["direct", "ar"])
 def test_kernels_are_compiled_before_the_clock_starts(
     recipe: str, synthetic: dict[str, Any], monkeypatch: pytest.MonkeyPatch

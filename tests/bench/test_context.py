@@ -55,6 +55,7 @@ def test_every_token_is_scored_once_in_its_row(
     torch.testing.assert_close(bench.token_nats(at, at.model, length), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [1.0, 1.5])
 def test_scores_by_hand(trained: float) -> None:
     found = bench.measure(at := loaded(trained), [1, 2, 4], 3)

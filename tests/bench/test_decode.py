@@ -163,6 +163,7 @@ def test_speed_is_the_median_of_rounds_in_which_all_take_turns(
     assert both[1][1] == {"tokens_per_second": 6 * TARGET / 15, "seconds": [15, 15, 15]}
 
 
+@pytest.mark.slow
 def test_speeds_are_by_ar_of_the_same_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     real, at = bench.timed, bench_of()
     costs = iter([2.0, 0.5, 1.0, 8.0, 2.0, 4.0])

@@ -62,6 +62,7 @@ def test_the_whole_is_shared_by_devices_and_ends_at_nelbo_sequences(tmp_path: Pa
     assert few["exact"].whole == exact.whole
 
 
+@pytest.mark.slow
 def test_a_real_turn(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [
         "--rounds",

@@ -79,6 +79,7 @@ def test_scores_are_of_the_whole_split_in_bits_per_byte(
     assert of(found, 8, 1)["chained_bpb"] is None
 
 
+@pytest.mark.slow
 def test_the_head_alone_needs_no_window(
     files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +103,7 @@ def test_the_head_alone_needs_no_window(
     assert of(found, 4, 1)["alone_bpb"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_result_and_a_picture_are_written(
     files: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -349,6 +349,7 @@ def test_an_edit_keeps_the_number_of_tokens(server: Running) -> None:
     assert some["usage"]["completion_tokens"] == len(server.service.model.vocabulary.encode(text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ar", "refine", "block", "threshold", "speculative"])
 def test_modes_and_efforts(server: Running, mode: str) -> None:
     body: dict[str, Any] = dict(prompt=PROMPT, max_tokens=16, mode=mode, guard=False)

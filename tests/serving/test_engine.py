@@ -49,6 +49,7 @@ def different_rows(service: Service, setting: Decoding, has_suffix: bool) -> lis
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [decoding.GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("mode", ["ar", "speculative", "refine", "block", "threshold"])
 def test_rows_of_one_batch_get_what_decode_gives_each(
@@ -114,6 +115,7 @@ def test_rows_get_what_decode_gives_each_with_a_head(
         assert found != [reference(service, r, setting) for r in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [decoding.GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_drafts_of_a_head_change_passes_and_no_token(
     artifact: Path, head: Path, sampling: Sampling, monkeypatch: pytest.MonkeyPatch

@@ -176,6 +176,7 @@ def slow_down(
         monkeypatch.setattr(engine, "tick", slowly)
 
 
+@pytest.mark.slow
 def test_clients_that_send_slowly_or_half_are_given_up(artifact: Path) -> None:
     with running(artifact) as server:
         service = server.service
