@@ -101,11 +101,10 @@ def choose_mode(body: Body, wish: Wish, model: Model) -> str:
         rule = "needs a denoiser, and this model was trained without one (DIFFUSION_LOSS_WEIGHT=0)"
         remedy = "use mode ar without a suffix, or serve another artifact"
         raise ApiError(400, f"{mode} {rule}; {remedy}", "no_denoiser", what)
-    unread = {"steps": body.steps, "threshold": body.threshold, "redo": body.redo}
-    for name in [name for name, value in unread.items() if value is not None]:
-        if body.mode in LOSSLESS:
-            rule = f"is not read by mode={mode}; leave it out, or use mode={WINDOW_MODES[1]}"
-            raise ApiError(400, f"{name} {rule}", "invalid_value", name)
+    unread = [name for name in ("steps", "threshold", "redo") if getattr(body, name) is not None]
+    if unread and body.mode in LOSSLESS:
+        rule = f"not read by mode={mode}; leave it out, or use mode=block"
+        raise ApiError(400, f"{', '.join(unread)}: {rule}", "invalid_value", unread[0])
     if wish.suffix and mode not in (*WINDOW_MODES, "edit"):
         rule = f"cannot read text after the span; use one of {', '.join(WINDOW_MODES)}"
         raise ApiError(400, f"mode={mode} {rule}", "invalid_value", "mode")

@@ -414,7 +414,7 @@ def check_deterministic(model: tg.GPT, num_slots: int, head: Head | None = None)
 
     It does where the kernels of a matrix product treat all of its rows alike.
     """
-    passes = Passes(model, num_slots, True, head)
+    passes = Passes(model, num_slots, deterministic=True, head=head)
     sampling, last = Sampling(), num_slots - 1
     found = list[list[tuple[list[int], list[float]]]]()
     for slot in (0, last):
