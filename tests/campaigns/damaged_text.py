@@ -21,8 +21,9 @@ from tests.campaigns.tries import Try, last_line
 from tests.conftest import HARD_TEXTS, ROOT, program_like
 
 LIMITS = Limits(seconds=60.0, mib=2000.0)
-LOGS = ("ar_1337", "ar_42", "retrograde_1337")  # recipe and seed of a run of the record protocol
-VICTIM = "direct_1337"  # the log that is damaged
+RUNS = ROOT / "logs" / "record_cpu" / "logs"  # of the record protocol, with equal settings:
+LOGS = ("ar_1337_6925c866", "ar_42_8b485ed7", "retrograde_1337_975350f1")
+VICTIM = "direct_1337_e9f5c2e8"  # the log that is damaged
 FILES = ("docs/recipes.md", "submission.json", "logs/results.json", "ladder.toml")
 Lines = list[bytes]
 
@@ -80,16 +81,10 @@ def other_order(t: Try, lines: Lines) -> str:
     return "lines in reverse"
 
 
-def log_of(run: str) -> Path:
-    """Find the log of a run, whose name ends with a digest of its settings."""
-    (path,) = (ROOT / "logs" / "record_cpu" / "logs").glob(f"{run}_*.jsonl")
-    return path
-
-
 def other_run(t: Try, lines: Lines) -> str:
     """Mix in the lines of another run."""
     name = t.draw.choice(LOGS)
-    others = log_of(name).read_bytes().splitlines()
+    others = (RUNS / f"{name}.jsonl").read_bytes().splitlines()
     if t.draw.random() < 0.5:
         lines.extend(others)
         return f"followed by {name}"
@@ -136,7 +131,7 @@ def make_study(folder: Path) -> Path:
     for name in ("logs", "docs"):
         (folder / name).mkdir(parents=True)
     for name in (*LOGS, VICTIM):
-        shutil.copy(log_of(name), folder / "logs" / f"{name}.jsonl")
+        shutil.copy(RUNS / f"{name}.jsonl", folder / "logs")
     for name in FILES[:3]:
         shutil.copy(ROOT / name, folder / name)
     shutil.copy(ROOT / "scripts" / "study" / "ladder.toml", folder)
