@@ -22,6 +22,7 @@ import scripts.process  # noqa: F401 -- first: Ctrl-C ends the imports below in 
 
 # isort: split
 import argparse
+import math
 import re
 import statistics
 from collections import Counter
@@ -196,7 +197,8 @@ def legend(figure: Figure, panels: Sequence[Axes]) -> None:
             named.values(), named.keys(), loc="outside lower center", fontsize=7, ncols=columns
         )
     elif named:
-        panels[0].legend(named.values(), named.keys(), fontsize=8)
+        columns = 1 + (len(named) > FEW // 2)
+        panels[0].legend(named.values(), named.keys(), fontsize=8, ncols=columns)
 
 
 def training(about: str, runs: Mapping[str, Sequence[RunLog]], style: Mapping[str, Any]) -> Figure:
@@ -247,11 +249,12 @@ def likelihood(about: str, rows: Rows, style: Mapping[str, Any]) -> Figure | Non
 
 Lines = dict[str, list[tuple[float, float]]]  # (tokens trained on, value) by label
 GROWTH = (
-    "val_bpb, ratio to naive `ar` in equal time",
+    "val_bpb, ratio to the best naive `ar` in equal time",
     "bits per byte, ratio to its own causal score",
-    "8-token infill, one pass: tokens equal to the text",
+    "8 tokens in one pass: equal to the text",
     "lossless, no lookup: tokens per pass",
 )
+TASKS = {"infill": "text after it", "continuation": "none after it"}
 SPAN, BOUND = 8, 16  # of infill; window of the bound
 NO_LOOKUP = "speculative + head, no lookup"
 TIME = "max_wallclock_seconds"
@@ -261,15 +264,16 @@ def growth_points(
     g: Group, naive: float | None, results: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[str, str, list[float]]]:
     """Yield panel, label and values over seeds of what runs of one recipe and length scored.
-    `naive`: val_bpb of naive `ar` in equal time.
+    `naive`: the lowest val_bpb of naive `ar` in equal time, however fast its settings made it.
     """
-    name, exact = report.strong_name(g), g.values("final", "val_bpb")
+    name, exact = report.speed_name(g), g.values("final", "val_bpb")
     ratio, own, accuracy, drafts = GROWTH
     if naive is not None:
         yield ratio, name, [bpb / naive for bpb in exact]
     if len(bound := report.bounds(g, BOUND)) == len(exact):
         yield own, f"{name}, bound at {BOUND}", [b / e for b, e in zip(bound, exact, strict=True)]
-    yield accuracy, name, report.infill(g, 1, "token_acc", SPAN)
+    for task, label in TASKS.items():
+        yield accuracy, f"{name}, {label}", report.infill(g, 1, "token_acc", SPAN, task)
     one_pass = report.ONE_PASS_WINDOW, 1
     kinds = {"chained_bpb": f"one pass of {one_pass[0]}", "alone_bpb": "head alone"}
     for found in report.of_group(g, results):
@@ -293,7 +297,10 @@ def time_of(g: Group) -> float:
 def growth_lines(folder: Path, groups: Sequence[Group]) -> dict[str, Lines]:
     """Gather what grows with the length of runs, by panel of GROWTH: means over seeds."""
     results = [one for b in report.BENCHES for one in report.read_benchmarks(folder, b)[0]]
-    naive = {time_of(g): report.point_of(g) for g in groups if report.strong_name(g) == "ar"}
+    naive = dict[float, float]()
+    for g in groups:
+        if report.strong_name(g) == report.NAIVE:
+            naive[time_of(g)] = min(report.point_of(g), naive.get(time_of(g), math.inf))
     found: dict[tuple[str, str, float], list[float]] = {}
     for g in sorted(groups, key=time_of):
         steps = statistics.mean(g.values("done", "steps"))
@@ -316,6 +323,9 @@ def growth(about: str, lines: Mapping[str, Lines], only: Sequence[str] | None) -
                 panel.plot(*zip(*points, strict=True), "o-", ms=4, label=label)
         panel.set(title=title, xscale="log")
         panel.title.set_size(9)
+        panel.margins(y=0.35)  # room for the legend
+        if title == GROWTH[2]:
+            panel.set_ylim(0, None)  # a share of few tokens
         legend(figure, [panel])
     for panel in panels[1]:
         panel.set(xlabel="tokens trained on")

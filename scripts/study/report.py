@@ -347,8 +347,10 @@ def windows_of(rows: Mapping[str, Group]) -> list[int]:
     return sorted({window for g in rows.values() for run in g.runs for window in run.nelbo})
 
 
-def infill(g: Group, passes: int, name: str, span: int = INFILL_SPAN) -> list[float]:
-    return numbers(run.decode.get(("infill", span, passes, REFINE), {}).get(name) for run in g.runs)
+def infill(
+    g: Group, passes: int, name: str, span: int = INFILL_SPAN, task: str = "infill"
+) -> list[float]:
+    return numbers(run.decode.get((task, span, passes, REFINE), {}).get(name) for run in g.runs)
 
 
 def whole(values: Sequence[float], of: Any = statistics.mean) -> str:
@@ -433,6 +435,12 @@ def strong_name(g: Group) -> str:
     held = g.runs[0].get("config", "values")
     strong = bool(wanted) and all(held.get(name) == v for name, v in wanted.items())
     return STRONG.get(g.key.recipe, g.key.recipe) if strong else g.key.recipe
+
+
+def speed_name(g: Group, shared: Sequence[str] = ()) -> str:
+    """Name a group by its recipe and the settings of speed that are its own."""
+    by_hand = [c for c in g.key.changes if c not in shared and c.startswith(SPEED)]
+    return ", ".join([strong_name(g), *by_hand])
 
 
 def most_frequent_token(folder: Path, span: int) -> float | None:
@@ -542,8 +550,7 @@ def record_rows(groups: Sequence[Group], shared: Sequence[str]) -> Rows:
     """
     rows: Rows = {}
     for g in groups:
-        by_hand = [c for c in g.key.changes if c not in shared and c.startswith(SPEED)]
-        label = ", ".join([strong_name(g), *by_hand])
+        label = speed_name(g, shared)
         if label not in rows or len(g.runs) > len(rows[label].runs):
             rows[label] = g
     order = {name: (RECORD_ROWS.index(strong_name(g)), name.count(",")) for name, g in rows.items()}
