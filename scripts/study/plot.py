@@ -118,7 +118,7 @@ def draw_infill(panel: Axes, rows: Rows, span: int, key: str, style: Mapping[str
                 if (k[0], k[1], k[3]) == ("infill", span, REFINE)
             }
         )
-        found = [(n, point(values)) for n in steps if (values := report.infill(g, n, key, span))]
+        found = [(n, point(values)) for n in steps if (values := report.scored(g, n, key, span))]
         if found:
             means, bars = [at[0] for _, at in found], [at[1] for _, at in found]
             passes = [n for n, _ in found]
@@ -273,7 +273,7 @@ def growth_points(
     if len(bound := report.bounds(g, BOUND)) == len(exact):
         yield own, f"{name}, bound at {BOUND}", [b / e for b, e in zip(bound, exact, strict=True)]
     for task, label in TASKS.items():
-        yield accuracy, f"{name}, {label}", report.infill(g, 1, "token_acc", SPAN, task)
+        yield accuracy, f"{name}, {label}", report.scored(g, 1, "token_acc", SPAN, task)
     one_pass = report.ONE_PASS_WINDOW, 1
     kinds = {"chained_bpb": f"one pass of {one_pass[0]}", "alone_bpb": "head alone"}
     for found in report.of_group(g, results):

@@ -347,9 +347,10 @@ def windows_of(rows: Mapping[str, Group]) -> list[int]:
     return sorted({window for g in rows.values() for run in g.runs for window in run.nelbo})
 
 
-def infill(
+def scored(
     g: Group, passes: int, name: str, span: int = INFILL_SPAN, task: str = "infill"
 ) -> list[float]:
+    """What `passes` of refinement scored on a task of parallel_eval, over seeds."""
     return numbers(run.decode.get((task, span, passes, REFINE), {}).get(name) for run in g.runs)
 
 
@@ -383,7 +384,7 @@ def cost_table(rows: Rows) -> str:
                 whole(of_runs(g, "done", "peak_memory_mib"), max),
                 mean_cell(g.values("final", "val_bpb")),
                 *(mean_cell(bounds(g, w)) for w in windows),
-                *(mean_cell(infill(g, n, "token_acc"), 3) for n in INFILL_PASSES),
+                *(mean_cell(scored(g, n, "token_acc"), 3) for n in INFILL_PASSES),
                 whole(of_runs(g, "size", "total_bytes"), max),
                 sweep.published_cell(name),
             ]
@@ -499,7 +500,7 @@ def record_table(rows: Rows, beside: Beside) -> str:
                 f"{point_of(g) / naive:.3f}",
                 mean_cell(bounds(g, RECORD_WINDOW)),
                 *[one_pass_cell(g, beside.passes)] * bool(beside.passes),
-                *(mean_cell(infill(g, n, "token_acc"), 3) for n in RECORD_PASSES),
+                *(mean_cell(scored(g, n, "token_acc"), 3) for n in RECORD_PASSES),
                 *[lossless_cell(g, beside.decodes)] * bool(beside.decodes),
                 whole(of_runs(g, "size", "total_bytes"), max),
             ]
