@@ -50,6 +50,7 @@ from scripts.chain import Head, choose_along_chain
 # 1  SETTINGS -- a mode is a row of a table
 # ==============================================================================
 WHOLE_SPAN = 1 << 30  # tokens: more than any span
+NOISE_NUMBERS = 1 << 22  # of a decoding's noise, if it is drawn at once: 32 MiB
 
 # Called after each pass with (B, n) positions, tokens, log-probabilities and what is still masked.
 Watch = Callable[[Tensor, Tensor, Tensor, Tensor], None]
@@ -154,11 +155,17 @@ class Task(NamedTuple):
 
 def sample_tokens(logits: Tensor, sampling: Sampling, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Choose tokens (B, n) from logits (B, n, V) with keys (B, n); also their log-probabilities."""
-    if sampling.temperature <= 0:
+    return choose_tokens(logits, sampling, draw_noise(keys, logits.shape[-1], sampling))
+
+
+def choose_tokens(
+    logits: Tensor, sampling: Sampling, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Same as `sample_tokens` with noise (B, n, V) of `draw_noise`."""
+    if noise is None:
         best = logits.max(dim=-1)
         return best.indices, (best.values - logits.logsumexp(-1)).double()
     log_p = logits.double().log_softmax(-1)
-    noise = gumbel_noise(keys, logits.shape[-1])
     tokens = (truncate(log_p / sampling.temperature, sampling) + noise).argmax(-1)
     return tokens, log_p.gather(-1, tokens[..., None])[..., 0]
 
@@ -174,10 +181,12 @@ def truncate(scores: Tensor, sampling: Sampling) -> Tensor:
     return scores.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -math.inf)
 
 
-def gumbel_noise(keys: Tensor, count: int) -> Tensor:
-    """Draw Gumbel noise from keys, (...) to (..., count) float64; in fp32 it would cut off the tail
-    of the distribution (arXiv:2409.02908).
+def draw_noise(keys: Tensor, count: int, sampling: Sampling) -> Tensor | None:
+    """Draw Gumbel noise from keys, (...) to (..., count) float64; None where the choice is greedy.
+    In fp32 it would cut off the tail of the distribution (arXiv:2409.02908).
     """
+    if sampling.temperature <= 0:
+        return None
     u = tg.random_uniform(keys, count, torch.float64).clamp(1e-300, 1 - 1e-16)
     return -torch.log(-torch.log(u))
 
@@ -199,12 +208,22 @@ class Run(NamedTuple):
     decoding: Decoding
     cache: tg.Cache  # buffers: places are positions; the last ones are scratch for windows
     keys: Tensor  # (B, 1) random key of each row
+    start: int  # position after the prompt
+    noise: Tensor | None  # (B, N, V) of the first N positions from there on; None: not drawn yet
     watch: Watch | None = None
 
     def sample(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Choose tokens at positions (B, n) from logits (B, n, V), and their log-probabilities."""
-        keys = tg.split_key(self.keys, positions)
-        return sample_tokens(logits, self.decoding.sampling, keys)
+        return choose_tokens(logits, self.decoding.sampling, self.noise_at(positions))
+
+    def noise_at(self, positions: Tensor) -> Tensor | None:
+        """Return the noise of positions (B, n), (B, n, V); None where the choice is greedy."""
+        sampling, V = self.decoding.sampling, self.model.cfg.vocab_size
+        if sampling.temperature <= 0:
+            return None
+        if self.noise is None:
+            return draw_noise(tg.split_key(self.keys, positions), V, sampling)
+        return gather_tokens(self.noise, positions - self.start)
 
     def sample_along_chain(
         self, head: Head, logits: Tensor, tokens: Tensor, positions: Tensor, decided: Tensor
@@ -295,11 +314,18 @@ class Rows:
         return Decoded(ids, self.forwards)
 
 
-def start_run(task: Task, room: int) -> Run:
-    """Read the prompt into buffers with `room` more places."""
-    cache = tg.fill_cache(task.model, task.ids[:, : task.start], room)
-    keys = row_keys(task.ids, task.decoding.sampling.seed)
-    return Run(task.model, task.decoding, cache, keys, task.watch)
+def start_run(task: Task, ahead: int, scratch: int = 0) -> Run:
+    """Read the prompt into buffers with places for `ahead` positions after it and `scratch` more.
+
+    The noise of these positions is drawn here if it is not too large: many small draws take longer.
+    """
+    model, sampling = task.model, task.decoding.sampling
+    cache = tg.fill_cache(model, task.ids[:, : task.start], ahead + scratch)
+    keys, noise = row_keys(task.ids, sampling.seed), None
+    if len(keys) * ahead * model.cfg.vocab_size <= NOISE_NUMBERS:
+        positions = task.start + torch.arange(ahead, device=keys.device)
+        noise = draw_noise(tg.split_key(keys, positions), model.cfg.vocab_size, sampling)
+    return Run(model, task.decoding, cache, keys, task.start, noise, task.watch)
 
 
 def start_windows(task: Task) -> tuple[Run, Rows]:
@@ -715,8 +741,8 @@ def decode_speculative(task: Task) -> Decoded:
     decoding = task.decoding
     longest = min(decoding.window, task.stop - task.start, decoding.longest_draft)
     most = max(longest, decoding.longest_draft if decoding.lookup_ngram else 0)
-    scratch = (longest + 1) * (longest + 2)
-    run = start_run(task, task.stop - task.start + most + 1 + scratch)
+    ahead = task.stop - task.start + most + longest + 2  # drafts may go beyond the span
+    run = start_run(task, ahead, scratch=(longest + 1) ** 2)
     rows = Rows.start(task, most + 1)
     on_gpu = int(task.ids.is_cuda)  # a window hardly adds to the time of a pass there
     by_lookup = AcceptanceRate(accepted=1.5, decay=0.0, extra=1.0, least=1, most=most)
@@ -745,25 +771,22 @@ def decode_speculative(task: Task) -> Decoded:
 
 
 def draft_by_head(
-    head: Head, known: Tensor, keys: Tensor, place: Tensor, sampling: Sampling, length: int
+    head: Head, known: Tensor, noise: Tensor | None, sampling: Sampling, length: int
 ) -> Tensor:
     """Draft tokens by the sequential head alone, without a window.
 
     Args:
         head: with its base logits.
         known: (B, 2) last tokens; V is one that does not exist.
-        keys: (B, 1) random key of each row.
-        place: (B, 1) position of the first token to draft.
-        sampling: as tokens are chosen, with the same noise, so that drafts are likely to be kept.
+        noise: (B, length, V) that these tokens will be sampled with, so that drafts are likely to
+            be kept; None where the choice is greedy.
+        sampling: as tokens are chosen.
         length: tokens to draft.
 
     Returns:
         Tokens (B, length).
     """
-    tokens, noise = list(known.unbind(1)), None
-    if sampling.temperature > 0:
-        positions = place + torch.arange(length, device=place.device)
-        noise = gumbel_noise(tg.split_key(keys, positions), len(head.prior))  # (B, length, V)
+    tokens = list(known.unbind(1))
     for i in range(length):
         scores = head.prior + head.step(tokens[-2], tokens[-1])
         if noise is not None:
@@ -778,7 +801,8 @@ def own_drafts(run: Run, rows: Rows, head: Head | None, drafts: Tensor, length: 
         return drafts
     tokens = F.pad(rows.tokens, (1, 0), value=run.model.cfg.vocab_size)  # nothing before the first
     known = tokens.gather(1, torch.cat((rows.done - 1, rows.done), dim=1))
-    return draft_by_head(head, known, run.keys, rows.done, run.decoding.sampling, length)
+    noise = run.noise_at(rows.done + torch.arange(length, device=known.device))
+    return draft_by_head(head, known, noise, run.decoding.sampling, length)
 
 
 Fill = Callable[[Run, Window, Tensor], tuple[Window, Tensor]]

@@ -37,6 +37,7 @@ from scripts.common import (
     pick_device,
     run_command,
 )
+from scripts.process import report_errors
 
 if TYPE_CHECKING:
     import torch
@@ -175,9 +176,10 @@ def make_service(args: argparse.Namespace, device: torch.device) -> Service:
         fail(f"--deterministic --slots={args.slots} {rule}, or try another number of --slots")
     try:
         engine = Engine(artifact.model, limits, metrics, args.deterministic, head)
+        engine.warm_up()
     except (RuntimeError, MemoryError) as error:
         why = str(error).splitlines()[0]
-        fail(f"--slots={args.slots}: their buffers cannot be allocated ({why}); use fewer slots")
+        fail(f"--slots={args.slots}: no pass can be taken ({why}); use fewer, or another --device")
     most = min(args.max_rows, args.slots + args.queue)  # more would never be admitted
     correction = hole.read_correction(length_file(args, path))
     options = Options(most, args.suffix_tokens, correction)
@@ -196,8 +198,8 @@ def make_server(service: Service, drain_seconds: float) -> uvicorn.Server:
 
         def handle_exit(self, sig: int, frame: object) -> None:
             if service.engine.draining:
-                self.should_exit = self.force_exit = True
-                return
+                report_errors("interrupted again; what had begun was cut off")
+                os._exit(128 + sig)  # an orderly end would wait for the model's thread
             self._captured_signals.append(sig)  # raised again at the end: the exit status
             service.engine.draining = True
             self.drained = time.monotonic() + drain_seconds

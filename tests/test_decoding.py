@@ -74,6 +74,28 @@ def test_speculative_output_equals_autoregressive(
     assert int(found.forwards.max()) == len(model.passes) - 1  # verifying and drafting share a pass
 
 
+@pytest.mark.parametrize("mode", ["ar", "speculative", "block", "refine", "remask"])
+def test_noise_that_is_drawn_at_once_is_that_of_each_pass(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = model_of(), random_rows(3, 25, V)
+    stop = 25 if mode in dec.LOSSLESS else 19
+    decoding = mode_of(mode, HOT, window=4, head=random_head(model))
+    found, drawn = dec.decode(model, ids, 5, stop, decoding).ids, list[int]()
+    draw = dec.draw_noise
+
+    def counted(keys: Tensor, *rest: Any) -> Tensor | None:
+        drawn.append(keys.shape[1])
+        return draw(keys, *rest)
+
+    monkeypatch.setattr(dec, "draw_noise", counted)
+    assert dec.decode(model, ids, 5, stop, decoding).ids.equal(found)
+    assert len(drawn) == 1
+    monkeypatch.setattr(dec, "NOISE_NUMBERS", 0)
+    assert dec.decode(model, ids, 5, stop, decoding).ids.equal(found)
+    assert len(drawn) > 5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", MODELS)
 @pytest.mark.parametrize("sampling", [dec.GREEDY, HOT])
@@ -139,10 +161,11 @@ def test_drafts_of_a_head_get_shorter_while_they_are_not_accepted(
     model, ids, lengths = model_of(), random_rows(1, 17, V), list[int]()
     expected = autoregressive(model, ids, 5, 17, dec.GREEDY).ids
 
-    def draft(_: object, known: Tensor, keys: Tensor, place: Tensor, *rest: Any) -> Tensor:
-        lengths.append(rest[1])
+    def draft(_: object, known: Tensor, *rest: Any) -> Tensor:
+        lengths.append(rest[2])
+        place = 5 + len(lengths) - 1  # none has been accepted
         text = torch.cat((expected, expected), dim=1)  # long enough for drafts beyond the span
-        return (text[:, int(place) : int(place) + rest[1]] + 1) % V  # every token is wrong
+        return (text[:, place : place + rest[2]] + 1) % V  # every token is wrong
 
     monkeypatch.setattr(dec, "draft_by_head", draft)
     decoding = mode_of("speculative", window=4, lookup_ngram=0, head=random_head(model))
@@ -177,7 +200,7 @@ def test_speculative_samples_have_the_distribution_of_the_chain_rule() -> None:
 
 def prepared_run(model: tg.GPT, ids: Tensor, room: int = 60) -> dec.Run:
     cache = tg.fill_cache(model, ids, room)
-    return dec.Run(model, MODES["speculative"], cache, dec.row_keys(ids, 0))
+    return dec.Run(model, MODES["speculative"], cache, dec.row_keys(ids, 0), 0, None)
 
 
 def drafts_after(ids: Tensor, positions: Tensor, size: int) -> dec.MaskedWindows:

@@ -150,14 +150,14 @@ def test_a_continuation_stops_where_the_document_ends(
 ) -> None:
     full = facts(call("--prompt", PROMPT, "--tokens", "12"))
     chosen = [0]
-    real = decoding.sample_tokens
+    real = decoding.choose_tokens
 
-    def sample_tokens(logits: torch.Tensor, *rest: Any) -> Any:
+    def choose_tokens(logits: torch.Tensor, *rest: Any) -> Any:
         chosen[0] += logits.shape[1]
         tokens, log_p = real(logits, *rest)
         return (tokens if chosen[0] <= 3 else torch.full_like(tokens, BOS)), log_p
 
-    monkeypatch.setattr(decoding, "sample_tokens", sample_tokens)
+    monkeypatch.setattr(decoding, "choose_tokens", choose_tokens)
     found = facts(call("--prompt", PROMPT, "--tokens", "12", "--html", str(tmp_path / "a.html")))
     assert found["forwards"] == 4
     assert full["completion"].startswith(found["completion"])

@@ -302,7 +302,7 @@ def decode_rows(bench: Bench, rows: Sequence[Row], slots: int) -> None:
     """Decode rows in this thread."""
     limits = Limits(slots, len(rows), 1e9)
     engine = Engine(bench.artifact.model, limits, Metrics(), head=bench.head)
-    with torch.inference_mode():
+    with engine.computing():
         engine.submit(rows)
         while not engine.idle:
             engine.tick()

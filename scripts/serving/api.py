@@ -18,6 +18,7 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from scripts.decoding import LOSSLESS
 from scripts.serving import bodies
@@ -258,7 +259,7 @@ class Service:
         made = shape(job)
         job.submit()
         if wish.body.stream:
-            return EventSourceResponse(self.stream(job, made), sep="\n", send_timeout=SEND_SECONDS)
+            return Stream(job, self.stream(job, made), self.metrics)
         finished = asyncio.ensure_future(job.finish())
         gone = asyncio.ensure_future(disconnected(request))
         try:
@@ -275,7 +276,6 @@ class Service:
 
     async def stream(self, job: Job, shape: Shape) -> AsyncIterator[Json]:
         """Yield server-sent events; an error after the first byte is one of them."""
-        complete = False
         try:
             for chunk in shape.opening():
                 yield event(chunk)
@@ -284,16 +284,11 @@ class Service:
                     continue  # frames show it already
                 yield event(shape.update(update))
             self.count(job.choices)
-            complete = True
             for chunk in shape.closing():
                 yield event(chunk)
         except ApiError as error:
-            complete = True
-            yield event(error.body())
-        finally:
             job.cancel()
-            if not complete:
-                self.metrics.cancelled.inc()
+            yield event(error.body())
         if shape.ends:
             yield {"data": "[DONE]"}
 
@@ -320,8 +315,6 @@ class Service:
     async def health(self, _: Request) -> Response:
         if self.engine.draining:
             raise ApiError(503, "the server is about to end", "draining", None, 5)
-        if not self.engine.ready:
-            raise ApiError(503, "the model is being loaded", "loading", None, 1)
         return json_response({"status": "ok"})
 
     async def slots(self, _: Request) -> Response:
@@ -416,13 +409,27 @@ class Service:
             keys=access.keys,
             metrics=self.metrics,
             routes=paths,
-            loaded=lambda: self.engine.ready,
         )
         handlers: Any = {ApiError: on_api_error, HTTPException: on_http_error}
         handlers |= {ClientDisconnect: on_disconnect, Exception: on_crash}
         return Starlette(
             routes=routes, middleware=[gate], exception_handlers=handlers, lifespan=life
         )
+
+
+class Stream(EventSourceResponse):
+    """Events of a job, which is given up when its client leaves, be it before the first of them."""
+
+    def __init__(self, job: Job, events: AsyncIterator[Json], metrics: Metrics) -> None:
+        super().__init__(events, sep="\n", send_timeout=SEND_SECONDS)
+        self.job, self.metrics = job, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if self.job.cancel():
+                self.metrics.cancelled.inc()
 
 
 def event(value: Json) -> Json:

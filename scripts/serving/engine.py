@@ -8,11 +8,12 @@ copied from the slot that has them: an editor sends the same text again with a f
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -120,10 +121,33 @@ class Engine:
         self.costs = Costs()
         self.load = 0  # tokens in the passes of the last tick
         self.row_seconds = 1.0  # moving average of the time that a row holds a slot
-        self.ready = self.draining = self.stopping = False
-        with torch.inference_mode(), autocast(next(model.parameters()).device):
+        self.draining = self.stopping = False
+        with self.computing():
             self.passes = Passes(model, limits.slots, deterministic, head)
         self.thread = threading.Thread(target=self._work, name="model", daemon=True)
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Compute without gradients, in the model's type."""
+        with torch.inference_mode(), autocast(next(self.model.parameters()).device):
+            yield
+
+    def warm_up(self) -> None:
+        """Time passes of some sizes, so that the first deadline is kept, too; before `start`."""
+        length = self.model.cfg.train_seq_len
+        self.passes.used[0] = length
+        for size in (1, 16, 64, min(length - 1, 256)):
+            size = min(size, length - 1)
+            wanted: Step | Denoise = Step(0, [0] * size, 0, size, 0, GREEDY)
+            if self.model.mask_emb is not None and size > 1:
+                tokens, masked = [0] * size, [True] * (size - 1)
+                wanted = Denoise(0, 0, tokens, masked, 0, math.inf, 0, 0, GREEDY)
+            for _ in range(2):  # the first call also allocates
+                began = time.perf_counter()
+                with self.computing():
+                    self.passes.take([wanted])
+            self.costs.observe(size, time.perf_counter() - began)
+        self.passes.used[0] = 1
 
     # --- used by any thread ---
 
@@ -181,9 +205,7 @@ class Engine:
     # --- the model's thread ---
 
     def _work(self) -> None:
-        with torch.inference_mode(), autocast(next(self.model.parameters()).device):
-            self._warm_up()
-            self.ready = True
+        with self.computing():
             while not self.stopping:
                 with self.wake:
                     while self.idle and not self.stopping:
@@ -197,22 +219,6 @@ class Engine:
         for row in [*self.waiting, *self.active()]:
             row.error = Draining("the server has ended")
             row.tell("done")
-
-    def _warm_up(self) -> None:
-        """Time passes of some sizes, so that the first deadline is kept, too."""
-        length = self.model.cfg.train_seq_len
-        for size in (1, 16, 64, min(length - 1, 256)):
-            size = min(size, length - 1)
-            wanted: Step | Denoise = Step(0, [0] * size, 0, size, 0, GREEDY)
-            if self.model.mask_emb is not None and size > 1:
-                tokens, masked = [0] * size, [True] * (size - 1)
-                wanted = Denoise(0, 0, tokens, masked, 0, math.inf, 0, 0, GREEDY)
-            self.passes.used[0] = length
-            for _ in range(2):  # the first call also allocates
-                began = time.perf_counter()
-                self.passes.take([wanted])
-            self.costs.observe(size, time.perf_counter() - began)
-        self.passes.used[0] = 1
 
     def tick(self) -> None:
         """Admit, read prompts, take one pass for each row, and free what is done."""

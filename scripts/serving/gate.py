@@ -1,10 +1,10 @@
-"""What every request has to pass: Host, Origin, key, and whether the model is loaded."""
+"""What every request has to pass: Host, Origin and key."""
 
 from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -46,7 +46,6 @@ class Gate:
         keys: any one is needed, as `Authorization: Bearer KEY`; empty: none.
         metrics: counts responses.
         routes: paths that are counted by name.
-        loaded: is the model ready?
     """
 
     def __init__(
@@ -56,10 +55,9 @@ class Gate:
         keys: Sequence[bytes],
         metrics: Metrics,
         routes: Collection[str],
-        loaded: Callable[[], bool],
     ) -> None:
         self.app, self.hosts, self.keys = app, frozenset(map(str.lower, hosts)), keys
-        self.metrics, self.routes, self.loaded = metrics, routes, loaded
+        self.metrics, self.routes = metrics, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -77,13 +75,13 @@ class Gate:
                 self.metrics.request.labels(route).observe(time.monotonic() - began)
 
         try:
-            self.check(scope["method"], path, Headers(scope=scope))
+            self.check(path, Headers(scope=scope))
         except ApiError as error:
             await error.response()(scope, receive, counted)
             return
         await self.app(scope, receive, counted)
 
-    def check(self, method: str, path: str, headers: Headers) -> None:
+    def check(self, path: str, headers: Headers) -> None:
         """Raise ApiError for a request that must not pass."""
         host = host_name(headers.get("host", ""))
         if host not in self.hosts:
@@ -97,8 +95,6 @@ class Gate:
             raise ApiError(403, f"Origin {origin!r}: {rule}", "origin_not_allowed")
         if path not in OPEN and self.keys:
             self.check_key(headers.get("authorization", ""))
-        if method == "POST" and not self.loaded():
-            raise ApiError(503, "the model is being loaded; try again", "loading", None, 1)
 
     def check_key(self, header: str) -> None:
         scheme, _, key = header.partition(" ")

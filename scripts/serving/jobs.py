@@ -240,9 +240,11 @@ class Job:
         except Draining as error:
             raise ApiError(503, "the server is about to end", "draining", None, 5) from error
 
-    def cancel(self) -> None:
-        """Give up what is not finished."""
-        self.engine.cancel([row for row in self.of_row if "done" not in row.times])
+    def cancel(self) -> bool:
+        """Give up what is not finished; say whether there was anything."""
+        rows = [row for row in self.of_row if not (row.cancelled or "done" in row.times)]
+        self.engine.cancel(rows)
+        return bool(rows)
 
     async def updates(self) -> AsyncIterator[Update]:
         """Yield what streams show, and each choice once when it is done.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import train_gpt as tg
 from scripts.chain import Head, choose_along_chain
-from scripts.decoding import Sampling, draft_by_head, sample_tokens
+from scripts.decoding import Sampling, draft_by_head, draw_noise, sample_tokens
 
 # Shapes: R rows of a pass, N tokens of each, S tokens of a window without the clean one before it,
 # V vocabulary, D width, P places.
@@ -248,8 +248,10 @@ class Passes:
             known = torch.where(known == NO_TOKEN, self.model.cfg.vocab_size, known)
             about = torch.tensor([[s.key, s.first + 1] for s in rows], device=self.device)
             sampling, count = rows[0].sampling, rows[0].draft
-            keys, places = about[:, :1], about[:, 1:]
-            drafts = draft_by_head(self.head, known, keys, places, sampling, count)
+            places = about[:, 1:] + torch.arange(count, device=self.device)
+            keys = tg.split_key(about[:, :1], places)
+            noise = draw_noise(keys, self.model.cfg.vocab_size, sampling)
+            drafts = draft_by_head(self.head, known, noise, sampling, count)
             for i, draft in zip(members, drafts.tolist(), strict=True):
                 found[i] = steps[i]._replace(tokens=[*steps[i].tokens, *draft])
         return found

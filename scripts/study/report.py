@@ -25,7 +25,6 @@ import scripts.process  # noqa: F401 -- first: Ctrl-C ends the imports below in 
 import argparse
 import contextlib
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -836,18 +835,6 @@ def differences(
     return found
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a file as a whole, or leave the old one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        fail(f"{path} was not written ({error.strerror}); the old one is intact: free space")
-
-
 def write(
     args: argparse.Namespace, blocks: dict[Block, str], files: dict[Path, dict[str, Any]]
 ) -> None:
@@ -857,9 +844,10 @@ def write(
         around = split(pages.get(path) or read_page(path), block, path)
         pages[path] = f"{around[0]}{block.begin}\n\n{text}\n\n{block.end}{around[2]}"
     for path, page in pages.items():
-        replace_file(path, page)
+        tg.atomic_write(path, page.encode(), "page")
     for path, content in files.items():
-        replace_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        tg.atomic_write(path, f"{text}\n".encode(), "submission")
 
 
 def has_place(args: argparse.Namespace, block: Block) -> bool:

@@ -126,20 +126,29 @@ def test_drafts_of_a_head_change_passes_and_no_token(
     expected = [reference(service, row, MODES["ar"]._replace(sampling=sampling)) for row in rows]
     assert [row.span for row in rows] == expected
 
-    def draft(head: Any, known: Any, keys: Any, places: Any, chosen: Sampling, count: int) -> Any:
+    keys, draw = list[int](), decoding.draw_noise
+
+    def draw_noise(of: Any, *rest: Any) -> Any:
+        keys[:] = of[:, 0].tolist()  # of the first token to draft
+        return draw(of, *rest)
+
+    def draft(head: Any, known: Any, noise: Any, chosen: Sampling, count: int) -> Any:
         """What a head that knew the text would draft."""
-        assert (chosen, known.shape[1], keys.shape) == (sampling, 2, places.shape)
+        assert (chosen, noise is None) == (sampling, sampling == decoding.GREEDY)
         texts = [[VOCAB, *row.prompt, *span] for row, span in zip(rows, expected, strict=True)]
         own = [
             next(
                 text[place + 1 :]
                 for text, row in zip(texts, rows, strict=True)
-                if row.key == key and text[place - 1 : place + 1] == pair
+                for place in range(1, len(text))
+                if int(tg.split_key(torch.tensor(row.key), place)) == key
+                and text[place - 1 : place + 1] == pair
             )
-            for key, place, pair in zip(keys[:, 0], places[:, 0], known.tolist(), strict=True)
+            for key, pair in zip(keys, known.tolist(), strict=True)
         ]
         return torch.tensor([(text + [0] * count)[:count] for text in own])
 
+    monkeypatch.setattr("scripts.serving.passes.draw_noise", draw_noise)
     monkeypatch.setattr("scripts.serving.passes.draft_by_head", draft)
     known = decode(service, different_rows(service, plain, has_suffix=False))
     assert [row.span for row in known] == expected

@@ -24,8 +24,9 @@ import pytest
 import train_gpt as tg
 from scripts import common, serve
 from scripts.serving.engine import Engine
+from scripts.serving.passes import Passes
 from tests.conftest import CPU, ROOT
-from tests.serving.conftest import running
+from tests.serving.conftest import make, running
 
 CLIENTS = 200
 LOCAL: dict[str, Any] = {"trust_env": False, "verify": False}  # of httpx: no proxy, no certificates
@@ -148,6 +149,27 @@ def test_clients_that_leave_free_their_slots(artifact: Path) -> None:
             assert server.wait_idle(8)  # 80 tokens would take 16 s
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_before_its_answer_begins(artifact: Path, stream: bool) -> None:
+    service = make(artifact)  # its engine is not started: no row ends by itself
+    body = json.dumps(dict(prompt="def f", max_tokens=80, stream=stream)).encode()
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = dict(type="http", method="POST", path="/v1/completions", query_string=b"")
+    news = [{"type": "http.request", "body": body}, {"type": "http.disconnect"}]
+
+    async def receive() -> dict[str, Any]:
+        return news.pop(0)
+
+    async def send(message: Any) -> None:
+        if message.get("status") == 200:
+            await asyncio.Event().wait()  # as where nobody reads
+
+    asyncio.run(asyncio.wait_for(service.app()(scope | {"headers": headers}, receive, send), 30))
+    rows = service.engine.waiting
+    assert [row.cancelled for row in rows] == [True]
+    assert "cancelled_total 1.0" in service.metrics.text().decode()
+
+
 async def leave(url: str, body: dict[str, Any]) -> bool:
     """Leave when something has come, or after a third of a second; say which it was."""
     async with httpx.AsyncClient(base_url=url, timeout=60, **LOCAL) as http:
@@ -263,6 +285,35 @@ def test_sigterm_answers_what_has_begun_and_ends_with_143(artifact: Path) -> Non
         assert server.stderr.read() == f"error: interrupted; {serve.FINISHED}\n"
 
 
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once(artifact: Path) -> None:
+    with process(artifact, "--port", "0", "--slots", "1") as server:
+        assert server.stdout is not None
+        url = server.stdout.readline().split()[1]
+        body = dict(prompt=["def f(x):"] * 32, max_tokens=80, stream=True)
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, **LOCAL) as answer:
+            next(answer.iter_lines())
+            server.send_signal(signal.SIGTERM)
+            while httpx.get(f"{url}/health", **LOCAL).status_code == 200:
+                time.sleep(0.005)
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(10) == 143
+        assert server.stderr is not None
+        assert server.stderr.read() == "error: interrupted again; what had begun was cut off\n"
+
+
+def test_a_model_that_takes_no_pass_is_one_line(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def take(*_: object) -> None:
+        raise RuntimeError("no kernel\nmore")
+
+    monkeypatch.setattr(Passes, "take", take)
+    assert serve.main(["--artifact", str(artifact), "--device", "cpu", "--port", "0"]) == 2
+    rule = "--slots=16: no pass can be taken (no kernel); use fewer, or another --device"
+    assert capsys.readouterr().err == f"error: {rule}\n"
+
+
 def test_what_cannot_be_served_is_one_line(
     artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -323,14 +374,3 @@ def test_the_packaged_model_is_served_by_default(
     packaged.with_suffix(".model").write_bytes(b"another")
     with pytest.raises(tg.UserError, match="is not the tokenizer"):
         serve.make_service(args, CPU)
-
-
-def test_loading_is_503(artifact: Path) -> None:
-    with running(artifact) as server:
-        server.service.engine.ready = False
-        with server.client() as http:
-            health = http.get("/health")
-            found = http.post("/v1/completions", json={"prompt": "x"})
-        assert (health.status_code, found.status_code) == (503, 503)
-        assert found.json()["error"]["code"] == "loading"
-        server.service.engine.ready = True
