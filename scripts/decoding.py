@@ -208,8 +208,8 @@ class Run(NamedTuple):
     decoding: Decoding
     cache: tg.Cache  # buffers: places are positions; the last ones are scratch for windows
     keys: Tensor  # (B, 1) random key of each row
-    start: int  # position after the prompt
-    noise: Tensor | None  # (B, N, V) of the first N positions from there on; None: not drawn yet
+    start: int = 0  # position after the prompt
+    noise: Tensor | None = None  # (B, N, V) of the first N positions from there on; None: not drawn
     watch: Watch | None = None
 
     def sample(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -200,7 +200,7 @@ def test_speculative_samples_have_the_distribution_of_the_chain_rule() -> None:
 
 def prepared_run(model: tg.GPT, ids: Tensor, room: int = 60) -> dec.Run:
     cache = tg.fill_cache(model, ids, room)
-    return dec.Run(model, MODES["speculative"], cache, dec.row_keys(ids, 0), 0, None)
+    return dec.Run(model, MODES["speculative"], cache, dec.row_keys(ids, 0))
 
 
 def drafts_after(ids: Tensor, positions: Tensor, size: int) -> dec.MaskedWindows:
