@@ -178,7 +178,7 @@ def make_service(args: argparse.Namespace, device: torch.device) -> Service:
         engine = Engine(artifact.model, limits, metrics, args.deterministic, head)
         engine.warm_up()
     except (RuntimeError, MemoryError) as error:
-        why = str(error).splitlines()[0]
+        why = (str(error).splitlines() or [type(error).__name__])[0]
         fail(f"--slots={args.slots}: no pass can be taken ({why}); use fewer, or another --device")
     most = min(args.max_rows, args.slots + args.queue)  # more would never be admitted
     correction = hole.read_correction(length_file(args, path))

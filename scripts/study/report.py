@@ -844,10 +844,10 @@ def write(
         around = split(pages.get(path) or read_page(path), block, path)
         pages[path] = f"{around[0]}{block.begin}\n\n{text}\n\n{block.end}{around[2]}"
     for path, page in pages.items():
-        tg.atomic_write(path, page.encode(), "page")
+        tg.atomic_write(path, page.encode(), "report")
     for path, content in files.items():
         text = json.dumps(content, indent=2, ensure_ascii=False)
-        tg.atomic_write(path, f"{text}\n".encode(), "submission")
+        tg.atomic_write(path, f"{text}\n".encode(), "report")
 
 
 def has_place(args: argparse.Namespace, block: Block) -> bool:

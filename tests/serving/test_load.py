@@ -302,15 +302,20 @@ def test_a_second_signal_ends_at_once(artifact: Path) -> None:
         assert server.stderr.read() == "error: interrupted again; what had begun was cut off\n"
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no kernel\nmore"), MemoryError()])
 def test_a_model_that_takes_no_pass_is_one_line(
-    artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception,
+    artifact: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def take(*_: object) -> None:
-        raise RuntimeError("no kernel\nmore")
+        raise error
 
     monkeypatch.setattr(Passes, "take", take)
     assert serve.main(["--artifact", str(artifact), "--device", "cpu", "--port", "0"]) == 2
-    rule = "--slots=16: no pass can be taken (no kernel); use fewer, or another --device"
+    why = (str(error).splitlines() or ["MemoryError"])[0]
+    rule = f"--slots=16: no pass can be taken ({why}); use fewer, or another --device"
     assert capsys.readouterr().err == f"error: {rule}\n"
 
 
